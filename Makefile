@@ -1,0 +1,49 @@
+# Each target works alone on a fresh machine with Python 3.11, pip and make: it makes its own .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: help demo test test-nightly lint bench format clean
+help:
+	@echo "make demo          train on handwritten digits with two processes, into one offline wandb run"
+	@echo "make test          every test that fits in five minutes"
+	@echo "make test-nightly  the long forms of the fault tests too"
+	@echo "make bench         the cost of log(), beside wandb.log, SummaryWriter and no logging"
+	@echo "make lint          ruff, mypy --strict, import-linter"
+
+# test holds everything demo holds, so a test environment serves the demo as well.
+$(VENV)/.demo: pyproject.toml
+	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
+	@[ -e $(VENV)/.test ] || $(PIP) -e '.[demo]'
+	@touch $@
+
+$(VENV)/.test: pyproject.toml
+	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
+	$(PIP) -e '.[test]'
+	@touch $@
+
+demo: $(VENV)/.demo
+	$(BIN)/python client/examples/demo.py
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest -m "not gpu and not nightly"
+
+test-nightly: $(VENV)/.test
+	$(BIN)/python -m pytest -m "not gpu"
+
+bench: $(VENV)/.test
+	$(BIN)/python -m tests.benchmarks.hot_path
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/.test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .import_linter_cache sidestep-runs

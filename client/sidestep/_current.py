@@ -1,0 +1,185 @@
+"""The run of this process: `init`, and the calls that need not name a run.
+
+- one run at a time; a second `init` joins the first unless that is finished, or `reinit` says otherwise
+- the command that a run belongs to decides what run it is: a differing `id` is said and passed over
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgpack
+
+from sidestep import convert, ranks
+from sidestep._run import Metric, Run, SilentRun
+from sidestep.bags import Bag, entries_of
+from sidestep.errors import UnsupportedValue
+from sidestep.notices import Notices
+from sidestep.session import EXIT_S, Session
+from sidestep.settings import Settings, WorkerSettings
+from sidestep.wire import MAX_CONTROL_BYTES, Kind
+
+HARMLESS = frozenset({"allow_val_change", "anonymous", "force"})
+"""Keywords of wandb's that change nothing here, and that nobody misses."""
+
+_notices = Notices()
+_run: Run | None = None
+
+
+def init(
+    project: str | None = None,
+    entity: str | None = None,
+    name: str | None = None,
+    id: str | None = None,  # noqa: A002 - wandb's name for it
+    config: Any = None,
+    group: str | None = None,
+    job_type: str | None = None,
+    tags: Sequence[str] | None = None,
+    notes: str | None = None,
+    dir: str | os.PathLike[str] | None = None,  # noqa: A002 - wandb's name for it
+    mode: str | None = None,
+    resume: bool | str | None = None,
+    reinit: bool | str | None = None,
+    settings: Settings | Mapping[str, Any] | None = None,
+    strict: bool | None = None,
+    **keywords: Any,
+) -> Run:
+    """Join the run, and return at once. Every rank calls it.
+
+    The keywords are wandb's. `strict=True` is for tests: what a training run would count and say is raised.
+    """
+    global _run  # noqa: PLW0603 - "the current run" is what this module is
+    if _run is not None and not _run._session.finished:
+        if reinit not in (True, "finish_previous"):
+            return _joined(_run, config)
+        _run.finish()
+    wanted = _plain_keywords(
+        _entries(settings),
+        keywords,
+        {
+            "project": project, "entity": entity, "name": name, "id": id, "group": group, "job_type": job_type,
+            "tags": tags, "notes": notes, "dir": dir, "mode": mode, "resume": resume,
+        },
+    )  # fmt: skip
+    _say_what_has_no_effect(keywords)
+    _run = _new_run(WorkerSettings.from_env(os.environ, strict=strict), wanted)
+    _run.config.update(config)
+    return _run
+
+
+def log(data: Mapping[str, Any], step: int | None = None, commit: bool | None = None) -> None:
+    """`Run.log` of the current run."""
+    if (run := _run) is None:
+        return _too_early("log()")
+    return run.log(data, step, commit)
+
+
+def define_metric(name: str, *args: Any, **keywords: Any) -> Metric:
+    """`Run.define_metric` of the current run."""
+    if (run := _run) is None:
+        _too_early("define_metric()")
+        return Metric(name=name)
+    return run.define_metric(name, *args, **keywords)
+
+
+def finish(exit_code: int | None = None, timeout: float = EXIT_S) -> None:
+    """`Run.finish` of the current run, if there is one."""
+    if (run := _run) is not None:
+        run.finish(exit_code, timeout)
+
+
+def current() -> Run | None:
+    """The run of this process, from `init` to `finish`."""
+    return None if _run is None or _run._session.finished else _run
+
+
+def bag(name: str) -> Bag:
+    """The current run's `config` or `summary`."""
+    if _run is None:
+        _too_early(name)
+        return Bag(None, Kind.CONFIG)
+    return _run.config if name == "config" else _run.summary
+
+
+def _new_run(settings: WorkerSettings, keywords: Mapping[str, Any]) -> Run:
+    identity = ranks.identify(
+        os.environ,
+        pid=os.getpid(),
+        parent=os.getppid(),
+        node=os.uname().nodename,
+        started=ranks.start_of,
+        launch=settings.launch_id,
+    )
+    disabled = "disabled" in (keywords.get("mode"), settings.mode)
+    session = Session(settings=settings, identity=identity, keywords=keywords, notices=_notices, silent=disabled)
+    if disabled:
+        return SilentRun(session, {**keywords, "mode": "disabled"})
+    if settings.run_id and keywords.get("id", settings.run_id) != settings.run_id:
+        _notices.once(
+            "id", f"init(id={keywords['id']!r}): this process joins the run {settings.run_id!r} of its command"
+        )
+    _watch_for_exceptions(session)
+    return Run(session, keywords)
+
+
+def _joined(run: Run, config: Any) -> Run:
+    if run._session.dormant:
+        run._session.guard(lambda: None)  # a forked child that says init() is a session from then on
+    else:
+        _notices.once("init", "init() again: it returns the run that there is; finish() ends it")
+    run.config.update(config)
+    return run
+
+
+def _entries(settings: Settings | Mapping[str, Any] | None) -> dict[Any, Any]:
+    try:
+        return entries_of(settings)
+    except UnsupportedValue as error:
+        _notices.once("settings", f"init(settings=...): {error}")
+        return {}
+
+
+def _plain_keywords(*sources: Mapping[str, Any]) -> dict[str, Any]:
+    """What of the keywords the daemon can be told: plain, given, and not too much."""
+    plain: dict[str, Any] = {}
+    for name, value in ((name, value) for source in sources for name, value in source.items()):
+        if value is None:
+            continue
+        try:
+            plain[str(name)] = convert.plain(os.fspath(value) if isinstance(value, Path) else value)
+        except UnsupportedValue as error:
+            _notices.once(("init", name), f"init({name}=...): {error}")
+    while len(msgpack.packb(plain)) > MAX_CONTROL_BYTES // 2:
+        largest = max(plain, key=lambda name: len(msgpack.packb(plain[name])))
+        _notices.once(("init", largest), f"init({largest}=...) is too large and left out")
+        del plain[largest]
+    return plain
+
+
+def _say_what_has_no_effect(keywords: Mapping[str, Any]) -> None:
+    if names := sorted(name for name, value in keywords.items() if value and name not in HARMLESS):
+        _notices.once(("init", *names), f"init({', '.join(names)}): without effect here")
+
+
+def _watch_for_exceptions(session: Session) -> None:
+    """A training that dies of an exception exits with 1, which nothing else tells an exit handler."""
+    previous: Callable[..., Any] = sys.excepthook
+
+    def note(*exception: Any) -> None:
+        session.exit_code = 1
+        previous(*exception)
+
+    def restore() -> None:
+        if sys.excepthook is note:
+            sys.excepthook = previous
+
+    sys.excepthook = note
+    session.on_finish = restore
+
+
+def _too_early(what: str) -> None:
+    _notices.once(("too early", what), f"{what} before init(): without effect")

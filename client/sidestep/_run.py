@@ -1,0 +1,350 @@
+"""The run as a worker sees it: what it is told here leaves through the session's outbox.
+
+- `log()` never waits and never raises, and packs at once: nothing of the caller's is kept or changed
+- names that were looked at before, with plain scalars, go straight; everything else (new names, other values, a
+  full outbox, a finished run, a forked process, a mistake) goes the careful way, value by value
+- only `flush`, `finish` and reading what the daemon alone knows wait, with a deadline
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from time import time as now
+from types import TracebackType
+from typing import Any, NoReturn
+
+from sidestep import convert
+from sidestep.bags import Bag
+from sidestep.convert import PLAIN
+from sidestep.errors import UnsupportedValue
+from sidestep.outbox import DropReason
+from sidestep.session import EXIT_S, LARGE_BYTES, Refusal, Session, Stats
+from sidestep.steps import whole
+from sidestep.wire import MAX_NAME_CHARS, MAX_RECORD_BYTES, Kind
+
+MOST_NAMES = 65_536
+"""Names remembered as good; when there are more, they are looked at again."""
+ANSWER_S = 5.0
+"""How long reading `run.url` and its like may wait."""
+ASK_AGAIN_S = 0.1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Metric:
+    """What `define_metric` returns, as wandb does."""
+
+    name: str
+
+
+class Axis:
+    """Something to log on: the run itself, or a stage of it. Each has a step of its own."""
+
+    def __init__(self, session: Session, stage: str | None) -> None:
+        self._session = session
+        self._stage = stage
+        self._steps = session.steps_of(stage)
+
+    def log(self, data: Mapping[str, Any], step: int | None = None, commit: bool | None = None) -> None:
+        """Say what happened at a step, in about a microsecond.
+
+        `step` and `commit` mean what they mean in wandb. Values may be numbers, text, bools, None, lists and
+        dicts of these, numpy scalars, and small tensors on the CPU; a value that can not be logged is left out,
+        counted and said once.
+        """
+        session, at, taken = self._session, None, False
+        try:
+            if (
+                type(data) is dict
+                and session.names.issuperset(data)
+                and PLAIN.issuperset(map(type, data.values()))
+            ):
+                kind, number = at = self._steps.take(step, commit)
+                packer = session.packers.pop()
+                if self._stage is None:
+                    record = packer.pack((kind, now(), number, data))
+                else:
+                    record = packer.pack((kind, now(), number, data, self._stage))
+                if len(record) <= LARGE_BYTES:
+                    session.packers.append(packer)
+                    taken = session.outbox.offer(record)
+        except Exception:  # noqa: BLE001 - the careful way finds out what it was, counts it and says it
+            pass
+        if not taken:
+            self._log_guarded(data, step, commit, at)
+        elif session.outbox.idle:
+            session.wake()
+
+    def define_metric(
+        self,
+        name: str,
+        step_metric: Any = None,
+        step_sync: bool | None = None,  # noqa: ARG002 - wandb's; here an axis always has its value in the row
+        hidden: bool | None = None,
+        summary: str | None = None,
+        goal: str | None = None,
+        overwrite: bool | None = None,  # noqa: ARG002 - wandb's; here the last definition counts
+        *,
+        reduce: str | list[str] | None = None,
+    ) -> Metric:
+        """Say how the metrics of a name or pattern are plotted (`step_metric`) and joined (`reduce`)."""
+        definition = {
+            "name": name,
+            "step_metric": step_metric.name if isinstance(step_metric, Metric) else step_metric,
+            "reduce": reduce,
+            "summary": summary,
+            "hidden": hidden,
+        }
+        if goal is not None:
+            definition["goal"] = goal
+        self._session.guard(lambda: self._define(definition))
+        return Metric(name=name)
+
+    def stage(self, name: str) -> Stage:
+        """A stage of this, with its own step; the same name gives the same stage."""
+        path = "/".join(part for part in (self._stage, str(name).strip("/")) if part)
+        return Stage(self._session, path[:MAX_NAME_CHARS] or None)
+
+    @property
+    def step(self) -> int:
+        """The step that the next call without one takes."""
+        return self._steps.next
+
+    # The careful way
+
+    def _log_guarded(self, data: Any, step: Any, commit: Any, at: tuple[int, int] | None) -> None:
+        if self._session.dormant:
+            at = None  # a step taken before a fork was the parent's
+        self._session.guard(lambda: self._log_carefully(data, step, commit, at))
+
+    def _log_carefully(self, data: Any, step: Any, commit: Any, at: tuple[int, int] | None) -> None:
+        session = self._session
+        if session.outbox.shut is not None:
+            raise Refusal(session.outbox.shut)
+        values = self._plain_values(_entries(data))
+        kind, number = at or self._take(step, commit)
+        session.offer(session.pack(kind, number, values, self._stage))
+
+    def _plain_values(self, entries: dict[Any, Any]) -> dict[str, Any]:
+        """The values that can be logged; the others are counted and said."""
+        values = {}
+        for name, value in entries.items():
+            try:
+                values[self._name_of(name)] = convert.plain(value)
+            except UnsupportedValue as error:
+                self._session.refuse_value(name, type(value), str(error))
+        return values
+
+    def _name_of(self, name: Any) -> str:
+        """A name that the wire takes, looked at once in a session."""
+        known = self._session.names
+        if type(name) is str and name in known:
+            return name
+        text = _name(name)
+        if len(known) >= MOST_NAMES:
+            known.clear()
+        known.add(text)
+        return text
+
+    def _take(self, step: Any, commit: Any) -> tuple[int, int]:
+        try:
+            return self._steps.take(whole(step), commit)
+        except UnsupportedValue as error:
+            raise Refusal(DropReason.BAD_STEP, str(error)) from None
+
+    def _define(self, definition: dict[str, Any]) -> None:
+        try:
+            plain = convert.plain(definition)
+            for name in (plain["name"], plain["step_metric"] or ""):
+                _name(name)
+        except UnsupportedValue as error:
+            raise Refusal(DropReason.UNSUPPORTED, f"define_metric: {error}") from None
+        self._session.offer(self._session.pack(int(Kind.DEFINE), None, plain, self._stage))
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            f"a {type(self).__name__} belongs to its process and is not pickled: "
+            "call sidestep.init() in the other one"
+        )
+
+
+class Stage(Axis):
+    """A part of the training with a step of its own: its metrics are named and plotted under it."""
+
+    @property
+    def name(self) -> str:
+        """Where its metrics are found."""
+        return self._stage or ""
+
+    def __repr__(self) -> str:
+        return f"<sidestep.Stage {self.name!r}>"
+
+
+class Run(Axis):
+    """The one run that every rank logs into. Made by `sidestep.init()`."""
+
+    def __init__(self, session: Session, keywords: Mapping[str, Any]) -> None:
+        super().__init__(session, None)
+        self._keywords = keywords
+        self._asked: set[str] = set()
+        self._config = Bag(session, Kind.CONFIG)
+        self._summary = Bag(session, Kind.SUMMARY)
+
+    @property
+    def config(self) -> Bag:
+        """What the run was configured with."""
+        return self._config
+
+    @property
+    def summary(self) -> Bag:
+        """What the run comes to in the end, beside the last values of its metrics."""
+        return self._summary
+
+    def flush(self, timeout: float = EXIT_S) -> bool:
+        """Wait until the daemon has on its disk what this process said so far; False if it was not in time."""
+        return self._session.flush(timeout)
+
+    def stats(self) -> Stats:
+        """The ledger of this process."""
+        return self._session.stats()
+
+    def finish(self, exit_code: int | None = None, timeout: float = EXIT_S) -> None:
+        """End this process's part, in at most `timeout` seconds; what was not acknowledged is said.
+
+        The run itself goes on until the command that it belongs to has ended.
+        """
+        code = self._session.exit_code if exit_code is None else exit_code
+        self._session.finish(timeout, _exit_status(code))
+
+    # What it is
+
+    @property
+    def id(self) -> str | None:
+        """Its id in W&B."""
+        return self._told("id", self._session.settings.run_id)
+
+    @property
+    def dir(self) -> str | None:
+        """Its directory, on the daemon's side."""
+        return self._told("dir", self._session.settings.run_dir)
+
+    @property
+    def url(self) -> str | None:
+        """Its page; None offline."""
+        return self._told("url")
+
+    @property
+    def name(self) -> str | None:
+        """Its name in W&B."""
+        return self._told("name", self._keywords.get("name"))
+
+    @property
+    def project(self) -> str | None:
+        """The project it is in."""
+        return self._told("project", self._keywords.get("project"))
+
+    @property
+    def entity(self) -> str | None:
+        """The user or team it belongs to."""
+        return self._told("entity", self._keywords.get("entity"))
+
+    @property
+    def mode(self) -> str | None:
+        """online, offline or disabled."""
+        return self._told("mode", self._keywords.get("mode"))
+
+    @property
+    def rank(self) -> int:
+        """This process's number among those of its launch."""
+        return self._session.identity.rank
+
+    @property
+    def world(self) -> int:
+        """How many processes were launched together."""
+        return self._session.identity.world
+
+    def _told(self, name: str, own: str | None = None) -> str | None:
+        """What the daemon said; else what is known here; else what it says within `ANSWER_S`, waited for once."""
+        sender = self._session.sender
+        if sender is None:
+            return own
+        value = sender.run.get(name)
+        if value is None and own is None and name not in self._asked:
+            self._asked.add(name)
+            value = self._ask(name)
+        return own if value is None else str(value)
+
+    def _ask(self, name: str) -> Any:
+        deadline = time.monotonic() + ANSWER_S
+        while (left := deadline - time.monotonic()) > 0 and (sender := self._session.sender) is not None:
+            told = sender.ask(left)
+            if told.get(name) is not None or (told and not (name == "url" and told.get("mode") == "online")):
+                return told.get(name)
+            time.sleep(min(ASK_AGAIN_S, left))
+        return None
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.finish(exit_code=0 if kind is None else 1)
+
+    def __repr__(self) -> str:
+        return f"<sidestep.Run {self._session.settings.run_id or ''} rank {self.rank} of {self.world}>"
+
+
+class _Silent(Axis):
+    """Takes every call and does nothing."""
+
+    def log(self, data: Mapping[str, Any], step: int | None = None, commit: bool | None = None) -> None:
+        """Nothing."""
+
+    def define_metric(self, name: str, *_: Any, **__: Any) -> Metric:
+        """Nothing, with the usual answer."""
+        return Metric(name=name)
+
+    def stage(self, name: str) -> Stage:
+        """A stage as silent as this."""
+        return _SilentStage(self._session, str(name))
+
+
+class _SilentStage(_Silent, Stage):
+    pass
+
+
+class SilentRun(_Silent, Run):
+    """The run of `mode="disabled"`: it has the attributes of one, and costs nothing."""
+
+    def __init__(self, session: Session, keywords: Mapping[str, Any]) -> None:
+        super().__init__(session, keywords)
+        self._config, self._summary = Bag(None, Kind.CONFIG), Bag(None, Kind.SUMMARY)
+
+
+def _exit_status(code: Any) -> int | None:
+    """A code as users give it: anything that is no small number means failure."""
+    if code is None or (isinstance(code, int) and abs(code) < 2**31):
+        return None if code is None else int(code)
+    return 1
+
+
+def _entries(data: Any) -> dict[Any, Any]:
+    if not isinstance(data, Mapping):
+        raise Refusal(DropReason.UNSUPPORTED, f"log() takes a dict of names and values, not {type(data).__name__}")
+    try:
+        entries = dict(data)
+    except Exception as error:  # noqa: BLE001 - a foreign mapping's own code may raise anything
+        raise Refusal(DropReason.UNSUPPORTED, f"reading the dict raised {type(error).__name__}") from None
+    if len(entries) > MAX_RECORD_BYTES:
+        raise Refusal(DropReason.TOO_LARGE, f"{len(entries)} names do not fit into {MAX_RECORD_BYTES} bytes")
+    return entries
+
+
+def _name(name: Any) -> str:
+    if not isinstance(name, str):
+        raise Refusal(DropReason.UNSUPPORTED, f"a metric's name is text, not {type(name).__name__}")
+    if len(name) > MAX_NAME_CHARS:
+        raise UnsupportedValue(f"its name has {len(name)} characters; {MAX_NAME_CHARS} is the most")
+    return str(convert.plain(name))

@@ -1,0 +1,123 @@
+"""The two mappings of a run, `config` and `summary`: read here, and told to the daemon as they change.
+
+- what is read back is what this process wrote: another rank's entries, and the last values of metrics, are
+  known to the run alone
+- entries are available as attributes too
+- nothing raises but a missing entry; what can not be stored is left out and said, as in `log()`
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, MutableMapping
+from typing import Any
+
+from sidestep import convert
+from sidestep.errors import UnsupportedValue
+from sidestep.session import Session
+from sidestep.wire import MAX_NAME_CHARS, Kind
+
+
+class Bag(MutableMapping[str, Any]):
+    """Entries that belong to the run rather than to a step."""
+
+    def __init__(self, session: Session | None, kind: Kind) -> None:
+        vars(self).update(_session=session, _kind=kind, _entries={})
+
+    def update(self, *others: Any, allow_val_change: bool | None = None, **entries: Any) -> None:  # noqa: ARG002
+        """Set entries from mappings, namespaces, dataclasses or keywords; nested dicts are merged in the run.
+
+        `allow_val_change` is wandb's, and always true here.
+        """
+        given: dict[Any, Any] = {}
+        for other in others:
+            try:
+                given.update(entries_of(other))
+            except UnsupportedValue as error:
+                self._refuse("update", other, error)
+        self._store({**given, **entries})
+
+    def setdefaults(self, entries: Mapping[str, Any]) -> dict[str, Any]:
+        """Set the entries that are not there yet, and return all."""
+        self._store({name: value for name, value in entries.items() if name not in self._entries})
+        return self.as_dict()
+
+    def as_dict(self) -> dict[str, Any]:
+        """A copy."""
+        return dict(self._entries)
+
+    def _store(self, entries: Mapping[Any, Any]) -> None:
+        plain = {}
+        for name, value in entries.items():
+            try:
+                plain[_name(name)] = convert.plain(value, fallback=_known_by_its_text)
+            except UnsupportedValue as error:
+                self._refuse(name, value, error)
+        self._entries.update(plain)
+        if plain and self._session is not None:
+            self._session.send(self._kind, plain)
+
+    def _refuse(self, name: Any, value: Any, error: UnsupportedValue) -> None:
+        if self._session is not None:
+            self._session.refuse_value(name if isinstance(name, str) else "?", type(value), str(error))
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        self._store({name: value})
+
+    def __getitem__(self, name: str) -> Any:
+        return self._entries[name]
+
+    def __delitem__(self, name: str) -> None:
+        del self._entries[name]  # for this process: the run keeps what it was told
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(dict(self._entries))
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self[name] = value
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return vars(self)["_entries"][name]
+        except KeyError:
+            raise AttributeError(f"there is no entry {name!r}") from None
+
+    def __repr__(self) -> str:
+        return repr(self._entries)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return dict, (dict(self._entries),)
+
+
+def entries_of(other: Any) -> dict[Any, Any]:
+    """The entries of what people use as a configuration, or UnsupportedValue."""
+    try:
+        if isinstance(other, Mapping):
+            return dict(other)
+        if dataclasses.is_dataclass(other) and not isinstance(other, type):
+            return dataclasses.asdict(other)
+        return dict(vars(other) if hasattr(other, "__dict__") else other or {})
+    except Exception as error:  # noqa: BLE001 - a foreign object's own code may raise anything
+        raise UnsupportedValue(f"it has no entries ({type(error).__name__})") from None
+
+
+def _name(name: Any) -> str:
+    text = convert.plain(name, fallback=str)
+    text = text if isinstance(text, str) else str(text)
+    if len(text) > MAX_NAME_CHARS:
+        raise UnsupportedValue(f"its name has {len(text)} characters; {MAX_NAME_CHARS} is the most")
+    return text
+
+
+def _known_by_its_text(value: Any) -> Any:
+    """In a configuration, as in wandb, anything may be named."""
+    if isinstance(value, Mapping):
+        return dict(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    if callable(value) and hasattr(value, "__qualname__"):
+        return f"{getattr(value, '__module__', '')}.{value.__qualname__}".lstrip(".")
+    return str(value)[:1000]

@@ -1,0 +1,355 @@
+"""The one thread of a worker that talks to the daemon, and its socket.
+
+- it is the only owner of the socket, and the only one that takes records out of the outbox
+- while there is traffic it wakes every `flush_interval` and never in between: an answer can wait, the training
+  loop's next bytecode can not. When nothing was said for a while it sleeps until it is woken
+- it survives any failure: counted, said once, and on with a fresh socket
+- a forked child inherits neither: `Sender` must not be used there (session.py sees to it)
+"""
+
+from __future__ import annotations
+
+import random
+import select
+import socket as sockets
+import threading
+from collections import deque
+from collections.abc import Mapping
+from math import ceil
+from time import monotonic
+from typing import Any
+
+import zmq
+
+from sidestep.dialogue import Dialogue, Phase
+from sidestep.errors import RemoteProtocolError
+from sidestep.notices import Notices
+from sidestep.outbox import Outbox
+from sidestep.wire import MAX_CONTROL_BYTES, Frame, Hello, Refuse, VersionError, decode, encode
+
+LULL_S = 1.0
+"""After this long without a record the sender sleeps. A shorter pause does not cost `log()` a wake-up call."""
+LONGEST_SLEEP_S = 1.0
+RECOVER_S = (0.1, 5.0)
+"""The pause after a failure of the loop itself, the first and the longest."""
+LISTEN_S = 0.1
+"""How often answers are looked for while nobody waits for one and the window has room."""
+ANSWERS_AT_ONCE = 256
+
+OPTIONS = {
+    zmq.IMMEDIATE: 1,  # nothing is queued for a peer that is not there
+    zmq.LINGER: 0,  # flushing is ours, with a deadline
+    zmq.SNDHWM: 64,
+    zmq.RCVHWM: 64,
+    zmq.RECONNECT_IVL: 50,  # milliseconds, as all below; libzmq adds up to as much again
+    zmq.RECONNECT_IVL_MAX: 500,
+    zmq.CONNECT_TIMEOUT: 3000,
+    zmq.HANDSHAKE_IVL: 5000,
+    zmq.HEARTBEAT_IVL: 2000,
+    zmq.HEARTBEAT_TIMEOUT: 6000,
+    zmq.MAXMSGSIZE: MAX_CONTROL_BYTES + 1024,
+    zmq.TCP_KEEPALIVE: 1,
+}
+
+
+class Sender:
+    """The thread, from `start` to `finish`. Every other method may be called from any thread."""
+
+    def __init__(
+        self,
+        address: str,
+        hello: Hello,
+        outbox: Outbox,
+        notices: Notices,
+        *,
+        flush_interval_s: float | None = None,
+    ) -> None:
+        self._address = address
+        self._outbox = outbox
+        self._notices = notices
+        self._dialogue = Dialogue(outbox, hello, jitter=random.random, flush_interval_s=flush_interval_s)
+        self._bell = _Bell()
+        self._flushes: deque[_Flush] = deque()
+        self._questions: deque[threading.Event] = deque()
+        self._over = threading.Event()
+        self._stopping = False
+        self._last_record = (0, 0.0)
+        self._listen_at = 0.0
+        self._held_up = False
+        self.failures = 0
+        self._thread = threading.Thread(target=self._main, name="sidestep-sender", daemon=True)
+
+    def start(self) -> None:
+        """Begin to talk."""
+        self._thread.start()
+
+    def wake(self) -> None:
+        """End the sender's sleep. Costs a system call, so only who finds `outbox.idle` calls it."""
+        self._outbox.idle = False
+        self._bell.ring()
+
+    def flush(self, timeout: float) -> bool:
+        """Wait until all that was offered before is acknowledged; False when it was not in time."""
+        flush = _Flush(self._outbox.end)
+        if self._outbox.acknowledged >= flush.end:
+            return True
+        self._flushes.append(flush)
+        self.wake()
+        return flush.done.wait(timeout) and self._outbox.acknowledged >= flush.end
+
+    def ask(self, timeout: float) -> Mapping[str, Any]:
+        """What the daemon says of the run, or what is known of it when it does not answer in time."""
+        answered = threading.Event()
+        self._dialogue.ask()
+        self._questions.append(answered)
+        self.wake()
+        answered.wait(timeout)
+        return self._dialogue.run
+
+    def finish(self, timeout: float, exit_code: int | None) -> bool:
+        """Send what is left, say BYE and stop; whether the daemon confirmed it in time."""
+        self._dialogue.leave(exit_code)
+        self.wake()
+        self._over.wait(timeout)
+        confirmed = self._dialogue.phase is Phase.OVER
+        self._stopping = True
+        self.wake()
+        self._thread.join(0.5)
+        return confirmed
+
+    @property
+    def run(self) -> Mapping[str, Any]:
+        """What the daemon has told of the run so far."""
+        return self._dialogue.run
+
+    @property
+    def reconnects(self) -> int:
+        """How often the connection was lost and greeted anew."""
+        return self._dialogue.reconnects
+
+    # The thread
+
+    def _main(self) -> None:
+        pause = RECOVER_S[0]
+        while not self._ended():
+            try:
+                with _Link(self._address, self._bell) as link:
+                    while not self._ended():
+                        self._turn(link)
+            except Exception as error:  # noqa: BLE001 - the loop's head: whatever it is, records must leave
+                self.failures += 1
+                self._notices.once(
+                    ("sender", type(error)), f"the sender starts anew after {type(error).__name__}: {error}"
+                )
+                self._dialogue.interrupted()
+                self._bell.wait(pause)
+                pause = min(pause * 2, RECOVER_S[1])
+        self._settle()
+        self._bell.close()
+
+    def _ended(self) -> bool:
+        return self._stopping or self._dialogue.phase is Phase.OVER
+
+    def _turn(self, link: _Link) -> None:
+        self._wait(link)
+        now = monotonic()
+        if self._attentive(link, now):
+            self._listen_at = now + LISTEN_S
+            link.look()
+            if link.heard:
+                self._listen(link)
+        if link.connected:
+            self._speak(link)
+        else:
+            self._dialogue.interrupted()
+        self._settle()
+
+    def _wait(self, link: _Link) -> None:
+        """Sleep until there is something to do, and no more often than the training loop can bear."""
+        now = monotonic()
+        due = min(self._dialogue.due(now), LONGEST_SLEEP_S)
+        if not link.connected:
+            link.wait_for_connection(LONGEST_SLEEP_S)
+        elif self._dialogue.phase is Phase.GREETING:
+            link.wait_for_answer(due)
+        elif self._urgent():
+            link.wait_for_answer(min(due, self._dialogue.flush_interval_s))
+        elif self._busy(now):
+            self._bell.wait(self._dialogue.flush_interval_s)
+        else:
+            self._sleep(link, due)
+
+    def _sleep(self, link: _Link, seconds: float) -> None:
+        self._listen_at = 0.0
+        self._outbox.idle = True
+        if not self._outbox.queued:  # looked at after the flag is up, so that no record goes unnoticed
+            link.wait_for_answer(seconds)
+        self._outbox.idle = False
+
+    def _urgent(self) -> bool:
+        """Whether somebody waits for the daemon's answer."""
+        return bool(self._flushes or self._questions or self._dialogue.leaving)
+
+    def _attentive(self, link: _Link, now: float) -> bool:
+        """Whether to look for answers in this turn: a socket costs more to look at than to send to."""
+        return (
+            now >= self._listen_at
+            or not link.connected
+            or self._dialogue.phase is not Phase.OPEN
+            or self._urgent()
+            or self._held_up
+        )
+
+    def _busy(self, now: float) -> bool:
+        end, since = self._last_record
+        if self._outbox.end != end:
+            self._last_record = (self._outbox.end, now)
+            return True
+        return self._outbox.pending > 0 or now - since < LULL_S
+
+    def _listen(self, link: _Link) -> None:
+        for _ in range(ANSWERS_AT_ONCE):
+            if (parts := link.receive()) is None:
+                return
+            try:
+                self._dialogue.hear(decode(parts), monotonic())
+            except VersionError as error:
+                self._dialogue.hear(Refuse(code="version", message=str(error), final=True), monotonic())
+            except RemoteProtocolError as error:
+                self._notices.once("daemon speaks otherwise", f"the daemon at {self._address}: {error}")
+
+    def _speak(self, link: _Link) -> None:
+        while (message := self._dialogue.say(monotonic())) is not None:
+            if not link.send(encode(message)):
+                link.connected = False
+                if isinstance(message, Frame):
+                    self._outbox.rewind()
+                break
+        self._held_up = self._outbox.more
+
+    def _settle(self) -> None:
+        """Tell those who wait what has come of it."""
+        over = self._ended()
+        if (trouble := self._dialogue.trouble) is not None:
+            self._notices.once(("refused", trouble.code), f"the daemon refused: {trouble.message or trouble.code}")
+        for flush in list(self._flushes):
+            if over or self._outbox.acknowledged >= flush.end:
+                self._flushes.remove(flush)
+                flush.done.set()
+        while self._questions and (over or not self._dialogue.asking):
+            self._questions.popleft().set()
+        if over:
+            self._over.set()
+
+
+class _Flush:
+    """Somebody waits for everything below `end` to be acknowledged."""
+
+    __slots__ = ("done", "end")
+
+    def __init__(self, end: int) -> None:
+        self.end = end
+        self.done = threading.Event()
+
+
+class _Bell:
+    """Wakes the sender from any thread. Socket objects, because a late ring on a closed one is harmless."""
+
+    def __init__(self) -> None:
+        self._ear, self._hand = sockets.socketpair()
+        self._ear.setblocking(False)
+        self._hand.setblocking(False)
+        self._poll = select.poll()
+        self._poll.register(self._ear, select.POLLIN)
+
+    def fileno(self) -> int:
+        """The descriptor that becomes readable."""
+        return self._ear.fileno()
+
+    def ring(self) -> None:
+        """Wake; a bell that rings already is left alone."""
+        try:
+            self._hand.send(b"\0")
+        except OSError:
+            pass
+
+    def wait(self, seconds: float) -> None:
+        """Sleep until it rings."""
+        if self._poll.poll(ceil(seconds * 1000)):
+            self.silence()
+
+    def silence(self) -> None:
+        """Forget that it rang."""
+        try:
+            self._ear.recv(4096)
+        except OSError:
+            pass
+
+    def close(self) -> None:
+        """Give the descriptors back."""
+        self._ear.close()
+        self._hand.close()
+
+
+class _Link:
+    """One socket, its context, and the bell beside it.
+
+    `connected`: a daemon is there, with room for a message to it. `heard`: something has come. As of `look`.
+    """
+
+    def __init__(self, address: str, bell: _Bell) -> None:
+        self.connected = self.heard = False
+        self._bell = bell
+        self._context = zmq.Context(io_threads=1)
+        try:
+            self._socket: zmq.Socket[bytes] = self._context.socket(zmq.DEALER)
+            for option, value in OPTIONS.items():
+                self._socket.set(option, value)
+            if address.startswith("tcp:"):
+                self._socket.set(zmq.IPV6, 1)
+            self._socket.connect(address)
+        except BaseException:
+            self._context.destroy(linger=0)
+            raise
+        self._poller = zmq.Poller()
+        self._poller.register(bell.fileno(), zmq.POLLIN)
+
+    def __enter__(self) -> _Link:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._context.destroy(linger=0)
+
+    def look(self) -> None:
+        """See how things are; once a turn, since it costs microseconds."""
+        events = int(self._socket.get(zmq.EVENTS))
+        self.connected = bool(events & zmq.POLLOUT)
+        self.heard = bool(events & zmq.POLLIN)
+
+    def wait_for_connection(self, seconds: float) -> None:
+        """Sleep until a message could be sent or has come, or the bell rings."""
+        self._wait(zmq.POLLIN | zmq.POLLOUT, seconds)
+
+    def wait_for_answer(self, seconds: float) -> None:
+        """Sleep until a message has come, or the bell rings."""
+        self._wait(zmq.POLLIN, seconds)
+
+    def send(self, parts: list[bytes]) -> bool:
+        """Hand a message to libzmq, if it takes one."""
+        try:
+            self._socket.send_multipart(parts, zmq.NOBLOCK)
+        except zmq.Again:
+            return False
+        return True
+
+    def receive(self) -> list[bytes] | None:
+        """A message that has come, if one has."""
+        try:
+            return self._socket.recv_multipart(zmq.NOBLOCK)
+        except zmq.Again:
+            return None
+
+    def _wait(self, events: int, seconds: float) -> None:
+        self._poller.register(self._socket, events)
+        if any(ready == self._bell.fileno() for ready, _ in self._poller.poll(ceil(seconds * 1000))):
+            self._bell.silence()

@@ -1,0 +1,313 @@
+"""A session: one life of one worker process, with its outbox and its sender.
+
+- `pack` and `offer` are what everything said goes through; `log()` does the same inline
+- what closes an outbox (finish, a fork) takes its room away, so that `log()` needs no check of its own
+- **fork**: in the child the outbox is replaced by a closed one and the session is dormant. It costs nothing
+  until something is logged, which makes it a session of its own: another id, another outbox, another thread.
+  The parent's socket, thread and queued records are never touched there
+- **exit**: what is queued is flushed, in `EXIT_S` at most, in children of multiprocessing too
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import platform
+import secrets
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from time import time
+from typing import TYPE_CHECKING, Any
+
+from msgpack import Packer
+
+from sidestep._version import __version__
+from sidestep.errors import SidestepError, UnsupportedValue
+from sidestep.notices import Notices, say
+from sidestep.outbox import DropReason, Outbox
+from sidestep.ranks import Identity
+from sidestep.settings import WorkerSettings
+from sidestep.steps import Steps
+from sidestep.wire import MAX_RECORD_BYTES, Hello, Kind
+
+if TYPE_CHECKING:
+    from sidestep.sender import Sender
+
+EXIT_S = 5.0
+LARGE_BYTES = 64 * 1024
+"""A packer that made a larger record is not used again: it keeps its buffer."""
+
+WHY = {
+    DropReason.UNSUPPORTED: "this call can not be logged",
+    DropReason.BAD_STEP: "this call can not be logged",
+    DropReason.TOO_LARGE: "this call is too large",
+    DropReason.OUTBOX_FULL: "the daemon is away, or too slow, and the outbox is full: new records are dropped",
+    DropReason.AFTER_FINISH: "log() after finish(): dropped",
+    DropReason.REFUSED: "the daemon takes no more from this process: dropped",
+    DropReason.INTERNAL: "a mistake in sidestep itself, please report it",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stats:
+    """What became of the records: offered == acknowledged + pending + sum(dropped.values())."""
+
+    offered: int
+    acknowledged: int
+    """On the daemon's disk."""
+    pending: int
+    dropped: Mapping[str, int] = field(default_factory=dict)
+    """Given up, by reason."""
+    values_refused: int = 0
+    """Values that were left out of records which were sent without them."""
+
+
+class Refusal(Exception):
+    """A record is given up, for this reason. Never leaves this package."""
+
+    def __init__(self, reason: DropReason, detail: str = "") -> None:
+        super().__init__(detail)
+        self.reason = reason
+        self.detail = detail
+
+
+class Session:
+    """One life of a process. The object outlives a fork; its id, outbox and sender do not."""
+
+    def __init__(
+        self,
+        *,
+        settings: WorkerSettings,
+        identity: Identity,
+        keywords: Mapping[str, Any],
+        notices: Notices,
+        silent: bool = False,
+    ) -> None:
+        self.settings = settings
+        self.identity = identity
+        self.notices = notices
+        self.silent = silent
+        self.packers: list[Packer]
+        self.names: set[str] = set()  # that log() has looked at and found good
+        self.on_finish: Callable[[], None] = lambda: None
+        self.exit_code: int | None = None  # of the process, as soon as it is known
+        self.steps: dict[str | None, Steps] = {}
+        self.values_refused = 0
+        self.dormant = False
+        self.finished = False
+        self._keywords = keywords
+        self._lock = threading.Lock()
+        self.outbox: Outbox
+        self.sender: Sender | None
+        self._begin()
+        if not silent:
+            _living.add(self)
+            atexit.register(self.at_exit)
+
+    # What log() uses
+
+    def wake(self) -> None:
+        """End the sender's sleep; for who finds `outbox.idle`."""
+        if self.sender is not None:
+            self.sender.wake()
+
+    def take_packer(self) -> Packer:
+        """A packer that nobody else is using: threads, signal handlers and re-entry each get their own."""
+        try:
+            return self.packers.pop()
+        except IndexError:
+            return new_packer()
+
+    def steps_of(self, stage: str | None) -> Steps:
+        """The counter of an axis."""
+        return self.steps.setdefault(stage, Steps())
+
+    # What everything else uses
+
+    def send(self, kind: Kind, data: Mapping[str, Any], stage: str | None = None) -> None:
+        """Say something that has no step."""
+        self.guard(lambda: self.offer(self.pack(int(kind), None, data, stage)))
+
+    def guard(self, say_it: Callable[[], None]) -> None:
+        """Do it; whatever goes wrong is counted and said once, or raised where that was asked for."""
+        try:
+            self.awake()
+            say_it()
+        except Refusal as refusal:
+            self.drop(refusal.reason, refusal.detail)
+        except Exception as error:
+            if self.settings.strict:
+                raise
+            self.drop(DropReason.INTERNAL, repr(error))
+
+    def pack(self, kind: int, step: int | None, data: Mapping[str, Any], stage: str | None) -> bytes:
+        """Make a record of plain data."""
+        packer = self.take_packer()
+        parts = (kind, time(), step, data) if stage is None else (kind, time(), step, data, stage)
+        record: bytes = packer.pack(parts)
+        if len(record) > MAX_RECORD_BYTES:
+            raise Refusal(DropReason.TOO_LARGE, f"{len(record)} bytes; {MAX_RECORD_BYTES} is the most")
+        if len(record) <= LARGE_BYTES:
+            self.packers.append(packer)
+        return record
+
+    def offer(self, record: bytes) -> None:
+        """Put a record into the outbox, or raise Refusal."""
+        outbox = self.outbox
+        if not outbox.offer(record):
+            raise Refusal(outbox.shut or DropReason.OUTBOX_FULL)
+        if outbox.idle:
+            self.wake()
+
+    def drop(self, reason: DropReason, detail: str = "") -> None:
+        """Count a record that was given up, and say so once."""
+        self.outbox.drop(reason)
+        text = f"{WHY[reason]}: {detail}" if detail else WHY[reason]
+        if self.settings.strict:
+            raise (UnsupportedValue if reason in _USERS else SidestepError)(text)
+        self.notices.once(("drop", reason), text)
+
+    def refuse_value(self, name: str, kind: type, why: str) -> None:
+        """Count a value that its record goes without, and say so once for each name and type."""
+        self.values_refused += 1
+        if self.settings.strict:
+            raise UnsupportedValue(f"{name[:80]!r}: {why}")
+        self.notices.once(("value", name, kind), f"{name[:80]!r} is left out: {why}")
+
+    def stats(self) -> Stats:
+        """The ledger as it is now."""
+        outbox = self.outbox
+        acknowledged, pending, dropped = outbox.acknowledged, outbox.pending, outbox.dropped
+        return Stats(
+            offered=acknowledged + pending + sum(dropped.values()),
+            acknowledged=acknowledged,
+            pending=pending,
+            dropped=dropped,
+            values_refused=self.values_refused,
+        )
+
+    def flush(self, timeout: float) -> bool:
+        """Wait until the daemon has what was said so far; False if it has not, or will not."""
+        if self.sender is None:
+            return self.outbox.pending == 0
+        return self.sender.flush(timeout) and self.outbox.shut is not DropReason.REFUSED
+
+    def finish(self, timeout: float, exit_code: int | None) -> None:
+        """Take nothing more, deliver what is left in at most `timeout` seconds, and say what was not."""
+        if self.finished:
+            return
+        self.finished = True
+        self.outbox.close(DropReason.AFTER_FINISH)
+        atexit.unregister(self.at_exit)
+        self.on_finish()
+        if self.dormant:
+            return
+        confirmed = self.sender is not None and self.sender.finish(timeout, exit_code)
+        if left := self.outbox.pending:
+            say(f"{left} records are not acknowledged {self._whose_fault(timeout)}")
+        elif self.sender is not None and not confirmed:
+            say(f"everything is delivered, but the daemon did not confirm the end within {timeout:g} s")
+
+    def at_exit(self) -> None:
+        """What the interpreter does at its end."""
+        self.finish(EXIT_S, self.exit_code)
+
+    # Fork
+
+    def awake(self) -> None:
+        """Make sure that this process has a session of its own."""
+        if self.dormant and not self.finished:
+            with self._lock:
+                if self.dormant:
+                    self.identity = replace(self.identity, pid=os.getpid())
+                    self._begin()
+
+    def forked(self) -> None:
+        """In a child, right after the fork: touch nothing, and let `log()` find a closed outbox."""
+        _abandoned.append((self.sender, self.outbox))
+        self.outbox = Outbox(bytes(16), 0)
+        self.outbox.close(self._dormant_reason())
+        self.sender = None
+        self.dormant = True
+        self._lock = threading.Lock()
+
+    def _dormant_reason(self) -> DropReason:
+        return DropReason.AFTER_FINISH if self.finished else DropReason.INTERNAL
+
+    def _begin(self) -> None:
+        for steps in self.steps.values():
+            steps.restart()
+        self.id = secrets.token_bytes(16)
+        self.values_refused = 0
+        self.packers = [new_packer()]
+        self.outbox = Outbox(self.id, self.settings.outbox_bytes)
+        self.sender = self._new_sender()
+        self.dormant = False
+        if self.sender is not None:
+            self.sender.start()
+        if not self.silent and (util := sys.modules.get("multiprocessing.util")) is not None:
+            util.Finalize(None, self.at_exit, exitpriority=0)  # its children leave without atexit
+
+    def _new_sender(self) -> Sender | None:
+        if self.silent:
+            return None
+        if self.settings.address is None:
+            self.notices.once(
+                "no daemon",
+                "no daemon is known (SIDESTEP_ADDRESS is not set): nothing will be logged. "
+                "Start the training with `sidestep run -- COMMAND`",
+            )
+            return None
+        from sidestep.sender import Sender  # zmq comes with it, and only a process that sends needs that
+
+        return Sender(
+            self.settings.address,
+            self._hello(),
+            self.outbox,
+            self.notices,
+            flush_interval_s=self.settings.flush_interval_s,
+        )
+
+    def _hello(self) -> Hello:
+        who = self.identity
+        return Hello(
+            session=self.id,
+            rank=who.rank,
+            world=who.world,
+            local_rank=who.local_rank,
+            node=who.node,
+            pid=who.pid,
+            launch=who.launch,
+            attempt=who.attempt,
+            run=self.settings.run_id,
+            client=f"sidestep {__version__} python {platform.python_version()}",
+            settings=self._keywords,
+        )
+
+    def _whose_fault(self, timeout: float) -> str:
+        if self.sender is None:
+            return "because no daemon is known"
+        return f"by the daemon at {self.settings.address} within {timeout:g} s"
+
+
+def new_packer() -> Packer:
+    """A packer of the size that most records have, since its buffer is kept."""
+    return Packer(buf_size=16 * 1024)
+
+
+_USERS = (DropReason.UNSUPPORTED, DropReason.BAD_STEP, DropReason.TOO_LARGE)
+_living: weakref.WeakSet[Session] = weakref.WeakSet()
+_abandoned: list[object] = []
+"""What a child inherited: kept, so that no destructor touches the parent's socket."""
+
+
+def _after_fork_in_child() -> None:
+    for session in list(_living):
+        session.forked()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -1,0 +1,258 @@
+"""A daemon for tests: it speaks the real wire over a real socket, and keeps what it is told in memory.
+
+    with FakeDaemon() as daemon:
+        run = sidestep.init(...)          # with SIDESTEP_ADDRESS=daemon.address
+        run.log({"loss": 1.0})
+        run.flush()
+        assert [{"loss": 1.0}] == [record.data for record in daemon.records]
+
+It can be made to fail in the ways a daemon fails: frozen (its socket is not read), deaf to acknowledging, gone,
+and back again with its memory or without.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from time import monotonic, sleep
+from types import TracebackType
+from typing import Any
+
+import zmq
+
+from sidestep.errors import RemoteProtocolError
+from sidestep.wire import (
+    Ack,
+    Bye,
+    Frame,
+    Hello,
+    Message,
+    Record,
+    Refuse,
+    RunInfo,
+    Status,
+    Undecodable,
+    Welcome,
+    decode,
+    decode_records,
+    encode,
+)
+
+CREDIT = 4 * 1024 * 1024
+POLL_MS = 5
+
+
+@dataclass(slots=True, kw_only=True)
+class SessionSeen:
+    """What a daemon has of one session."""
+
+    hello: Hello
+    next: int = 0
+    records: list[Record | Undecodable] = field(default_factory=list)
+    bye: Bye | None = None
+
+
+class FakeDaemon:
+    """A daemon in a thread. Its state may be looked at from the test, best through `wait_until`."""
+
+    def __init__(self, address: str | None = None, *, run: Mapping[str, Any] | None = None) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="sidestep-")
+        self.address = address or f"ipc://{self._folder.name}/daemon.sock"
+        self.run = dict(run or {"id": "fake", "mode": "offline", "dir": self._folder.name})
+        self.sessions: dict[bytes, SessionSeen] = {}
+        self.heard: list[Message] = []
+        self.duplicates = 0
+        """Frames that came again although they were stored."""
+        self.credit = CREDIT
+        self.flush_interval_s = 0.005
+        self.heartbeat_s = 0.2
+        self.refuse: Refuse | None = None
+        """Said to every HELLO instead of WELCOME."""
+        self._thread: threading.Thread | None = None
+        self._stopping = threading.Event()
+        self._frozen = threading.Event()
+        self._standing_still = threading.Event()
+        self._acks_to_drop = 0
+        self._frames_to_lose = 0
+
+    # What a test does to it
+
+    def start(self) -> None:
+        """Bind and serve. The sessions of an earlier life are remembered."""
+        self._stopping.clear()
+        bound = threading.Event()
+        self._thread = threading.Thread(target=self._serve, args=(bound,), name="fake-daemon", daemon=True)
+        self._thread.start()
+        if not bound.wait(5):
+            raise TimeoutError(f"nothing could be bound at {self.address}")
+
+    def stop(self) -> None:
+        """Go away without a word; what was not read is lost."""
+        self._stopping.set()
+        self.thaw()
+        if self._thread is not None:
+            self._thread.join(5)
+            self._thread = None
+
+    def restart(self, *, forget: bool = False) -> None:
+        """Go away and come back, as after a crash; `forget` also loses what was stored."""
+        self.stop()
+        if forget:
+            self.sessions.clear()
+        self.start()
+
+    def freeze(self) -> None:
+        """Read nothing and answer nothing, as a stopped process."""
+        self._standing_still.clear()
+        self._frozen.set()
+        self._standing_still.wait(5)
+
+    def thaw(self) -> None:
+        """Go on."""
+        self._frozen.clear()
+
+    def drop_acks(self, count: int) -> None:
+        """Store the next frames without saying so."""
+        self._acks_to_drop = count
+
+    def lose_frames(self, count: int) -> None:
+        """Neither store nor answer the next frames, so that the one after them is a gap."""
+        self._frames_to_lose = count
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Stand still for a while."""
+        self.freeze()
+        try:
+            yield
+        finally:
+            self.thaw()
+
+    # What a test sees
+
+    @property
+    def records(self) -> list[Record]:
+        """Every record stored, session by session."""
+        return [
+            record
+            for seen in list(self.sessions.values())
+            for record in list(seen.records)
+            if isinstance(record, Record)
+        ]
+
+    def heard_of(self, kind: type[Message]) -> int:
+        """How many messages of a kind have come."""
+        return sum(isinstance(message, kind) for message in list(self.heard))
+
+    def wait_until(self, condition: Callable[[], object], timeout: float = 10.0) -> None:
+        """Wait for something to become true, or raise TimeoutError."""
+        deadline = monotonic() + timeout
+        while not condition():
+            if monotonic() > deadline:
+                raise TimeoutError("it did not happen")
+            sleep(0.002)
+
+    def __enter__(self) -> FakeDaemon:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.stop()
+        self._folder.cleanup()
+
+    # The thread
+
+    def _serve(self, bound: threading.Event) -> None:
+        context = zmq.Context()
+        socket: zmq.Socket[bytes] = context.socket(zmq.ROUTER)
+        socket.linger = 0
+        greeted: dict[bytes, bytes] = {}
+        boot = secrets.token_hex(4)
+        try:
+            socket.bind(self.address)
+            bound.set()
+            while not self._stopping.is_set():
+                if self._frozen.is_set():
+                    self._standing_still.set()
+                    sleep(POLL_MS / 1000)
+                elif socket.poll(POLL_MS):
+                    peer, *parts = socket.recv_multipart()
+                    for answer in self._answers(peer, parts, greeted, boot):
+                        socket.send_multipart([peer, *encode(answer)])
+        finally:
+            context.destroy(linger=0)
+
+    def _answers(self, peer: bytes, parts: list[bytes], greeted: dict[bytes, bytes], boot: str) -> list[Message]:
+        try:
+            message = decode(parts)
+        except RemoteProtocolError as error:
+            return [Refuse(code="malformed", message=str(error))]
+        self.heard.append(message)
+        if isinstance(message, Hello):
+            greeted[peer] = message.session
+            return [self._hello(message, boot)]
+        if greeted.get(peer) != message.session:
+            return [Refuse(session=message.session, code="hello", message="who is this?")]
+        match message:
+            case Frame():
+                return self._frame(message)
+            case RunInfo():
+                return [RunInfo(session=message.session, info=self.run)]
+            case Bye():
+                return self._bye(message)
+            case Status() | _:
+                return []
+
+    def _hello(self, hello: Hello, boot: str) -> Message:
+        if self.refuse is not None:
+            return Refuse(session=hello.session, code=self.refuse.code, message=self.refuse.message, final=True)
+        seen = self.sessions.setdefault(hello.session, SessionSeen(hello=hello))
+        seen.hello, seen.next = hello, max(seen.next, hello.first)
+        return Welcome(
+            session=hello.session,
+            first=seen.next,
+            boot=boot,
+            credit=self.credit,
+            flush_interval_s=self.flush_interval_s,
+            heartbeat_s=self.heartbeat_s,
+            run=self.run,
+        )
+
+    def _frame(self, frame: Frame) -> list[Message]:
+        if self._frames_to_lose > 0:
+            self._frames_to_lose -= 1
+            return []
+        seen = self.sessions[frame.session]
+        if frame.first == seen.next:
+            seen.records.extend(decode_records(frame.body, frame.count))
+            seen.next = frame.end
+        elif frame.first < seen.next:
+            self.duplicates += 1
+        if self._acks_to_drop > 0:
+            self._acks_to_drop -= 1
+            return []
+        gap = frame.first > seen.next
+        return [Ack(session=frame.session, first=seen.next, gap=gap, credit=self.credit)]
+
+    def _bye(self, bye: Bye) -> list[Message]:
+        seen = self.sessions[bye.session]
+        if bye.first > seen.next:
+            missing = f"{bye.first - seen.next} records are missing"
+            return [
+                Refuse(session=bye.session, code="bye_early", message=missing),
+                Ack(session=bye.session, first=seen.next, gap=True, credit=self.credit),
+            ]
+        seen.bye = bye
+        return [bye]
+
+
+def environment(daemon: FakeDaemon, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """The environment in which a worker finds this daemon."""
+    return {**environ, "SIDESTEP_ADDRESS": daemon.address, "SIDESTEP_RUN_ID": str(daemon.run["id"])}

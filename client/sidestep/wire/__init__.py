@@ -1,0 +1,60 @@
+"""The protocol between worker and daemon, as values and bytes. FORMAT.md draws it."""
+
+from sidestep.wire.header import NO_SESSION, VersionError, checksum, session_of
+from sidestep.wire.limits import (
+    MAX_CONTROL_BYTES,
+    MAX_DEPTH,
+    MAX_FRAME_BYTES,
+    MAX_FRAME_RECORDS,
+    MAX_NAME_CHARS,
+    MAX_RECORD_BYTES,
+    MAX_TEXT_CHARS,
+    VERSION,
+)
+from sidestep.wire.messages import (
+    Ack,
+    Bye,
+    Control,
+    Frame,
+    Hello,
+    Message,
+    Refuse,
+    RunInfo,
+    Status,
+    Welcome,
+    decode,
+    encode,
+)
+from sidestep.wire.records import Kind, Record, Undecodable, decode_records, encode_record
+
+__all__ = [
+    "MAX_CONTROL_BYTES",
+    "MAX_DEPTH",
+    "MAX_FRAME_BYTES",
+    "MAX_FRAME_RECORDS",
+    "MAX_NAME_CHARS",
+    "MAX_RECORD_BYTES",
+    "MAX_TEXT_CHARS",
+    "NO_SESSION",
+    "VERSION",
+    "Ack",
+    "Bye",
+    "Control",
+    "Frame",
+    "Hello",
+    "Kind",
+    "Message",
+    "Record",
+    "Refuse",
+    "RunInfo",
+    "Status",
+    "Undecodable",
+    "VersionError",
+    "Welcome",
+    "checksum",
+    "decode",
+    "decode_records",
+    "encode",
+    "encode_record",
+    "session_of",
+]

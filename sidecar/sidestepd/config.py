@@ -1,0 +1,321 @@
+"""Options: defaults, then the TOML file, then the environment, then the command line; the last word wins.
+
+- everything is checked before any file is made or any process started
+- a bad value names itself and where it came from; a name that nobody knows is an error with the nearest one
+- an empty value is one that was not given, as it is for wandb
+- what was resolved is written to the run directory as `config.json`: the other processes read only that
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from sidestep.errors import SettingsError
+from sidestepd.rules import operations
+
+_RUN_ID = r"[A-Za-z0-9_][A-Za-z0-9_.=+@-]*"
+
+
+class Section(BaseModel):
+    """What all sections share: frozen, no unknown names, no infinities."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class RunOptions(Section):
+    """What the run is called. What is not given is left to the first `init()`, then to wandb."""
+
+    id: str | None = Field(default=None, max_length=128, description="The run's id; made up when not given.")
+    mode: Literal["offline", "disabled"] = Field(
+        default="offline",
+        description="offline writes files for `wandb sync`; disabled runs the command without a daemon.",
+    )
+    project: str | None = Field(default=None, description="The W&B project.")
+    entity: str | None = Field(default=None, description="The W&B user or team.")
+    name: str | None = Field(default=None, description="The name shown for the run.")
+    group: str | None = Field(default=None, description="The group of runs it belongs to.")
+    job_type: str | None = Field(default=None, description="What kind of run it is: train, eval, ...")
+    tags: tuple[str, ...] = Field(default=(), description="Tags; on the command line separated by commas.")
+    notes: str | None = Field(default=None, description="A longer description.")
+    dir: Path = Field(default=Path(), description="Where the folder `sidestep-runs` is made.")
+
+    @field_validator("id")
+    @classmethod
+    def _names_a_file_too(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(_RUN_ID, value):
+            raise ValueError("must be letters, digits and any of _ . = + @ -, and start with a letter, digit or _")
+        return value
+
+    @field_validator("tags", mode="before")
+    @classmethod
+    def _split_at_commas(cls, value: object) -> object:
+        if isinstance(value, str):
+            return tuple(tag.strip() for tag in value.split(",") if tag.strip())
+        return value
+
+    @field_validator("mode", mode="before")
+    @classmethod
+    def _offline_only(cls, value: object) -> object:
+        if value == "online":
+            raise ValueError(
+                "this release writes offline runs: say offline, and send the run afterwards by `wandb sync`"
+            )
+        return "offline" if value == "dryrun" else value
+
+
+class OrderOptions(Section):
+    """How long rows wait, and for whom."""
+
+    patience_s: float = Field(
+        default=5.0, gt=0, description="A row waits at most this for a rank that has not moved past it."
+    )
+    capacity_rows: int = Field(
+        default=10_000, gt=0, description="Rows held at once; above it the oldest leaves, counted as forced."
+    )
+    lease_s: float = Field(
+        default=60.0, gt=0, description="A session that is not heard of for so long is no longer waited for."
+    )
+    max_wait_s: float = Field(
+        default=60.0, gt=0, description="A row of another axis waits at most this for a row of the main axis."
+    )
+    late_window_rows: int = Field(
+        default=1000, ge=0, description="Among so many rows that left, a late value looks for its own."
+    )
+
+
+class IntakeOptions(Section):
+    """How workers are served."""
+
+    commit_interval_s: float = Field(
+        default=0.01, gt=0, le=1, description="What arrives within this is written to disk together."
+    )
+    credit_bytes: int = Field(
+        default=4 * 1024 * 1024,
+        ge=1024 * 1024,
+        description="A worker may have this much unacknowledged.",
+    )
+    flush_interval_s: float = Field(
+        default=0.02, gt=0, le=60, description="Workers send at most once in this time."
+    )
+    heartbeat_s: float = Field(
+        default=5.0, gt=0, le=600, description="A worker with nothing to say says so this often."
+    )
+
+
+class DeliveryOptions(Section):
+    """How the process that owns wandb is paced and watched."""
+
+    poll_interval_s: float = Field(
+        default=0.05, gt=0, le=10, description="The spool is looked at this often when nothing is due."
+    )
+    confirm_interval_s: float = Field(
+        default=1.0, gt=0, le=600, description="How often rows are checked to be in the run for good."
+    )
+    stall_s: float = Field(
+        default=60.0,
+        gt=0,
+        description="A delivery without progress for this long is killed and restarted.",
+    )
+    batch_rows: int = Field(default=500, gt=0, description="At most so many rows are decided in one commit.")
+    backoff_s: float = Field(
+        default=30.0, gt=0, description="The longest pause before a delivery that died is started again."
+    )
+
+
+class SinkOptions(Section):
+    """Where rows go."""
+
+    kind: Literal["wandb", "jsonl"] = Field(
+        default="wandb", description="wandb, or jsonl for `rows.jsonl` in the run directory."
+    )
+
+
+class UnsafeOptions(Section):
+    """Guards that a control experiment switches off to show that tests would notice; never for real runs."""
+
+    duplicate_gate: bool = Field(default=True, description="A frame that was stored is not stored again.")
+    row_log: bool = Field(default=True, description="Rows are written down before they are sent.")
+
+
+class Config(Section):
+    """All options, resolved."""
+
+    run: RunOptions = Field(default_factory=RunOptions)
+    order: OrderOptions = Field(default_factory=OrderOptions)
+    intake: IntakeOptions = Field(default_factory=IntakeOptions)
+    delivery: DeliveryOptions = Field(default_factory=DeliveryOptions)
+    sink: SinkOptions = Field(default_factory=SinkOptions)
+    reduce: dict[str, str | list[str]] = Field(
+        default_factory=dict,
+        description="How values of several ranks become one, by name or pattern; the first match counts.",
+    )
+    unsafe: UnsafeOptions = Field(default_factory=UnsafeOptions)
+    sources: dict[str, str] = Field(
+        default_factory=dict, description="Where each option was given, for messages and for `config.json`."
+    )
+
+    @field_validator("reduce")
+    @classmethod
+    def _known_operations(cls, value: dict[str, str | list[str]]) -> dict[str, str | list[str]]:
+        for name, reduce in value.items():
+            try:
+                operations(reduce)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
+        return value
+
+    @classmethod
+    def load(
+        cls,
+        toml: Path | None = None,
+        environ: Mapping[str, str] = os.environ,
+        overrides: Mapping[str, object] | None = None,
+    ) -> Self:
+        """Resolve all sources, or raise SettingsError. `overrides` maps `section.field` to what is set."""
+        named = toml or (Path(environ["SIDESTEP_CONFIG"]) if environ.get("SIDESTEP_CONFIG") else None)
+        given = (
+            (_from_file(named) if named else {}) | _from_environment(environ) | _from_overrides(overrides or {})
+        )
+        return cls._of(given)
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Self:
+        """Read back what `to_json` wrote."""
+        return cls.model_validate_json(text)
+
+    def to_json(self) -> str:
+        """All options, for the run directory's `config.json`."""
+        return self.model_dump_json(indent=2) + "\n"
+
+    def source(self, key: str) -> str:
+        """Where `section.field` was given: a variable, a file, an option, or "default"."""
+        return self.sources.get(key, "default")
+
+    @classmethod
+    def _of(cls, given: Mapping[str, Given]) -> Self:
+        sources = {key: value.source for key, value in given.items()}
+        try:
+            return cls.model_validate(_nested(given) | {"sources": sources})
+        except ValidationError as error:
+            raise SettingsError("\n".join(dict.fromkeys(_complaints(error, given)))) from None
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """A value and where it was given."""
+
+    value: object
+    source: str
+
+
+SECTIONS: Mapping[str, type[Section]] = {
+    name: spec.annotation
+    for name, spec in Config.model_fields.items()
+    if isinstance(spec.annotation, type) and issubclass(spec.annotation, Section)
+}
+"""The sections that have fields of their own: all but `reduce`, whose keys are names of metrics."""
+
+KEYS = tuple(f"{section}.{field}" for section, model in SECTIONS.items() for field in model.model_fields)
+
+_OTHER_NAMES = {
+    "run.id": ("WANDB_RUN_ID",),
+    "run.mode": ("WANDB_MODE", "SIDESTEP_MODE"),
+    "run.project": ("WANDB_PROJECT",),
+    "run.entity": ("WANDB_ENTITY",),
+    "run.name": ("WANDB_NAME",),
+    "run.group": ("WANDB_RUN_GROUP",),
+    "run.job_type": ("WANDB_JOB_TYPE",),
+    "run.tags": ("WANDB_TAGS",),
+    "run.notes": ("WANDB_NOTES",),
+    "run.dir": ("WANDB_DIR",),
+}
+_WORKERS_OWN = frozenset({"SIDESTEP_RUN_DIR"})
+"""Variables that look like an option and are not: this one leads workers to their run."""
+
+
+def variables(key: str) -> tuple[str, ...]:
+    """The environment variables of an option, weakest first."""
+    ours = "SIDESTEP_DIR" if key == "run.dir" else f"SIDESTEP_{key.replace('.', '_').upper()}"
+    return (*_OTHER_NAMES.get(key, ()), ours)
+
+
+def _from_environment(environ: Mapping[str, str]) -> dict[str, Given]:
+    known = {name: key for key in KEYS for name in variables(key)}
+    prefixes = tuple(f"SIDESTEP_{section.upper()}_" for section in SECTIONS)
+    unknown = [name for name in environ if name.startswith(prefixes) and name not in known.keys() | _WORKERS_OWN]
+    if unknown:
+        raise SettingsError("\n".join(f"{name} is no option{_nearest(name, known)}" for name in unknown))
+    return {key: Given(environ[name], name) for name, key in known.items() if environ.get(name)}
+
+
+def _from_file(path: Path) -> dict[str, Given]:
+    try:
+        tables = tomllib.loads(path.read_text())
+    except OSError as error:
+        raise SettingsError(f"can not read {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise SettingsError(f"{path} is no TOML: {error}") from None
+    reduce = tables.pop("reduce", None)
+    given = {key: Given(value, str(path)) for key, value in _flat(tables)}
+    _refuse_unknown(given, str(path))
+    given = {key: one for key, one in given.items() if one.value != ""}
+    return given | ({} if reduce is None else {"reduce": Given(reduce, str(path))})
+
+
+def _from_overrides(overrides: Mapping[str, object]) -> dict[str, Given]:
+    given = {
+        key: value if isinstance(value, Given) else Given(value, "the command line")
+        for key, value in overrides.items()
+    }
+    _refuse_unknown(given, "the command line")
+    return given
+
+
+def _refuse_unknown(keys: Iterable[str], source: str) -> None:
+    unknown = [key for key in keys if key not in KEYS]
+    if unknown:
+        raise SettingsError(
+            "\n".join(f"{source}: {key} is no option{_nearest(key, (*KEYS, 'reduce'))}" for key in unknown)
+        )
+
+
+def _flat(tables: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
+    for section, fields in tables.items():
+        if isinstance(fields, dict):
+            yield from ((f"{section}.{field}", value) for field, value in fields.items())
+        else:
+            yield section, fields
+
+
+def _nested(given: Mapping[str, Given]) -> dict[str, Any]:
+    tables: dict[str, Any] = {}
+    for key, value in given.items():
+        section, _, field = key.partition(".")
+        if field:
+            tables.setdefault(section, {})[field] = value.value
+        else:
+            tables[section] = value.value
+    return tables
+
+
+def _complaints(error: ValidationError, given: Mapping[str, Given]) -> Iterator[str]:
+    for problem in error.errors():
+        key = ".".join(str(part) for part in problem["loc"][:2])
+        value = given.get(key) or given[str(problem["loc"][0])]
+        what = problem["input"] if key not in given else value.value
+        why = problem["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+        yield f"{key} = {what} (from {value.source}): {why}"
+
+
+def _nearest(name: str, names: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(names), n=1)
+    return f"; did you mean {near[0]}?" if near else ""

@@ -1,0 +1,77 @@
+"""Ask a daemon, and wait for its answer: a few questions, each with a deadline.
+
+Every question has a connection of its own: a daemon that was killed and started again in between is simply
+asked again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any, Self
+
+import zmq
+
+from sidestep.errors import RemoteProtocolError
+from sidestep.wire import Control as ControlMessage
+from sidestep.wire import Message, RunInfo, Status, decode, encode
+
+_RECONNECT_MS = 50
+
+
+class Control:
+    """A client of the daemon at `address` that is no worker."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self._context = zmq.Context()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.shut()
+
+    def shut(self) -> None:
+        """Let go of the socket library's thread."""
+        self._context.destroy(linger=0)
+
+    def ask_status(self, timeout_s: float = 1.0) -> Mapping[str, Any] | None:
+        """How the daemon is, or None if it does not say in time."""
+        answer = self._ask(Status(), Status, timeout_s)
+        return answer.info if isinstance(answer, Status) else None
+
+    def close_run(self, exit_code: int, timeout_s: float = 1.0) -> bool:
+        """Have the run finished with `exit_code`; True once the daemon has that on disk."""
+        answer = self._ask(RunInfo(close=exit_code), RunInfo, timeout_s)
+        return isinstance(answer, RunInfo) and answer.close is not None
+
+    def _ask(self, question: ControlMessage, kind: type[Message], timeout_s: float) -> Message | None:
+        try:
+            with self._context.socket(zmq.DEALER) as socket:
+                socket.setsockopt(zmq.LINGER, 0)
+                socket.setsockopt(zmq.RECONNECT_IVL, _RECONNECT_MS)
+                socket.connect(self.address)
+                socket.send_multipart(encode(question))
+                return _answer(socket, kind, time.monotonic() + timeout_s)
+        except zmq.ZMQError:  # An address that is none, or no descriptor to be had.
+            return None
+
+
+def _answer(socket: zmq.Socket[bytes], kind: type[Message], deadline: float) -> Message | None:
+    while (left_s := deadline - time.monotonic()) > 0:
+        if socket.poll(max(1, int(left_s * 1000))):
+            answer = _readable(socket.recv_multipart())
+            if isinstance(answer, kind):
+                return answer
+    return None
+
+
+def _readable(parts: list[bytes]) -> Message | None:
+    try:
+        return decode(parts)
+    except RemoteProtocolError:
+        return None

@@ -1,0 +1,399 @@
+"""Delivery: read the spool, put rows in order, write them down, write them out, and see them confirmed.
+
+    read ─▶ resolve ─▶ order ─▶ assemble ─▶ row log ─▶ sink ─▶ confirmed ─▶ cursor
+                                                                   intake deletes up to there ◀─┘
+
+- it knows nothing that is not in the spool or its own row log: killed anywhere, it goes on from both
+- a row is in the row log before the sink sees it; after a crash the rows that the run lacks are sent again
+  word for word, and only records that are in no row are ordered again
+- it is the only process that imports wandb, holds its own lock, and dies with intake
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgpack
+
+from sidestepd.assemble import Assembler
+from sidestepd.clock import Clock, SpoolClock
+from sidestepd.config import Config
+from sidestepd.crashpoints import crash_point
+from sidestepd.errors import ExitCode, Fatal, SpoolDamaged
+from sidestepd.order import ReorderBuffer
+from sidestepd.processes import Lock, die_with_parent, read_json, write_json
+from sidestepd.resolve import Closed, Folded, Lost, Resolver
+from sidestepd.rowlog import SENT, RowLog
+from sidestepd.rows import Bundle, Row
+from sidestepd.rules import Rule, Rules, operations
+from sidestepd.settlement import Settlement
+from sidestepd.sinks import Confirmed, RunFacts, Sink, make_sink, write_all
+from sidestepd.spool import Entry, EntryKind, SpoolReader
+
+logger = logging.getLogger("sidestepd.delivery")
+
+READ_LIMIT = 500
+"""Entries taken from the spool at once."""
+READY_STRIDE_S = 0.02
+"""While catching up, how far spool time may move before rows are let go."""
+CLOSE_DEADLINE_S = 30.0
+"""How long the last rows may take to be confirmed after the run was finished."""
+
+
+class Beat:
+    """Shows intake that this process is not stuck: a file whose time of change moves."""
+
+    EVERY_S = 0.2
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._next = 0.0
+        path.touch()
+
+    def __call__(self) -> None:
+        """Called wherever the loop makes progress."""
+        if (now := time.monotonic()) >= self._next:
+            self._next = now + self.EVERY_S
+            os.utime(self.path)
+
+
+class Delivery:
+    """Everything between the spool and the sink, for one run."""
+
+    def __init__(
+        self, spool: SpoolReader, rowlog: RowLog, sink: Sink, config: Config, clock: Clock, beat: Beat
+    ) -> None:
+        order = config.order
+        self.config = config
+        self.spool, self.rowlog, self.sink, self.clock, self.beat = spool, rowlog, sink, clock, beat
+        rules = Rules(Rule(pattern=name, reduce=operations(reduce)) for name, reduce in config.reduce.items())
+        self.marks: dict[str, Any] = rowlog.meta("marks", {})
+        self.resolver = Resolver(rules)
+        self.order = ReorderBuffer(
+            patience=order.patience_s,
+            capacity=order.capacity_rows,
+            released=self.marks.get("released"),
+        )
+        self.assembler = Assembler(
+            rules, patience=order.patience_s, max_wait=order.max_wait_s, window=order.late_window_rows
+        )
+        self.checkpoint = rowlog.checkpoint()
+        self.read_through = self.checkpoint.cursor
+        self.settlement = Settlement(rowlog.meta("counts", {}), cursor=self.read_through)
+        self.exit_code: int | None = None
+        self.unmatched: list[str] = []
+        """Patterns that fitted no metric, known when the run is finished."""
+        self._now = 0.0
+        self._last_ready = 0.0
+        self._last_confirm = 0.0
+        self._progress_at = time.monotonic()
+        self._config_told: dict[str, Any] = {}
+        self._summary_told: dict[str, Any] = {}
+
+    # Life
+
+    def start(self, run: RunFacts, opened: Callable[[Mapping[str, Any]], None]) -> None:
+        """Take up the state of the last life, open the run, say so, and send again what it lacks."""
+        if self.checkpoint.fold:
+            fold = msgpack.unpackb(self.checkpoint.fold, strict_map_key=False)
+            self.resolver.restore(fold["resolver"])
+            self.order.restore(fold["order"])
+            self.exit_code = fold["exit_code"]
+        if self.marks:
+            self.assembler.restore(self.marks)
+        self.assembler.latest.update(self.rowlog.latest())
+        held = self.sink.open(run, self.rowlog.meta("bookmark", {}))
+        opened(self.sink.about())
+        self._replay_declarations()
+        self._resend(held)
+
+    def _replay_declarations(self) -> None:
+        definitions = self.rowlog.definitions()
+        self.assembler.defined.update({definition.name: definition for definition in definitions})
+        self.sink.define(definitions)
+        self._tell_config()
+        latest = {name: latest.value for name, latest in self.assembler.latest.items()}
+        if latest:
+            self.sink.summary(latest)
+
+    def _resend(self, held: Confirmed) -> None:
+        """Confirm the rows that the run holds, and write the others verbatim."""
+        missing, steps = [], set(held.steps)
+        for row, fate in self.rowlog.rows():
+            self.assembler.remember(row)
+            self.settlement.recall(row, settled=fate != SENT)
+            if fate == SENT and row.step not in steps:
+                missing.append(row)
+        self.settlement.confirm(steps)
+        if missing:
+            logger.info("sending %d rows again, from step %d on", len(missing), missing[0].step)
+        self._write(missing)
+        self._settle(held)
+
+    def serve(self) -> None:
+        """Until the run is told to finish."""
+        while self.exit_code is None:
+            self.beat()
+            entries = self.spool.read(self.read_through, READ_LIMIT)
+            for entry in entries:
+                self._take(entry)
+                if self._now - self._last_ready >= READY_STRIDE_S:
+                    self._let_go()
+            if len(entries) < READ_LIMIT:
+                self._now = max(self._now, self.clock())
+            self._let_go()
+            self._tell_config()
+            if self.clock() - self._last_confirm >= self.config.delivery.confirm_interval_s:
+                self._confirm()
+            if not entries and self.exit_code is None:
+                time.sleep(self.config.delivery.poll_interval_s)
+
+    def finish(self) -> None:
+        """Everything that waits leaves; the run is finished, and seen to be whole."""
+        self._decide([*self._assemble(self.order.flush()), *self.assembler.flush()])
+        self._tell_config()
+        self._tell_summary()
+        logger.info("finishing the run with exit code %s", self.exit_code)
+        self.sink.close(self.exit_code or 0)
+        deadline = time.monotonic() + CLOSE_DEADLINE_S
+        self._confirm()
+        while self.settlement.unconfirmed and time.monotonic() < deadline:
+            self.beat()
+            time.sleep(0.05)
+            self._confirm()
+        if self.settlement.unconfirmed:
+            raise Fatal(f"{self.settlement.unconfirmed} rows were not confirmed after the run was finished")
+        self.settlement.snapshot(self.read_through, self._fold())
+        self.unmatched = self.resolver.rules.unmatched(self.assembler.defined)
+        for pattern in self.unmatched:
+            logger.warning("define_metric(%r) matched no metric of the run", pattern)
+        bookmark = self.rowlog.meta("bookmark", {})
+        self._settle(Confirmed(steps=(), bookmark=bookmark), state="closed", exit_code=self.exit_code)
+
+    # Reading
+
+    def _take(self, entry: Entry) -> None:
+        self._now = max(self._now, entry.received)
+        self.read_through = entry.id
+        # Their frames went down with a spool, and they are counted as lost with it; but the run has them.
+        self.resolver.dead["spool_lost"] -= self.settlement.passed(entry.id)
+        if entry.kind is EntryKind.FRAME:
+            self.settlement.read(entry)
+        for said in self.resolver.read(entry, self.settlement.is_used):
+            match said:
+                case Lost():
+                    self.settlement.lose(said)
+                case Folded():
+                    self.settlement.settle(said.position.entry)
+                case Closed():
+                    self.exit_code = said.exit_code
+                case _:
+                    self.order.hear(said, self._now)
+
+    # Deciding and writing
+
+    def _let_go(self) -> None:
+        self._last_ready = self._now
+        rows = self._assemble(self.order.ready(self._now))
+        self._decide([*rows, *self.assembler.ready(self._now)])
+
+    def _assemble(self, bundles: Iterable[Bundle]) -> list[Row]:
+        world = max((session.world for session in self.resolver.sessions.values()), default=1)
+        return self.assembler.add(bundles, world=world, now=self._now)
+
+    def _decide(self, rows: Sequence[Row]) -> None:
+        """Write rows down, then out."""
+        size = self.config.delivery.batch_rows
+        definitions = self.assembler.new_definitions(rows)
+        if rows and self.config.unsafe.row_log:
+            crash_point("delivery.decide")
+            self.rowlog.append(rows, marks=self.assembler.marks(), definitions=definitions)
+        crash_point("delivery.decided")
+        for row in rows:
+            self.settlement.decide(row)
+        self.sink.define(definitions)
+        for start in range(0, len(rows), size):
+            self._write(rows[start : start + size])
+
+    def _write(self, rows: Sequence[Row]) -> None:
+        for rejected in write_all(self.sink, rows, beat=self.beat):
+            logger.warning("row %d was rejected: %s", rejected.row.step, rejected.reason)
+            self.settlement.reject(rejected.row.step, rejected.reason)
+        crash_point("delivery.written")
+
+    def _tell_config(self) -> None:
+        """Send what workers set of the configuration and the summary since this was done last."""
+        for said, told, tell in (
+            (self.resolver.config, self._config_told, self.sink.config),
+            (self.resolver.summary, self._summary_told, self.sink.summary),
+        ):
+            changed = {name: pair[1] for name, pair in said.items() if told.get(name) is not pair}
+            if changed:
+                tell(changed)
+                told.update(said)
+
+    def _set_by_workers(self) -> dict[str, Any]:
+        """What workers set of the summary, except where a row said something later."""
+        latest = self.assembler.latest
+        return {
+            name: value
+            for name, (time_, value) in self.resolver.summary.items()
+            if name not in latest or latest[name].time <= time_
+        }
+
+    def _tell_summary(self) -> None:
+        totals = {
+            "sidestep/rows": self.settlement.rows + self.settlement.unconfirmed,
+            "sidestep/late_rows": self.assembler.late_rows,
+            "sidestep/dropped": sum(self.ledger()["dropped"].values()),
+        }
+        self.sink.summary({**self._set_by_workers(), **totals})
+
+    # Confirming
+
+    def _confirm(self) -> None:
+        confirmed = self.sink.confirm()
+        self.settlement.confirm(confirmed.steps)
+        self._see_progress(confirmed)
+        if self.settlement.newest_snapshot != self.read_through:
+            self.settlement.snapshot(self.read_through, self._fold())
+        crash_point("delivery.settle")
+        self._settle(confirmed)
+        self._last_confirm = self.clock()
+
+    def _see_progress(self, confirmed: Confirmed) -> None:
+        """A sink that takes rows for ever and holds none stands still, though this process does not."""
+        now, stall_s = time.monotonic(), self.config.delivery.stall_s
+        if confirmed.steps or not self.settlement.unconfirmed:
+            self._progress_at = now
+        elif now - self._progress_at > stall_s:
+            raise Fatal(f"none of {self.settlement.unconfirmed} rows was confirmed within {stall_s:.0f} s")
+
+    def _fold(self) -> bytes:
+        fold: bytes = msgpack.packb(
+            {"resolver": self.resolver.state(), "order": self.order.state(), "exit_code": self.exit_code}
+        )
+        return fold
+
+    def _settle(self, confirmed: Confirmed, **meta: Any) -> None:
+        settlement = self.settlement
+        self.rowlog.settle(
+            confirmed=settlement.take_confirmed(),
+            rejected=settlement.take_rejected(),
+            dead=settlement.take_dead(),
+            latest=self.assembler.take_changed(),
+            checkpoint=settlement.checkpoint(),
+            keep_above=self.assembler.last - self.config.order.late_window_rows,
+            bookmark=confirmed.bookmark,
+            counts=settlement.counts(),
+            ledger=self.ledger(),
+            **meta,
+        )
+        crash_point("delivery.settled")
+
+    def ledger(self) -> dict[str, Any]:
+        """What became of the records that were read, and what is known of those that were not."""
+        dropped = Counter(self.resolver.dead)
+        for session in self.resolver.sessions.values():
+            dropped.update(session.dropped)
+        return {
+            "delivered": self.settlement.delivered + self.resolver.folded,
+            "rejected": dict(self.settlement.rejected),
+            "dropped": dict(dropped),
+            "unsettled": self.settlement.unsettled,
+            "read_through": self.read_through,
+            "rows": self.settlement.rows,
+            "last_step": self.assembler.last,
+            "late_rows": self.assembler.late_rows,
+            "forced": self.order.forced,
+            "conflicts": self.assembler.conflicts,
+            "waiting": self.order.waiting + self.assembler.waiting,
+            "unmatched": self.unmatched,
+            "sessions": {
+                id_.hex(): {
+                    "rank": s.rank, "node": s.node, "ended": s.ended, "offered": s.offered,
+                    "dropped": s.dropped, "acknowledged": s.next, "final": s.final, "lost": s.lost,
+                }
+                for id_, s in self.resolver.sessions.items()
+            },
+        }  # fmt: skip
+
+
+def settle_facts(run: Mapping[str, Any], config: Config, said: Mapping[str, Any]) -> dict[str, Any]:
+    """What the run is called: the command line's word, then the first worker's `init()`, then the rest."""
+    facts = {}
+    for name in ("project", "entity", "name", "group", "job_type", "tags", "notes"):
+        given = config.source(f"run.{name}").startswith("-")
+        facts[name] = run.get(name) if given else said.get(name) or run.get(name)
+    return {name: value for name, value in facts.items() if value}
+
+
+def wait_for_facts(
+    spool: SpoolReader, rowlog: RowLog, run: Mapping[str, Any], config: Config, beat: Beat
+) -> RunFacts:
+    """The run to open, once the first worker said what it is called; later lives open the same."""
+    facts = rowlog.meta("run", None)
+    while facts is None:
+        beat()
+        first = spool.first(EntryKind.HELLO, EntryKind.CLOSE)
+        if first is None:
+            time.sleep(config.delivery.poll_interval_s)
+            continue
+        facts = settle_facts(run, config, first.facts.get("settings", {}))
+        rowlog.settle(run=facts)
+    names = {name: facts.pop(name, None) for name in ("project", "entity", "name")}
+    return RunFacts(id=run["id"], directory=Path(run["dir"]), options=facts, **names)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The delivery process of one run directory."""
+    parser = argparse.ArgumentParser(prog="sidestepd.delivery", description=__doc__.splitlines()[0])
+    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("--parent", type=int, required=True, help="die when this process ends")
+    options = parser.parse_args(arguments)
+    die_with_parent(options.parent)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is for the command; the run is drained after it
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    directory: Path = options.run_dir
+    lock = Lock(directory / "delivery.lock")
+    lock.acquire()
+    config = Config.from_json((directory / "config.json").read_text())
+    beat = Beat(directory / "delivery.beat")
+    spool, rowlog = SpoolReader(directory / "spool.db"), RowLog(directory / "delivery.db")
+    if rowlog.meta("state", None) == "closed":  # the last life did all of it, and died before it could say so
+        return ExitCode.COMPLETE
+    run = read_json(directory / "run.json") | {"dir": str(directory)}
+    facts = wait_for_facts(spool, rowlog, run, config, beat)
+    clock = SpoolClock(spool.clock_offset())
+    delivery = Delivery(spool, rowlog, make_sink(config.sink.kind), config, clock, beat)
+    delivery.start(facts, lambda about: write_json(directory / "about.json", about))
+    delivery.serve()
+    delivery.finish()
+    return ExitCode.COMPLETE
+
+
+def _main() -> int:
+    try:
+        return main()
+    except SpoolDamaged:
+        logger.exception("the spool is damaged")
+        return ExitCode.DISK
+    except Exception:
+        logger.exception("delivery ends, and will be started again")
+        return ExitCode.SOFTWARE
+
+
+if __name__ == "__main__":
+    code = _main()
+    logging.shutdown()
+    sys.stdout.flush()
+    os._exit(code)  # wandb's exit hooks wait without bound for a core that may be gone

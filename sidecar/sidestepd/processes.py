@@ -1,0 +1,93 @@
+"""Locks, parents and neighbours: how the processes of a run are kept from being doubled.
+
+- a run directory has one intake and one delivery, each behind a lock that the kernel drops with its holder
+- delivery dies with intake; its wandb-core is found by the pid and start time that were written down
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import json
+import os
+import signal
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from sidestepd.errors import AlreadyRunning
+
+_PR_SET_PDEATHSIG = 1
+
+
+class Lock:
+    """An exclusive lock on a file, held until the process ends."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+
+    def acquire(self) -> None:
+        """Take the lock, or raise AlreadyRunning."""
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise AlreadyRunning(f"another process holds {self.path}") from None
+
+    @staticmethod
+    def is_free(path: Path) -> bool:
+        """Whether nobody holds the lock at `path`."""
+        if not path.exists():
+            return True
+        lock = Lock(path)
+        try:
+            lock.acquire()
+        except AlreadyRunning:
+            return False
+        else:
+            return True
+        finally:
+            os.close(lock._descriptor)
+
+
+def die_with_parent(parent: int) -> None:
+    """Be killed when the process `parent` ends; if it is gone already, end now."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if hasattr(libc, "prctl"):  # Linux; elsewhere the parent's own shutdown must do
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Replace a small file as a whole."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    with draft.open("w") as file:
+        file.write(json.dumps(values, indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    draft.rename(path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a small file; {} if it is not there, or not whole."""
+    try:
+        values = json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def kill_recorded(record: Mapping[str, Any] | None) -> bool:
+    """Kill the process that `{"pid", "started"}` names, if it still is that one; returns whether it is gone."""
+    if not record:
+        return True
+    with contextlib.suppress(psutil.Error):
+        process = psutil.Process(record["pid"])
+        if abs(process.create_time() - record["started"]) < 1 and process.status() != psutil.STATUS_ZOMBIE:
+            process.kill()
+            return False
+    return True

@@ -1,0 +1,310 @@
+"""Read the spool's entries: which axis and which step each record belongs to, and what was declared.
+
+Everything learnt here follows from the entries alone, in their order: reading them again from a checkpoint
+on, with the state as of that checkpoint, teaches the same. No clock, no I/O.
+
+- a call belongs to one axis: its stage's, else the main one
+- a counted step is the session's count, on from the base of its launch on that axis: 0, or one past the
+  highest step that the run had seen when the launch first appeared
+- the value of a declared axis metric is in every row that needs it: if the call lacks it, the session's last,
+  also where that metric is an axis of ours
+- what can not be read is `Dead`, once per record, never an exception
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from sidestep.wire import Kind, Record, Undecodable, decode_records
+from sidestepd.entries import Entry, EntryKind
+from sidestepd.rows import MAIN_AXIS, Part, Position
+from sidestepd.rules import Rules, rule_from
+
+LOWEST_STEP, HIGHEST_STEP = 0, 2**62
+
+
+@dataclass(slots=True, kw_only=True)
+class SessionFacts:
+    """What a session said of itself, and how far it was read."""
+
+    rank: int = 0
+    world: int = 1
+    node: str = ""
+    launch: str = ""
+    next: int = 0
+    ended: str | None = None
+    """"bye" or "lease", until it speaks again."""
+    offered: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)
+    final: int | None = None
+    """The sequence after its last record, once it said BYE."""
+    lost: int = 0
+    """Records that were acknowledged and are in no entry: a spool was damaged or lost."""
+    axis_values: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Joined:
+    """A session is live: it began, or it came back."""
+
+    session: bytes
+    rank: int
+    world: int
+    launch: str
+    more: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Left:
+    """A session ended, or was not heard of for a lease."""
+
+    session: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Heard:
+    """A frame of a session was read to its end; `more`: it had not caught up."""
+
+    session: bytes
+    more: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Booted:
+    """Intake started: nobody has been heard of since."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Closed:
+    """The run shall be finished."""
+
+    exit_code: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lost:
+    """`count` records, from `position` on, can not be read; unless `in_frame` they are in no entry at all."""
+
+    position: Position
+    count: int
+    reason: str
+    in_frame: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Folded:
+    """A record became part of what was declared: configuration, summary, definitions."""
+
+    position: Position
+
+
+Said = Joined | Left | Heard | Booted | Closed | Lost | Folded | Part
+
+
+class Resolver:
+    """What every session said, up to the entry read last."""
+
+    def __init__(self, rules: Rules | None = None) -> None:
+        self.rules = rules or Rules()
+        self.sessions: dict[bytes, SessionFacts] = {}
+        self.config: dict[str, tuple[int, Any]] = {}
+        """Name to (rank that set it, value): a lower rank is not overruled by a higher one."""
+        self.summary: dict[str, tuple[float, Any]] = {}
+        """Name to (when it was set, value)."""
+        self.folded = 0
+        """Records that became part of this state."""
+        self.dead: Counter[str] = Counter()
+        self._highest: dict[str, int] = {}
+        self._bases: dict[str, dict[str, int]] = {}
+        self._launches: dict[str, int] = {}
+
+    def read(self, entry: Entry, used: Callable[[Position], bool] = lambda _: False) -> Iterator[Said]:
+        """What one entry says; `used` tells of positions that a row holds already."""
+        match entry.kind:
+            case EntryKind.FRAME:
+                yield from self._frame(entry, used)
+            case EntryKind.HELLO:
+                yield from self._hello(entry)
+            case EntryKind.BYE | EntryKind.LEASE:
+                self._counters(entry)
+                session = self._session(entry.session)
+                yield from self._skip_to(entry.first, session, entry)
+                session.ended = "bye" if entry.kind is EntryKind.BYE else "lease"
+                if entry.kind is EntryKind.BYE:
+                    session.final = entry.first
+                yield Left(entry.session)
+            case EntryKind.COUNTERS:
+                self._counters(entry)
+                if "more" in entry.facts:
+                    yield Heard(session=entry.session, more=bool(entry.facts["more"]))
+            case EntryKind.BOOT:
+                yield Booted()
+            case EntryKind.CLOSE:
+                yield Closed(exit_code=int(entry.facts.get("exit_code", 0)))
+
+    def _session(self, session: bytes) -> SessionFacts:
+        return self.sessions.setdefault(session, SessionFacts())
+
+    def _hello(self, entry: Entry) -> Iterator[Said]:
+        facts, session = entry.facts, self._session(entry.session)
+        if not session.launch:  # it is new, or its first HELLO went down with a spool
+            session.rank, session.world = facts["rank"], facts["world"]
+            session.node, session.launch = facts["node"], self._launch(facts["launch"], facts["rank"])
+        self._counters(entry)
+        session.ended = None
+        yield from self._skip_to(entry.first, session, entry)
+        yield Joined(
+            session=entry.session,
+            rank=session.rank,
+            world=session.world,
+            launch=session.launch,
+            more=bool(facts.get("more")),
+        )
+
+    def _launch(self, name: str, rank: int) -> str:
+        """The launch a new session belongs to: a rank seen again after its BYE opens a new one."""
+        number = self._launches.setdefault(name, 0)
+        launch = f"{name}#{number}"
+        if any(s.launch == launch and s.rank == rank and s.ended == "bye" for s in self.sessions.values()):
+            self._launches[name] = number + 1
+            launch = f"{name}#{number + 1}"
+        self._bases.setdefault(launch, {axis: step + 1 for axis, step in self._highest.items()})
+        return launch
+
+    def _counters(self, entry: Entry) -> None:
+        session, facts = self._session(entry.session), entry.facts
+        session.offered = max(session.offered, facts.get("offered", 0))
+        for reason, count in facts.get("dropped", {}).items():
+            session.dropped[reason] = max(session.dropped.get(reason, 0), count)
+
+    def _skip_to(self, first: int, session: SessionFacts, entry: Entry) -> Iterator[Said]:
+        """Count the records between what was read and `first` as lost with a spool."""
+        missing = first - session.next
+        if missing > 0:
+            yield self._lose(Position(entry.id, session.next), missing, "spool_lost", in_frame=False)
+            session.lost += missing
+            session.next = first
+
+    def _lose(self, position: Position, count: int, reason: str, *, in_frame: bool = True) -> Lost:
+        self.dead[reason] += count
+        return Lost(position=position, count=count, reason=reason, in_frame=in_frame)
+
+    def _frame(self, entry: Entry, used: Callable[[Position], bool]) -> Iterator[Said]:
+        session = self._session(entry.session)
+        session.ended = None
+        yield from self._skip_to(entry.first, session, entry)
+        session.next = max(session.next, entry.first + entry.count)
+        if not entry.whole:
+            yield self._lose(Position(entry.id, entry.first), entry.count, "corrupt")
+            yield Heard(session=entry.session, more=entry.more)
+            return
+        for seq, record in enumerate(decode_records(entry.body, entry.count), entry.first):
+            position = Position(entry.id, seq)
+            if isinstance(record, Undecodable):
+                yield self._lose(position, 1, record.reason)
+            else:
+                yield from self._record(entry.session, session, record, position, used)
+        yield Heard(session=entry.session, more=entry.more)
+
+    def _record(
+        self,
+        id_: bytes,
+        session: SessionFacts,
+        record: Record,
+        position: Position,
+        used: Callable[[Position], bool],
+    ) -> Iterator[Said]:
+        match record.kind:
+            case Kind.LOG | Kind.COUNTED:
+                part = self._part(id_, session, record, position, used(position))
+                yield part or self._lose(position, 1, "step")
+                return
+            case Kind.CONFIG:
+                self._configure(session.rank, record.data)
+            case Kind.SUMMARY:
+                self.summary |= {
+                    name: (record.time, value) for name, value in _staged(record.data, record.stage).items()
+                }
+            case Kind.DEFINE:
+                try:
+                    self.rules.declare(rule_from(record.data, record.stage))
+                except ValueError:
+                    yield self._lose(position, 1, "definition")
+                    return
+        self.folded += 1
+        yield Folded(position)
+
+    def _configure(self, rank: int, data: Mapping[str, Any]) -> None:
+        for name, value in data.items():
+            if name not in self.config or rank <= self.config[name][0]:
+                self.config[name] = (rank, value)
+
+    def _part(
+        self, id_: bytes, session: SessionFacts, record: Record, position: Position, used: bool
+    ) -> Part | None:
+        axis = f"{record.stage}/step" if record.stage else MAIN_AXIS
+        step = record.step or 0
+        if record.kind is Kind.COUNTED:
+            step += self._bases.get(session.launch, {}).get(axis, 0)
+        if not LOWEST_STEP <= step < HIGHEST_STEP:
+            return None
+        self._highest[axis] = max(step, self._highest.get(axis, step))
+        return Part(
+            position=position,
+            session=id_,
+            rank=session.rank,
+            axis=axis,
+            step=step,
+            time=record.time,
+            values=self._with_axis_metrics(session, axis, step, _staged(record.data, record.stage)),
+            used=used,
+        )
+
+    def _with_axis_metrics(
+        self, session: SessionFacts, axis: str, step: int, values: Mapping[str, Any]
+    ) -> Mapping[str, Any]:
+        """Remember what the session says of declared axis metrics, and add those that its names need."""
+        metrics = self.rules.step_metrics
+        if not metrics:
+            return values
+        last = session.axis_values
+        if axis in metrics:
+            last[axis] = step
+        last.update({name: value for name, value in values.items() if name in metrics})
+        needed = {self.rules.of(name).step_metric for name in values} - values.keys() - {axis}
+        added = {name: last[name] for name in needed if name in last}
+        return {**values, **added} if added else values
+
+    def state(self) -> dict[str, Any]:
+        """Everything learnt, as plain values."""
+        return {
+            "sessions": {id_: asdict(facts) for id_, facts in self.sessions.items()},
+            "config": {name: list(pair) for name, pair in self.config.items()},
+            "summary": {name: list(pair) for name, pair in self.summary.items()},
+            "rules": self.rules.state(),
+            "folded": self.folded,
+            "dead": dict(self.dead),
+            "highest": dict(self._highest),
+            "bases": {launch: dict(bases) for launch, bases in self._bases.items()},
+            "launches": dict(self._launches),
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take up what `state` gave."""
+        self.sessions = {id_: SessionFacts(**facts) for id_, facts in state["sessions"].items()}
+        self.config = {name: (rank, value) for name, (rank, value) in state["config"].items()}
+        self.summary = {name: (time, value) for name, (time, value) in state["summary"].items()}
+        self.rules.restore(state["rules"])
+        self.folded = state["folded"]
+        self.dead = Counter(state["dead"])
+        self._highest = dict(state["highest"])
+        self._bases = {launch: dict(bases) for launch, bases in state["bases"].items()}
+        self._launches = dict(state["launches"])
+
+
+def _staged(data: Mapping[str, Any], stage: str | None) -> Mapping[str, Any]:
+    """Names under their stage."""
+    return {f"{stage}/{name}": value for name, value in data.items()} if stage else data

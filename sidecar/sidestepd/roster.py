@@ -1,0 +1,186 @@
+"""Who is speaking, and which record is wanted next of each: the gate against duplicates and gaps.
+
+- per session one number is kept, the next sequence: lower is a duplicate, higher is a gap, equal is taken
+- `next` moves when a frame is taken, `stored` when the spool has committed it: only that is acknowledged
+- a session is live from HELLO until BYE or the end of its lease; one that speaks again is live again
+- no I/O and no clock here: callers pass `now`, and write what is returned into the spool
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from sidestep.wire import Bye, Frame, Hello, Status
+from sidestepd.entries import Entry, EntryKind, StoredSession
+
+
+class Verdict(Enum):
+    """What becomes of a frame or a BYE."""
+
+    TAKE = "take"
+    DUPLICATE = "duplicate"
+    GAP = "gap"
+    STRANGER = "stranger"
+    """Its session never said HELLO here."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Session:
+    """One life of one worker process, as intake knows it."""
+
+    id: bytes
+    next: int = 0
+    stored: int = 0
+    state: str = "live"
+    heard: float = 0.0
+    hello: dict[str, Any] = field(default_factory=dict)
+    offered: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def counters(self) -> dict[str, Any]:
+        """What the worker counted, as of when it was heard last."""
+        return {"offered": self.offered, "dropped": self.dropped}
+
+    def as_stored(self) -> StoredSession:
+        """As it goes into the spool, together with all that was taken."""
+        return StoredSession(
+            id=self.id,
+            next=self.next,
+            state=self.state,
+            heard=self.heard,
+            hello=self.hello,
+            counters=self.counters,
+        )
+
+
+class Roster:
+    """Every session of the run."""
+
+    def __init__(
+        self, stored: Iterable[StoredSession] = (), *, lease: float, now: float, duplicate_gate: bool = True
+    ) -> None:
+        self.lease = lease
+        self.duplicates = 0
+        self.gaps = 0
+        self._gate = duplicate_gate
+        self.sessions = {
+            s.id: Session(
+                id=s.id,
+                next=s.next,
+                stored=s.next,
+                state=s.state,
+                heard=now,  # a lease begins afresh when intake starts
+                hello=dict(s.hello),
+                offered=s.counters.get("offered", 0),
+                dropped=dict(s.counters.get("dropped", {})),
+            )
+            for s in stored
+        }
+
+    @property
+    def live(self) -> list[Session]:
+        """Sessions that may speak."""
+        return [session for session in self.sessions.values() if session.state == "live"]
+
+    def wanted(self, session: Session) -> int:
+        """What a session shall send from: what is committed. Without the gate nobody remembers."""
+        return session.stored if self._gate else session.next
+
+    def hello(self, hello: Hello, now: float) -> Entry:
+        """A session begins or comes back. A first unacknowledged record above what is stored moves it up."""
+        session = self.sessions.setdefault(hello.session, Session(id=hello.session))
+        session.next = max(session.next, hello.first) if self._gate else hello.first
+        session.stored = max(session.stored, hello.first)
+        session.state, session.heard = "live", now
+        session.hello = {
+            name: getattr(hello, name)
+            for name in ("rank", "world", "local_rank", "node", "pid", "launch", "attempt", "client")
+        }
+        self._count(session, hello)
+        return Entry.of_event(
+            EntryKind.HELLO,
+            hello.session,
+            first=hello.first,
+            received=now,
+            more=hello.more,
+            settings=dict(hello.settings),
+            **session.hello,
+            **session.counters,
+        )
+
+    def frame(self, frame: Frame, now: float) -> Verdict:
+        """Judge a frame; one that is taken must be committed."""
+        session = self.sessions.get(frame.session)
+        if session is None:
+            return Verdict.STRANGER
+        session.heard = now
+        if frame.first > session.next:
+            self.gaps += 1
+            return Verdict.GAP
+        if frame.first < session.next and self._gate:
+            self.duplicates += 1
+            return Verdict.DUPLICATE
+        session.next, session.state = frame.end, "live"
+        return Verdict.TAKE
+
+    def heartbeat(self, status: Status, now: float) -> Entry | None:
+        """Note a heartbeat; drops that are new are worth an entry."""
+        session = self.sessions.get(status.session)
+        if session is None:
+            return None
+        session.heard = now
+        if session.state == "lease":
+            session.state = "live"
+        before = dict(session.dropped)
+        self._count(session, status)
+        if before == session.dropped:
+            return None
+        return Entry.of_event(EntryKind.COUNTERS, session.id, received=now, **session.counters)
+
+    def bye(self, bye: Bye, now: float) -> tuple[Verdict, Entry | None]:
+        """A session's last word, taken only once all that it sent is committed."""
+        session = self.sessions.get(bye.session)
+        if session is None:
+            return Verdict.STRANGER, None
+        session.heard = now
+        if session.state == "bye":
+            return Verdict.DUPLICATE, None
+        if bye.first > session.stored:
+            return Verdict.GAP, None
+        session.state = "bye"
+        self._count(session, bye)
+        entry = Entry.of_event(
+            EntryKind.BYE,
+            bye.session,
+            first=bye.first,
+            received=now,
+            exit_code=bye.exit_code,
+            **session.counters,
+        )
+        return Verdict.TAKE, entry
+
+    def expire(self, now: float) -> list[Entry]:
+        """The leases that ended by `now`."""
+        return [self._end(session, now) for session in self.live if now >= session.heard + self.lease]
+
+    def excuse(self, seconds: float) -> None:
+        """Nobody listened for so long: what was said meanwhile is still to be heard."""
+        for session in self.live:
+            session.heard += seconds
+
+    def end_all(self, now: float) -> list[Entry]:
+        """The command ended, and with it every lease."""
+        return [self._end(session, now) for session in self.live]
+
+    def _end(self, session: Session, now: float) -> Entry:
+        session.state = "lease"
+        return Entry.of_event(EntryKind.LEASE, session.id, first=session.next, received=now, **session.counters)
+
+    def _count(self, session: Session, said: Hello | Status | Bye) -> None:
+        session.offered = max(session.offered, said.offered)
+        for reason, count in said.dropped.items():
+            session.dropped[reason] = max(session.dropped.get(reason, 0), count)

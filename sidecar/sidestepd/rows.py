@@ -1,0 +1,132 @@
+"""What flows from stage to stage behind the spool: values, no behaviour but packing.
+
+entry ─resolve▶ Part ─order▶ Bundle ─assemble▶ Row ─▶ row log and sink
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import msgpack
+
+MAIN_AXIS = "global_step"
+"""The axis of everything that is logged outside a stage."""
+
+
+class Position(NamedTuple):
+    """Where a record lies: the spool's entry and the record's sequence in its session."""
+
+    entry: int
+    seq: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """What one rank said in one call, on one axis at one step.
+
+    `used`: a row of the row log holds it already; it only moves its session along.
+    """
+
+    position: Position
+    session: bytes
+    rank: int
+    axis: str
+    step: int
+    time: float
+    values: Mapping[str, Any]
+    used: bool = False
+
+
+Cause = Literal["passed", "patience", "forced", "closing", "late"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bundle:
+    """Everything that was said at one step of one axis, ready to leave; parts in order of rank."""
+
+    axis: str
+    step: int
+    parts: tuple[Part, ...]
+    cause: Cause = "passed"
+
+    @property
+    def late(self) -> bool:
+        """Whether its row had left before."""
+        return self.cause == "late"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Definition:
+    """What wandb is told of a name, once: exact names only, never a pattern."""
+
+    name: str
+    step_metric: str | None = None
+    summary: str | None = None
+    hidden: bool | None = None
+
+    def pack(self) -> bytes:
+        """As bytes."""
+        return bytes(msgpack.packb((self.name, self.step_metric, self.summary, self.hidden)))
+
+    @classmethod
+    def unpack(cls, raw: bytes) -> Definition:
+        """From bytes."""
+        name, step_metric, summary, hidden = msgpack.unpackb(raw)
+        return cls(name=name, step_metric=step_metric, summary=summary, hidden=hidden)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Latest:
+    """The newest value of a name: at the highest step of its axis, said at `time`."""
+
+    axis: str
+    step: int
+    time: float
+    value: Any
+
+    def pack(self) -> bytes:
+        """As bytes."""
+        return bytes(msgpack.packb((self.axis, self.step, self.time, self.value)))
+
+    @classmethod
+    def unpack(cls, raw: bytes) -> Latest:
+        """From bytes."""
+        axis, step, time, value = msgpack.unpackb(raw, strict_map_key=False)
+        return cls(axis=axis, step=step, time=time, value=value)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One call to a sink, decided.
+
+    `step` is wandb's `_step`; `places` the steps of the axes that met in it; `time` seconds since the epoch in
+    the worker. `restore` is what a late row must not leave behind in the summary: newer values, to be put back.
+    """
+
+    step: int
+    time: float
+    values: Mapping[str, Any]
+    places: Mapping[str, int]
+    positions: tuple[Position, ...]
+    late: bool = False
+    restore: Mapping[str, Any] = field(default_factory=dict)
+
+    def pack(self) -> bytes:
+        """As bytes, without the positions."""
+        return bytes(msgpack.packb((self.step, self.time, self.values, self.places, self.late, self.restore)))
+
+    @classmethod
+    def unpack(cls, content: bytes, positions: bytes) -> Row:
+        """From what `pack` and `pack_positions` made."""
+        step, time, values, places, late, restore = msgpack.unpackb(content, strict_map_key=False)
+        return cls(
+            step=step,
+            time=time,
+            values=values,
+            places=places,
+            late=late,
+            restore=restore,
+            positions=tuple(Position(*pair) for pair in msgpack.unpackb(positions)),
+        )

@@ -1,0 +1,104 @@
+"""Rows as lines of JSON in `rows.jsonl`, for those without wandb and for tests.
+
+A line is whole when it ends in a newline; a torn one, left by a crash, is cut off when the file is opened
+again. Config, definitions and summary are lines of their own, told apart by their only key.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from sidestepd.errors import Fatal
+from sidestepd.rows import Definition, Row
+from sidestepd.sinks.base import Confirmed, RunFacts
+
+FILE_NAME = "rows.jsonl"
+
+
+class JsonlSink:
+    """Appends to one file, and syncs it when asked to confirm."""
+
+    def __init__(self) -> None:
+        self._path = Path()
+        self._file: IO[bytes] | None = None
+        self._written: list[int] = []
+
+    def open(self, run: RunFacts, bookmark: Mapping[str, Any]) -> Confirmed:
+        """Cut a torn line off, and tell of the rows beyond the bookmark."""
+        self._path = run.directory / FILE_NAME
+        offset = int(bookmark.get("offset", 0))
+        steps: list[int] = []
+        self._file = self._path.open("ab")
+        if offset > self._file.tell():  # not the file that it was
+            offset = 0
+        with self._path.open("r+b") as file:
+            file.seek(offset)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break
+                offset += len(line)
+                steps += _steps(line)
+            file.truncate(offset)
+        return Confirmed(steps=tuple(steps), bookmark={"offset": offset})
+
+    def define(self, definitions: Iterable[Definition]) -> None:
+        """One line each."""
+        for it in definitions:
+            self._append({"define_metric": {"name": it.name, "step_metric": it.step_metric}})
+
+    def config(self, values: Mapping[str, Any]) -> None:
+        """One line."""
+        self._append({"config": dict(values)})
+
+    def summary(self, values: Mapping[str, Any]) -> None:
+        """One line."""
+        self._append({"summary": dict(values)})
+
+    def write(self, row: Row) -> None:
+        """One line with `_step` and `_timestamp`, as in wandb's history."""
+        self._append({"_step": row.step, "_timestamp": row.time, **row.values})
+        self._written.append(row.step)
+
+    def confirm(self) -> Confirmed:
+        """Sync the file."""
+        file = self._open_file
+        file.flush()
+        os.fsync(file.fileno())
+        steps, self._written = tuple(self._written), []
+        return Confirmed(steps=steps, bookmark={"offset": file.tell()})
+
+    def close(self, exit_code: int) -> None:
+        """One last line."""
+        self._append({"exit_code": exit_code})
+
+    def about(self) -> Mapping[str, Any]:
+        """Where the file is."""
+        return {"path": str(self._path)}
+
+    def _append(self, line: Mapping[str, Any]) -> None:
+        try:
+            self._open_file.write(json.dumps(line, default=_plain).encode() + b"\n")
+        except OSError as error:
+            raise Fatal(f"{self._path}: {error}") from error  # the next process cuts off what is torn
+
+    @property
+    def _open_file(self) -> IO[bytes]:
+        if self._file is None:
+            raise RuntimeError("the sink is not open")
+        return self._file
+
+
+def _steps(line: bytes) -> Iterator[int]:
+    """The step of a line that is a row; a damaged line is none, and its row will be written again."""
+    try:
+        yield int(json.loads(line)["_step"])
+    except (ValueError, KeyError, TypeError):
+        return
+
+
+def _plain(value: object) -> str:
+    return value.decode(errors="replace") if isinstance(value, bytes) else str(value)

@@ -1,0 +1,192 @@
+"""Rows into a wandb run: one `run.log(row, step=N, commit=True)` for each, never a lower step.
+
+- `run.log` returning means nothing durable: a row counts once it is read back from the synced `.wandb` file
+- offline a resumed run writes a further segment: the rows it holds are those of all segments together
+- the connection to wandb-core breaking is `Fatal`: the next process resumes, by the path walked at every start
+- a value that wandb refuses costs that value, not its row
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+import wandb
+
+from sidestepd.errors import Fatal, Reject
+from sidestepd.rows import Definition, Row
+from sidestepd.sinks import wandb_log
+from sidestepd.sinks.base import Confirmed, RunFacts
+
+logger = logging.getLogger(__name__)
+
+FLUSH_INTERVAL_S = 1.0
+"""How often wandb-core writes what it has into its file."""
+_BROKEN = (ConnectionError, wandb.errors.CommError, wandb.errors.UsageError, OSError)
+
+
+class WandbSink:
+    """One run in this process, through wandb's public interface alone."""
+
+    def __init__(self) -> None:
+        self._run: wandb.Run | None = None
+        self._file = Path()
+        self._reader = wandb_log.LogReader(self._file)
+        self._offsets: dict[str, int] = {}
+
+    def open(self, run: RunFacts, bookmark: Mapping[str, Any]) -> Confirmed:
+        """Read what earlier segments hold, then begin a new one."""
+        folder = run.directory / "wandb"
+        folder.mkdir(exist_ok=True)
+        self._offsets = dict(bookmark.get("offsets", {}))
+        steps = [step for segment in wandb_log.segments(folder) for step in self._read(segment)]
+        _wait_for_free_name(folder)
+        self._run = _init(run)
+        self._file = Path(self._run.settings.sync_file)
+        self._reader = wandb_log.LogReader(self._file)
+        return Confirmed(steps=tuple(steps), bookmark={"offsets": self._offsets})
+
+    def define(self, definitions: Iterable[Definition]) -> None:
+        """Exact names only: a name with a `*` in it would be a pattern to wandb, and is left alone."""
+        for it in definitions:
+            if "*" not in it.name:
+                self._open_run.define_metric(
+                    it.name,
+                    step_metric=it.step_metric,
+                    step_sync=False,
+                    hidden=it.hidden,
+                    summary=it.summary,
+                )
+
+    def config(self, values: Mapping[str, Any]) -> None:
+        """Later values replace earlier ones."""
+        self._open_run.config.update(dict(values), allow_val_change=True)  # type: ignore[no-untyped-call]
+
+    def summary(self, values: Mapping[str, Any]) -> None:
+        """Beside what wandb derives from the rows."""
+        self._open_run.summary.update(dict(values))
+
+    def write(self, row: Row) -> None:
+        """One call."""
+        values = {"_timestamp": row.time, **row.values}
+        try:
+            try:
+                self._open_run.log(values, step=row.step, commit=True)
+            except (TypeError, ValueError) as error:
+                self._open_run.log(_loggable(values, error), step=row.step, commit=True)
+            if row.restore:
+                self.summary(row.restore)
+        except (TypeError, ValueError) as error:
+            raise Reject("unloggable", str(error)) from error
+        except _BROKEN as error:
+            raise Fatal(f"wandb-core is gone: {error!r}") from error
+
+    def confirm(self) -> Confirmed:
+        """Read what the file has got since the last time, then sync it: so what was read is on the disk."""
+        steps = tuple(wandb_log.steps_of(self._reader))
+        _sync(self._file)
+        self._offsets[self._file.parent.name] = self._reader.offset
+        return Confirmed(steps=steps, bookmark={"offsets": self._offsets})
+
+    def close(self, exit_code: int) -> None:
+        """Finish the run and wait for wandb-core to end: only then is its file complete."""
+        self._open_run.finish(exit_code=exit_code)
+        wandb.teardown(exit_code)
+
+    def about(self) -> Mapping[str, Any]:
+        """The run's address and wandb-core's process, to be gone before another one is started."""
+        core = _core()
+        return {
+            "name": self._open_run.name,
+            "project": self._open_run.project,
+            "entity": self._open_run.entity,
+            "url": None,  # offline there is none
+            "segment": str(self._file.parent),
+            "core": {"pid": core.pid, "started": core.create_time()} if core else None,
+        }
+
+    def _read(self, segment: Path) -> list[int]:
+        reader = wandb_log.LogReader(segment, self._offsets.get(segment.parent.name, 0))
+        steps = list(wandb_log.steps_of(reader))
+        self._offsets[segment.parent.name] = reader.offset
+        return steps
+
+    @property
+    def _open_run(self) -> wandb.Run:
+        if self._run is None:
+            raise RuntimeError("the sink is not open")
+        return self._run
+
+
+def _init(run: RunFacts) -> wandb.Run:
+    os.environ["WANDB_ERROR_REPORTING"] = "false"
+    os.environ.pop("WANDB_SERVICE", None)  # another process's core would die with that process
+    settings = wandb.Settings(
+        console="off",
+        x_disable_stats=True,
+        x_disable_meta=True,
+        x_disable_machine_info=True,
+        x_save_requirements=False,
+        disable_git=True,
+        disable_code=True,
+        save_code=False,
+        label_disable=True,
+        silent=True,
+        x_transaction_log_flush_interval=FLUSH_INTERVAL_S,
+        init_timeout=30,
+    )
+    try:
+        return wandb.init(
+            id=run.id,
+            dir=run.directory,
+            mode="offline",
+            project=run.project,
+            entity=run.entity,
+            name=run.name,
+            reinit="create_new",
+            settings=settings,
+            **run.options,
+        )
+    except (wandb.errors.Error, OSError) as error:
+        raise Fatal(f"wandb can not open the run: {error}") from error
+
+
+def _wait_for_free_name(folder: Path) -> None:
+    """wandb names a segment by the second it began in; two of one second would be one file."""
+    taken = {segment.parent.name.split("-")[2] for segment in wandb_log.segments(folder)}
+    while time.strftime("%Y%m%d_%H%M%S") in taken:
+        time.sleep(0.05)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _core() -> psutil.Process | None:
+    """The wandb-core that this process started."""
+    for child in psutil.Process().children(recursive=True):
+        if "wandb-core" in child.name():
+            return child
+    return None
+
+
+def _loggable(values: Mapping[str, Any], error: Exception) -> dict[str, Any]:
+    """The values that wandb can turn into JSON, each tried by itself."""
+    good = {}
+    for name, value in values.items():
+        try:
+            wandb.util.json_dumps_safer_history(value)
+        except (TypeError, ValueError, OverflowError):
+            logger.warning("wandb refuses %.80r: %s", name, error)
+        else:
+            good[name] = value
+    return good

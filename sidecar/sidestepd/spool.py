@@ -1,0 +1,258 @@
+"""The spool: what was acknowledged, on disk, in the order it came.
+
+- one writer: intake, with one connection, used by one thread at a time; everyone else reads
+- one commit holds frames together with the next sequence of their sessions: neither is there without the other
+- an entry's id grows for ever and is never used again, not after a full drain, not after a salvage, not when
+  the file was lost
+- what is read is what was written: SQLite's own check does not see flipped bits, so every row has a crc
+- opening always succeeds: a damaged file is moved to `quarantine/` and what can still be read is kept
+- whoever finds damage leaves a mark for the next start; a full or failing disk is no damage
+- an error of the disk is for the process to die of; it is never retried here
+
+Tables of `spool.db`:
+    entry(id, kind, session, first, count, more, crc, received, seal, body)   frames, and what happened to sessions
+    session(id, next, state, heard, hello, counters, seal)                    as of the newest commit
+    meta(key, value)                                                          'clock': offset of the spool's clock
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sqlite3
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sidestepd.entries import (
+    ENTRY_COLUMNS,
+    PUT_ENTRY,
+    PUT_SESSION,
+    SCHEMA,
+    SESSION_COLUMNS,
+    Entry,
+    EntryKind,
+    StoredSession,
+    Unreadable,
+    entry_of,
+    entry_row,
+    session_of,
+    session_row,
+)
+from sidestepd.errors import SpoolDamaged, SpoolError, SpoolFull
+from sidestepd.salvage import HIGHEST_ID, SALVAGE_STRIDE, complete, salvage
+
+__all__ = ["SALVAGE_STRIDE", "Entry", "EntryKind", "Spool", "SpoolReader", "StoredSession", "damage_mark"]
+
+logger = logging.getLogger(__name__)
+
+_DAMAGE = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
+_NO_DAMAGE = frozenset(
+    {
+        sqlite3.SQLITE_PERM,
+        sqlite3.SQLITE_BUSY,
+        sqlite3.SQLITE_LOCKED,
+        sqlite3.SQLITE_NOMEM,
+        sqlite3.SQLITE_IOERR,
+        sqlite3.SQLITE_FULL,
+        sqlite3.SQLITE_CANTOPEN,
+    }
+)
+"""What the machine lacks; anything else that keeps a spool from opening is wrong with the file."""
+
+
+class Spool:
+    """The writer's side."""
+
+    def __init__(self, path: Path, *, above: int = 0) -> None:
+        """Open or make the spool at `path`, salvaging it if need be; ids of a new one start far above `above`."""
+        self.path = path
+        was_salvaged = complete(path)
+        try:
+            self._db = _open(path)
+        except (sqlite3.DatabaseError, ValueError) as error:
+            if not _keeps_from_opening(error, path):
+                raise SpoolError(f"can not open {path}: {error}") from error
+            logger.error("%s", SpoolDamaged(path, error))
+            salvage(path, above=above)
+            self._db, was_salvaged = _open(path, marked=True), True
+        damage_mark(path).unlink(missing_ok=True)
+        self.salvaged: int = self._one("SELECT count(*) FROM entry") if was_salvaged else 0
+        self._last: int = self._one("SELECT max(seq) FROM sqlite_sequence") or 0
+        if self._last < above:
+            self._last = above + SALVAGE_STRIDE
+
+    def commit(self, entries: Iterable[Entry], sessions: Iterable[StoredSession] = ()) -> int:
+        """Write entries and sessions together, durably; returns the last id. Nothing is written on an error."""
+        last = self._last
+        with self._writing():
+            for entry in entries:
+                last += 1
+                self._db.execute(f"INSERT {PUT_ENTRY}", entry_row(entry, last))
+            self._db.executemany(f"INSERT OR REPLACE {PUT_SESSION}", map(session_row, sessions))
+        self._last = last
+        return last
+
+    def delete_through(self, last: int) -> int:
+        """Delete every entry up to and including id `last`, but for a CLOSE; returns how many went."""
+        with self._writing():
+            return self._db.execute(
+                "DELETE FROM entry WHERE id <= ? AND kind != ?", (last, EntryKind.CLOSE)
+            ).rowcount
+
+    def set_clock(self, offset: float) -> None:
+        """Publish the offset of this life's clock."""
+        with self._writing():
+            self._db.execute("INSERT OR REPLACE INTO meta VALUES ('clock', ?)", (offset,))
+
+    def sessions(self) -> list[StoredSession]:
+        """Every session that ever spoke."""
+        return _sessions(self._db)
+
+    def latest(self) -> float:
+        """The newest spool time in the spool, 0 if there is none."""
+        newest = "SELECT received FROM entry ORDER BY id DESC LIMIT 1"
+        return max(self._one(newest) or 0.0, self._one("SELECT max(heard) FROM session") or 0.0)
+
+    def has_close(self) -> bool:
+        """Whether the run was told to finish; that is never forgotten."""
+        return bool(self._one("SELECT count(*) FROM entry WHERE kind = ?", EntryKind.CLOSE))
+
+    def close(self) -> None:
+        """Fold the write-ahead log into the file and let go of it."""
+        self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        self._db.close()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """One transaction."""
+        try:
+            with self._db:
+                yield
+        except sqlite3.DatabaseError as error:
+            if _code(error) == sqlite3.SQLITE_FULL:
+                raise SpoolFull(f"{self.path}: {error}") from error
+            if _code(error) in _DAMAGE:
+                raise _damaged(self.path, error) from error
+            raise
+
+    def _one(self, query: str, *arguments: Any) -> Any:
+        row = self._db.execute(query, arguments).fetchone()
+        return row[0] if row else None
+
+
+class SpoolReader:
+    """A reader's side: short transactions, no locks, sees what is committed.
+
+    Whatever is asked, SpoolDamaged is raised, and the file marked for it, when the answer is not what was written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._db = sqlite3.connect(f"file:{path}?mode=ro", uri=True, isolation_level=None)
+
+    def read(self, after: int, limit: int) -> list[Entry]:
+        """The next `limit` entries with an id above `after`."""
+        query = f"SELECT {ENTRY_COLUMNS} FROM entry WHERE id > ? ORDER BY id LIMIT ?"
+        with self._reading():
+            return [entry_of(row) for row in self._db.execute(query, (after, limit)).fetchall()]
+
+    def first(self, *kinds: EntryKind) -> Entry | None:
+        """The oldest entry of these kinds."""
+        marks = ", ".join("?" * len(kinds))
+        query = f"SELECT {ENTRY_COLUMNS} FROM entry WHERE kind IN ({marks}) ORDER BY id LIMIT 1"
+        with self._reading():
+            row = self._db.execute(query, kinds).fetchone()
+            return entry_of(row) if row else None
+
+    def records_after(self, after: int) -> int:
+        """How many records lie in frames above id `after`."""
+        query = "SELECT coalesce(sum(count), 0) FROM entry WHERE id > ? AND kind = ?"
+        with self._reading():
+            return int(self._db.execute(query, (after, EntryKind.FRAME)).fetchone()[0])
+
+    def sessions(self) -> list[StoredSession]:
+        """Every session that ever spoke, as of the newest commit."""
+        with self._reading():
+            return _sessions(self._db)
+
+    def clock_offset(self) -> float:
+        """What intake published for this life."""
+        with self._reading():
+            row = self._db.execute("SELECT value FROM meta WHERE key = 'clock'").fetchone()
+            return float(row[0]) if row else 0.0
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self._db.close()
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        try:
+            yield
+        except (sqlite3.DatabaseError, ValueError) as error:
+            if not isinstance(error, sqlite3.DatabaseError) or _code(error) in _DAMAGE:
+                raise _damaged(self.path, error) from error
+            raise
+
+
+def damage_mark(path: Path) -> Path:
+    """The file whose presence says that the spool was found damaged, for the next start to salvage it."""
+    return path.with_name(f"{path.name}.damaged")
+
+
+def _damaged(path: Path, why: Exception) -> SpoolDamaged:
+    damage_mark(path).touch()
+    return SpoolDamaged(path, why)
+
+
+def _code(error: sqlite3.Error) -> int | None:
+    """SQLite's own number for what happened, without its details."""
+    code: int | None = getattr(error, "sqlite_errorcode", None)
+    return None if code is None else code & 0xFF
+
+
+def _keeps_from_opening(error: Exception, path: Path) -> bool:
+    """Whether it is the file that is wrong, and not the machine."""
+    if not isinstance(error, sqlite3.Error):
+        return True  # a row that is not what was written, or a message in no encoding
+    code = _code(error)
+    if code == sqlite3.SQLITE_READONLY:  # its header may say so
+        return os.access(path, os.W_OK)
+    return code not in _NO_DAMAGE
+
+
+def _open(path: Path, *, marked: bool = False) -> sqlite3.Connection:
+    """A connection to a spool that can be walked and written to; raises whatever keeps it from that."""
+    if not marked and damage_mark(path).exists():
+        raise Unreadable("it was found so before")
+    db = sqlite3.connect(path, check_same_thread=False)
+    try:
+        db.execute("PRAGMA journal_mode = WAL")
+        db.execute("PRAGMA synchronous = FULL")
+        db.execute("PRAGMA journal_size_limit = 16777216")
+        db.executescript(SCHEMA)
+        _walk(db)
+    except BaseException:
+        db.close()
+        raise
+    return db
+
+
+def _walk(db: sqlite3.Connection) -> None:
+    """Touch everything that a life begins with, and write, as a trial."""
+    db.execute("SELECT max(kind), max(received) FROM entry").fetchone()
+    _sessions(db)
+    highest = db.execute("SELECT max(seq) FROM sqlite_sequence").fetchone()[0] or 0
+    if not isinstance(highest, int) or not 0 <= highest < HIGHEST_ID:
+        raise Unreadable(f"ids up to {highest!r:.40} were given")
+    db.execute("BEGIN")
+    db.execute(f"INSERT {PUT_ENTRY}", entry_row(Entry(kind=EntryKind.BOOT), highest + 1))
+    db.rollback()
+    with db:
+        db.execute("INSERT OR REPLACE INTO meta VALUES ('opened', 1)")
+
+
+def _sessions(db: sqlite3.Connection) -> list[StoredSession]:
+    return [session_of(row) for row in db.execute(f"SELECT {SESSION_COLUMNS} FROM session")]

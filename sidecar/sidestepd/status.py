@@ -1,0 +1,187 @@
+"""How a run stands, living or finished: read from its files, asking nobody and writing nothing.
+
+The ledger is counted from both ends. What was offered is the workers' word, what became of it is delivery's,
+and what is pending is counted in the spool and in the workers; that the two sides agree is the promise that
+nothing was lost without a count.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from sidestepd.processes import Lock, read_json
+from sidestepd.rowlog import RowLogReader
+from sidestepd.rundir import RunFile
+from sidestepd.spool import SpoolReader, StoredSession
+
+_TRIES = 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ledger:
+    """What became of every record. `rejected` and `dropped` are by reason.
+
+    `pending` is on its way, in a worker or in the spool; `unknown` was offered by a worker that ended without
+    a word, and never came.
+    """
+
+    offered: int = 0
+    delivered: int = 0
+    rejected: Mapping[str, int] = field(default_factory=dict)
+    dropped: Mapping[str, int] = field(default_factory=dict)
+    pending: int = 0
+    unknown: int = 0
+
+    @property
+    def balances(self) -> bool:
+        """Whether every record that was offered is accounted for."""
+        given_up = sum(self.rejected.values()) + sum(self.dropped.values())
+        return self.offered == self.delivered + given_up + self.pending + self.unknown
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SessionReport:
+    """One life of one worker. `state` is "live", "bye", or "lost" for one that ended without a word."""
+
+    rank: int
+    node: str
+    pid: int
+    state: str
+    offered: int
+    acknowledged: int
+    dropped: Mapping[str, int]
+
+    @property
+    def missing(self) -> int:
+        """Records that were offered, not dropped, and have not come."""
+        return self.offered - sum(self.dropped.values()) - self.acknowledged
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """Everything a user asks of a run. `state` is "running", "finished" or "interrupted"."""
+
+    run: RunFile
+    state: str
+    rows: int
+    last_step: int | None
+    late_rows: int
+    forced: int
+    conflicts: int
+    unmatched: tuple[str, ...]
+    sessions: tuple[SessionReport, ...]
+    ledger: Ledger
+    spool_bytes: int
+
+    @property
+    def ranks(self) -> int:
+        """How many ranks spoke."""
+        return len({session.rank for session in self.sessions})
+
+    @property
+    def lost_sessions(self) -> int:
+        """How many workers ended without a word."""
+        return sum(session.state == "lost" for session in self.sessions)
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain values, with the sums that the fields leave to the reader."""
+        values = asdict(self) | {"ranks": self.ranks, "lost_sessions": self.lost_sessions}
+        values["ledger"]["balances"] = self.ledger.balances
+        del values["run"]["state"]  # as its supervisor left it; `state` is how it is
+        return values
+
+
+def report(run_dir: Path) -> Report:
+    """Read a run directory. Raises SettingsError if it is none."""
+    rowlog = RowLogReader(run_dir / "delivery.db")
+    run = RunFile.read(run_dir).with_what_wandb_made_of_it(read_json(run_dir / "about.json"))
+    if run.exit_code is None:  # a run that closed itself has nobody to write that into run.json
+        run = replace(run, exit_code=rowlog.meta("exit_code"))
+    # In this order: what delivery had read by then is in the spool, or was and is counted as settled.
+    state, told = _state(run, run_dir, rowlog), rowlog.meta("ledger", {})
+    stored, unread = _spooled(run_dir / "spool.db", after=told.get("read_through", 0))
+    sessions = tuple(sorted((_session(one, state) for one in stored), key=lambda one: one.rank))
+    return Report(
+        run=run,
+        state=state,
+        rows=told.get("rows", 0),
+        last_step=told.get("last_step") if told.get("rows") else None,
+        late_rows=told.get("late_rows", 0),
+        forced=told.get("forced", 0),
+        conflicts=told.get("conflicts", 0),
+        unmatched=tuple(told.get("unmatched", ())),
+        sessions=sessions,
+        ledger=_ledger(sessions, told, unread),
+        spool_bytes=sum(path.stat().st_size for path in run_dir.glob("spool.db*")),
+    )
+
+
+def losses(ledger: Ledger) -> str:
+    """What was lost, in one phrase; "" if nothing was."""
+    parts = [f"{count} dropped ({reason})" for reason, count in sorted(ledger.dropped.items()) if count]
+    parts += [f"{count} rejected ({reason})" for reason, count in sorted(ledger.rejected.items()) if count]
+    parts += [f"{ledger.unknown} of workers that ended without a word"] if ledger.unknown else []
+    parts += [] if ledger.balances else ["and the ledger does not balance, which is a defect: please report it"]
+    return ", ".join(parts)
+
+
+def _state(run: RunFile, run_dir: Path, rowlog: RowLogReader) -> str:
+    if rowlog.meta("state") == "closed":
+        return "finished"
+    locks = [run_dir / "intake.lock", Path(run.address.removeprefix("ipc://") + ".lock")]
+    return "interrupted" if all(map(Lock.is_free, locks)) else "running"
+
+
+def _spooled(path: Path, *, after: int) -> tuple[list[StoredSession], int]:
+    """The sessions, and how many records lie above entry `after`: of one and the same moment."""
+    if not path.exists():
+        return [], 0
+    reader = SpoolReader(path)
+    try:
+        for _ in range(_TRIES):
+            sessions, records = reader.sessions(), reader.records_after(after)
+            if sessions == reader.sessions():
+                break
+        return sessions, records
+    finally:
+        reader.close()
+
+
+def _session(stored: StoredSession, state: str) -> SessionReport:
+    dropped: dict[str, int] = dict(stored.counters.get("dropped", {}))
+    ended = "lost" if stored.state == "lease" or state == "finished" else stored.state
+    return SessionReport(
+        rank=stored.hello.get("rank", 0),
+        node=stored.hello.get("node", ""),
+        pid=stored.hello.get("pid", 0),
+        state="bye" if stored.state == "bye" else ended,
+        # A heartbeat is older than the frames that came after it.
+        offered=max(stored.counters.get("offered", 0), stored.next + sum(dropped.values())),
+        acknowledged=stored.next,
+        dropped=dropped,
+    )
+
+
+def _ledger(sessions: Iterable[SessionReport], told: Mapping[str, Any], unread: int) -> Ledger:
+    by_workers = _sum(session.dropped for session in sessions)
+    unreadable = Counter(told.get("dropped", {}))
+    unreadable -= _sum(session["dropped"] for session in told.get("sessions", {}).values())
+    return Ledger(
+        offered=sum(session.offered for session in sessions),
+        delivered=told.get("delivered", 0),
+        rejected=dict(told.get("rejected", {})),
+        dropped=dict(by_workers + unreadable),
+        pending=told.get("unsettled", 0) + unread + sum(s.missing for s in sessions if s.state != "lost"),
+        unknown=sum(session.missing for session in sessions if session.state == "lost"),
+    )
+
+
+def _sum(counts: Iterable[Mapping[str, int]]) -> Counter[str]:
+    total: Counter[str] = Counter()
+    for count in counts:
+        total.update(count)
+    return total

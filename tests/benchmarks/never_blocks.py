@@ -1,0 +1,232 @@
+"""That `log()` waits for nobody: timed with the daemon up, frozen, killed and absent.
+
+    python -m tests.benchmarks.never_blocks [--calls N]
+
+- each condition is measured in a process of its own, call by call in turns with a control: an empty call, timed
+  the same way, and repeated for as long as log() takes at its median
+- a frozen daemon has all its processes stopped, after the worker was seen to be connected; so has a killed one
+- afterwards `finish()` must return in its time, and say what is not acknowledged
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from rich.console import Console
+from rich.table import Table
+
+import sidestep
+from tests.benchmarks.measuring import (
+    Distribution,
+    Judgement,
+    empty_for,
+    judge_at_most,
+    scalars,
+    time_alternating,
+    time_calls_between,
+)
+from tests.benchmarks.served import ServedRun
+from tests.benchmarks.workload import Step
+
+CONDITIONS = ("up", "frozen", "killed", "absent", "no address", "outbox full")
+FINISH_TIMEOUT_S = 1.0
+_SLACK_S = 0.5
+_TAIL_US = 500.0
+_PILOT = 200
+_REPOSITORY = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """One condition: how long calls took, and what became of what they said."""
+
+    condition: str
+    log: Distribution
+    control: Distribution
+    offered: int
+    acknowledged: int
+    pending: int
+    dropped: int
+    finish_s: float
+    said: str = ""
+    """What the worker's process wrote to stderr."""
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any], said: str) -> Self:
+        """What the measuring process printed."""
+        times = {name: Distribution(**values.pop(name)) for name in ("log", "control")}
+        return cls(**times, **values, said=said)
+
+    @property
+    def balances(self) -> bool:
+        """Whether each record is accounted for."""
+        return self.offered == self.acknowledged + self.pending + self.dropped
+
+    @property
+    def says_what_is_left(self) -> bool:
+        """Whether records that nobody acknowledged are named, by their number."""
+        return not self.pending or f"{self.pending} records are not acknowledged" in self.said
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """All conditions, and what is claimed of them."""
+
+    cases: tuple[Case, ...]
+    judgements: tuple[Judgement, ...]
+
+
+def measure(calls: int = 20_000) -> Report:
+    """Measure each condition, and judge. Raises CalledProcessError if anything raised in a worker."""
+    cases = tuple(_measured_apart(condition, calls) for condition in CONDITIONS)
+    up, *others = cases
+    return Report(
+        cases=cases, judgements=(*_judge(up, up), *(claim for case in others for claim in _judge(case, up)))
+    )
+
+
+def _measured_apart(condition: str, calls: int) -> Case:
+    words = [
+        sys.executable,
+        "-m",
+        "tests.benchmarks.never_blocks",
+        "--condition",
+        condition,
+        "--calls",
+        str(calls),
+    ]
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("SIDESTEP_")}
+    done = subprocess.run(words, cwd=_REPOSITORY, env=environ, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise subprocess.CalledProcessError(done.returncode, words, done.stdout, done.stderr)
+    return Case.from_json(json.loads(done.stdout.splitlines()[-1]), said=done.stderr)
+
+
+def _judge(case: Case, up: Case) -> Iterator[Judgement]:
+    name, tail = case.condition, case.log.p999 - case.control.p999
+    if name not in ("up", "outbox full"):  # a full one counts each record as dropped: the tail is what matters
+        yield judge_at_most(f"{name}: median over that of up", case.log.p50 / up.log.p50, 3, "times")
+    yield judge_at_most(f"{name}: p99.9 above that of the control", tail, _TAIL_US, "µs")
+    yield judge_at_most(f"{name}: finish() returns", case.finish_s, FINISH_TIMEOUT_S + _SLACK_S, "s")
+    yield Judgement(
+        claim=f"{name}: finish() says what is not acknowledged, and every record is accounted for",
+        measured=f"{case.offered} = {case.acknowledged} + {case.pending} pending + {case.dropped} dropped",
+        holds=case.balances and case.says_what_is_left and _as_expected(case),
+    )
+
+
+def _as_expected(case: Case) -> bool:
+    """Whether the condition was what it is called: only a daemon that is up acknowledges what is measured."""
+    return (case.acknowledged == case.offered) == (case.condition == "up")
+
+
+# In a process of its own
+
+
+def _measure_here(condition: str, calls: int) -> Case:
+    step = Step(1, target_us=50.0)
+    with _brought_about(condition) as run:
+        alike = statistics.median(time_calls_between(run.log, scalars(), _PILOT, step))
+        log, control = time_alternating(run.log, empty_for(alike), scalars(), calls, step)
+        before = time.monotonic()
+        run.finish(timeout=FINISH_TIMEOUT_S if condition != "up" else 5.0)
+        finish_s = time.monotonic() - before
+        stats = run.stats()
+        return Case(
+            condition=condition,
+            log=Distribution.of(log),
+            control=Distribution.of(control),
+            offered=stats.offered,
+            acknowledged=stats.acknowledged,
+            pending=stats.pending,
+            dropped=sum(stats.dropped.values()),
+            finish_s=finish_s,
+        )
+
+
+@contextmanager
+def _brought_about(condition: str) -> Iterator[sidestep.Run]:
+    """A run to log into, in this condition."""
+    with tempfile.TemporaryDirectory() as folder:
+        if condition not in ("up", "frozen", "killed"):
+            if condition != "no address":
+                os.environ["SIDESTEP_ADDRESS"] = f"ipc://{folder}/nobody.sock"
+            if condition == "outbox full":
+                os.environ["SIDESTEP_OUTBOX_BYTES"] = str(16 * 1024 * 1024)
+            run = sidestep.init()
+            if condition == "outbox full":
+                _fill(run)
+            yield run
+            return
+        with ServedRun(Path(folder)) as served:
+            run = sidestep.init()
+            run.log({"connected": True})
+            if not run.flush(timeout=5):
+                raise RuntimeError("the daemon did not acknowledge while it was up")
+            {"up": len, "frozen": lambda _: served.freeze(), "killed": lambda _: served.kill()}[condition]("")
+            yield run
+
+
+def _fill(run: sidestep.Run) -> None:
+    """Log until the outbox takes no more of the size that is measured."""
+    large = {"text": "x" * 10_000}
+    while not run.stats().dropped:
+        run.log(large)
+    for data in scalars(variants=1) * 100:
+        run.log(data)
+
+
+# Words
+
+
+def show(report: Report) -> None:
+    """Print it all."""
+    table = Table("daemon", title="log() of 10 scalars, and its control (µs)", title_justify="left")
+    for head in ("p50", "p99.9", "max", "control\np99.9", "control\nmax", "finish (s)", "left"):
+        table.add_column(head, justify="right")
+    for case in report.cases:
+        table.add_row(
+            case.condition,
+            f"{case.log.p50:.2f}",
+            f"{case.log.p999:.1f}",
+            f"{case.log.max:.0f}",
+            f"{case.control.p999:.1f}",
+            f"{case.control.max:.0f}",
+            f"{case.finish_s:.2f}",
+            str(case.pending),
+        )
+    Console().print(table)
+    for it in report.judgements:
+        print(it)
+
+
+def main() -> int:
+    """Measure one condition and print it as JSON, or all of them and judge."""
+    parser = argparse.ArgumentParser(description="That log() waits for nobody.")
+    parser.add_argument("--calls", type=int, default=20_000)
+    parser.add_argument("--condition", choices=CONDITIONS, help="measure only this, here, and print JSON")
+    options = parser.parse_args()
+    if options.condition:
+        case = asdict(_measure_here(options.condition, options.calls))
+        case.pop("said")
+        print(json.dumps(case))
+        return 0
+    report = measure(options.calls)
+    show(report)
+    return 0 if all(it.holds for it in report.judgements) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

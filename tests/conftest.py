@@ -1,0 +1,16 @@
+"""Profiles of hypothesis: `default` tries the same examples each time, `nightly` tries many, and new ones.
+
+    HYPOTHESIS_PROFILE=nightly python -m pytest tests/unit
+"""
+
+from __future__ import annotations
+
+import os
+
+from hypothesis import HealthCheck, settings
+
+settings.register_profile(
+    "default", deadline=None, derandomize=True, max_examples=100, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.register_profile("nightly", settings.get_profile("default"), derandomize=False, max_examples=5_000)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))

@@ -1,0 +1,596 @@
+"""A worker and a daemon over a real socket, with everything that can happen between them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+from collections.abc import Callable, Iterator
+from time import monotonic
+from typing import Any
+
+import pytest
+
+from sidestep._run import Run
+from sidestep.notices import Notices
+from sidestep.outbox import Outbox
+from sidestep.ranks import Identity
+from sidestep.sender import Sender, _Link
+from sidestep.session import Session
+from sidestep.settings import WorkerSettings
+from sidestep.testing import FakeDaemon, environment
+from sidestep.wire import Bye, Frame, Hello, Record, Refuse, RunInfo, Status
+
+ME = Identity(rank=1, world=2, local_rank=1, node="here", pid=os.getpid(), launch="test", attempt=0)
+MakeRun = Callable[..., Run]
+
+
+@pytest.fixture
+def daemon() -> Iterator[FakeDaemon]:
+    with FakeDaemon() as made:
+        yield made
+
+
+@pytest.fixture
+def make_run() -> Iterator[MakeRun]:
+    made: list[Run] = []
+
+    def make(daemon: FakeDaemon | str, **options: Any) -> Run:
+        address = daemon if isinstance(daemon, str) else daemon.address
+        session = Session(
+            settings=WorkerSettings(address=address, run_id="fake", **options),
+            identity=ME,
+            keywords={"project": "p"},
+            notices=Notices(),
+        )
+        made.append(Run(session, {"project": "p"}))
+        return made[-1]
+
+    yield make
+    for run in made:
+        run.finish(timeout=0.0)
+
+
+@pytest.fixture
+def run(make_run: MakeRun, daemon: FakeDaemon) -> Run:
+    return make_run(daemon)
+
+
+def numbers(daemon: FakeDaemon) -> list[int]:
+    return [record.data["n"] for record in daemon.records if "n" in record.data]
+
+
+def log(run: Run, start: int, end: int) -> None:
+    for number in range(start, end):
+        run.log({"n": number})
+
+
+def assert_whole(run: Run, daemon: FakeDaemon, count: int) -> None:
+    """Everything arrived once and in order, and the ledger says so."""
+    assert list(range(count)) == numbers(daemon)
+    stats = run.stats()
+    assert (count, count, 0, {}) == (stats.offered, stats.acknowledged, stats.pending, stats.dropped)
+
+
+def assert_balanced(run: Run) -> None:
+    stats = run.stats()
+    assert stats.offered == stats.acknowledged + stats.pending + sum(stats.dropped.values())
+
+
+class TestOrdinaryTimes:
+    def test_everything_arrives_once_and_in_order(self, run: Run, daemon: FakeDaemon):
+        log(run, 0, 5000)
+
+        assert run.flush()
+        assert_whole(run, daemon, 5000)
+
+    def test_the_daemon_learns_who_it_is(self, run: Run, daemon: FakeDaemon):
+        run.flush()
+        daemon.wait_until(lambda: daemon.sessions)
+
+        (seen,) = daemon.sessions.values()
+        hello = seen.hello
+        assert (1, 2, "here", "test", "fake") == (hello.rank, hello.world, hello.node, hello.launch, hello.run)
+        assert {"project": "p"} == hello.settings
+
+    def test_finish_says_bye_with_the_final_count_and_the_exit_code(self, run: Run, daemon: FakeDaemon):
+        log(run, 0, 10)
+        run.log(None)  # type: ignore[arg-type]
+
+        run.finish(exit_code=3)
+
+        (seen,) = daemon.sessions.values()
+        assert seen.bye is not None
+        assert (10, 11, {"unsupported": 1}, 3) == (
+            seen.bye.first, seen.bye.offered, seen.bye.dropped, seen.bye.exit_code,
+        )  # fmt: skip
+
+    def test_an_exception_in_the_with_block_is_an_exit_code(self, run: Run, daemon: FakeDaemon):
+        with pytest.raises(RuntimeError), run:
+            raise RuntimeError
+
+        (seen,) = daemon.sessions.values()
+        assert seen.bye is not None
+        assert 1 == seen.bye.exit_code
+
+    def test_finishing_twice_says_bye_once(self, run: Run, daemon: FakeDaemon):
+        run.finish()
+        run.finish()
+
+        assert 1 == daemon.heard_of(Bye)
+
+    def test_a_heartbeat_comes_although_nothing_is_logged(self, run: Run, daemon: FakeDaemon):
+        daemon.wait_until(lambda: daemon.heard_of(Status) >= 2)
+
+        assert run.stats().offered == 0
+
+    def test_a_record_after_a_long_silence_wakes_the_sender(self, run: Run, daemon: FakeDaemon):
+        run.flush()
+        daemon.wait_until(lambda: run._session.outbox.idle)
+
+        run.log({"n": 0})
+
+        daemon.wait_until(lambda: numbers(daemon) == [0])
+        assert not run._session.outbox.idle
+
+    def test_a_record_that_comes_while_the_sender_falls_asleep_is_noticed(self):
+        """The flag that asks for a wake-up goes up before the queue is looked at for the last time."""
+        slept = []
+
+        class Link(_Link):
+            def __init__(self) -> None:
+                pass
+
+            def wait_for_answer(self, seconds: float) -> None:
+                slept.append(seconds)
+
+        outbox = Outbox(bytes(16))
+        sender = Sender("ipc:///tmp/unused.sock", Hello(session=bytes(16)), outbox, Notices())
+        sender._sleep(Link(), 1.0)
+        outbox.offer(b"x")
+
+        sender._sleep(Link(), 2.0)
+
+        assert [1.0] == slept
+
+    def test_what_only_the_daemon_knows_is_asked_for(self, run: Run, daemon: FakeDaemon):
+        daemon.run = {"id": "fake", "mode": "online", "url": "https://wandb.example/fake"}
+
+        assert "https://wandb.example/fake" == run.url
+        assert daemon.heard_of(RunInfo) >= 1
+
+    def test_offline_there_is_no_address_and_no_wait(self, run: Run):
+        assert run.url is None
+        assert "offline" == run.mode
+
+    def test_threads_lose_nothing(self, run: Run, daemon: FakeDaemon):
+        each, threads = 2000, 4
+        workers = [
+            threading.Thread(target=log, args=(run, mark * each, (mark + 1) * each)) for mark in range(threads)
+        ]
+
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+
+        assert run.flush()
+        assert list(range(each * threads)) == sorted(numbers(daemon))
+        assert list(range(each * threads)) == sorted(record.step or 0 for record in daemon.records)
+
+
+class TestTheDaemonIsAway:
+    def test_what_was_said_before_it_came_arrives(self, daemon: FakeDaemon, make_run: MakeRun):
+        daemon.stop()
+        run = make_run(daemon)
+        log(run, 0, 100)
+
+        daemon.start()
+
+        assert run.flush()
+        assert_whole(run, daemon, 100)
+
+    def test_a_restart_with_its_memory_loses_and_doubles_nothing(self, run: Run, daemon: FakeDaemon):
+        for round_ in range(4):
+            log(run, round_ * 500, round_ * 500 + 500)
+            if round_ % 2:
+                run.flush()
+            daemon.restart()
+
+        assert run.flush()
+        assert_whole(run, daemon, 2000)
+        assert run._session.sender is not None
+        assert run._session.sender.reconnects >= 1
+
+    def test_a_restart_without_its_memory_costs_only_what_was_acknowledged(self, run: Run, daemon: FakeDaemon):
+        log(run, 0, 100)
+        assert run.flush()
+
+        daemon.restart(forget=True)
+        log(run, 100, 200)
+
+        assert run.flush()
+        assert list(range(100, 200)) == numbers(daemon)
+        (seen,) = daemon.sessions.values()
+        assert 100 == seen.hello.first
+
+    def test_a_restart_is_noticed_at_once(self, run: Run, daemon: FakeDaemon):
+        """By the lost connection, not by an acknowledgement that does not come (2 s)."""
+        log(run, 0, 10)
+        run.flush()
+        daemon.stop()
+        log(run, 10, 20)
+        before = daemon.heard_of(Hello)
+        started = monotonic()
+
+        daemon.start()
+        daemon.wait_until(lambda: daemon.heard_of(Hello) > before)
+
+        assert monotonic() - started < 1.5
+
+    def test_finish_is_bounded_and_says_what_is_not_acknowledged(
+        self, daemon: FakeDaemon, make_run: MakeRun, caplog: pytest.LogCaptureFixture
+    ):
+        run = make_run(daemon)
+        run.flush()
+        daemon.stop()
+        log(run, 0, 7)
+        started = monotonic()
+
+        run.finish(timeout=0.3)
+
+        assert monotonic() - started < 1.5
+        assert 1 == sum("7 records are not acknowledged" in line for line in caplog.messages)
+        assert 7 == run.stats().pending
+        assert_balanced(run)
+
+    def test_an_address_that_is_none_is_said_and_survived(
+        self, make_run: MakeRun, caplog: pytest.LogCaptureFixture
+    ):
+        run = make_run("nonsense://")
+        log(run, 0, 3)
+
+        assert run.flush(timeout=0.3) is False
+        assert 3 == run.stats().pending
+        assert run._session.sender is not None
+        assert run._session.sender.failures >= 1
+        assert 1 == sum("the sender starts anew" in line for line in caplog.messages)
+
+
+class TestTheDaemonStandsStill:
+    def test_log_goes_on_and_everything_arrives_afterwards(self, run: Run, daemon: FakeDaemon):
+        run.flush()
+        with daemon.frozen():
+            log(run, 0, 3000)
+            assert run.flush(timeout=0.1) is False
+
+        assert run.flush()
+        assert_whole(run, daemon, 3000)
+
+    def test_finish_is_bounded(self, run: Run, daemon: FakeDaemon, caplog: pytest.LogCaptureFixture):
+        run.flush()
+        with daemon.frozen():
+            log(run, 0, 5)
+            started = monotonic()
+
+            run.finish(timeout=0.3)
+
+            assert monotonic() - started < 1.5
+        assert 1 == sum("5 records are not acknowledged" in line for line in caplog.messages)
+
+    def test_a_full_outbox_drops_and_counts_exactly(self, daemon: FakeDaemon, make_run: MakeRun):
+        daemon.freeze()
+        run = make_run(daemon, outbox_bytes=300_000)
+        text = "x" * 1000
+
+        for number in range(1000):
+            run.log({"n": number, "text": text})
+        daemon.thaw()
+
+        assert run.flush()
+        stats = run.stats()
+        assert 1000 == stats.offered
+        assert stats.dropped == {"outbox_full": 1000 - stats.acknowledged}
+        assert list(range(stats.acknowledged)) == numbers(daemon)
+        assert 280 <= stats.acknowledged < 300
+
+    def test_there_is_room_again_afterwards(self, daemon: FakeDaemon, make_run: MakeRun):
+        run = make_run(daemon, outbox_bytes=300_000)
+        with daemon.frozen():
+            for _ in range(500):
+                run.log({"text": "x" * 1000})
+        assert run.flush()
+
+        run.log({"n": 1})
+
+        assert run.flush()
+        assert [1] == numbers(daemon)
+
+
+class TestMessagesAreLost:
+    def test_a_lost_frame_is_a_gap_and_sent_again(self, run: Run, daemon: FakeDaemon):
+        run.flush()
+        daemon.lose_frames(1)
+        log(run, 0, 10)
+        daemon.wait_until(lambda: daemon.heard_of(Frame) == 1)
+
+        log(run, 10, 20)
+
+        assert run.flush()
+        assert_whole(run, daemon, 20)
+        assert daemon.heard_of(Hello) == 1
+
+    def test_a_lost_acknowledgement_is_made_up_for_by_the_next(self, run: Run, daemon: FakeDaemon):
+        run.flush()
+        daemon.drop_acks(1)
+        log(run, 0, 10)
+        daemon.wait_until(lambda: daemon.heard_of(Frame) == 1)
+
+        log(run, 10, 20)
+
+        assert run.flush()
+        assert_whole(run, daemon, 20)
+
+    def test_the_last_acknowledgement_lost_is_asked_for_by_hello(self, run: Run, daemon: FakeDaemon):
+        run.flush()
+        daemon.drop_acks(1)
+        log(run, 0, 10)
+
+        assert run.flush()
+        assert_whole(run, daemon, 10)
+        assert daemon.heard_of(Hello) == 2
+
+    def test_a_narrow_window_still_lets_everything_through(self, daemon: FakeDaemon, make_run: MakeRun):
+        daemon.credit = 1
+        run = make_run(daemon)
+        log(run, 0, 500)
+
+        assert run.flush()
+        assert_whole(run, daemon, 500)
+
+
+class TestTheDaemonRefuses:
+    def test_a_final_no_is_said_in_its_words_and_everything_counted(
+        self, daemon: FakeDaemon, make_run: MakeRun, caplog: pytest.LogCaptureFixture
+    ):
+        daemon.refuse = Refuse(code="closed", message="the run is over since noon", final=True)
+        run = make_run(daemon)
+        log(run, 0, 5)
+
+        assert run.flush(timeout=2.0) is False
+        log(run, 5, 8)
+        run.finish()
+
+        assert {"refused": 8} == run.stats().dropped
+        assert_balanced(run)
+        assert 1 == sum("the run is over since noon" in line for line in caplog.messages)
+
+
+SCRIPT_HEAD = """
+import os, sys, threading
+import sidestep
+
+def said(what):
+    print(what, flush=True)
+"""
+
+
+def script(daemon: FakeDaemon, body: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    """Run a worker of its own."""
+    return subprocess.run(
+        [sys.executable, "-c", SCRIPT_HEAD + textwrap.dedent(body)],
+        env={**environment(daemon), **environ},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def by_process(daemon: FakeDaemon) -> dict[int, list[int]]:
+    """What each process said, by pid."""
+    found: dict[int, list[int]] = {}
+    for seen in daemon.sessions.values():
+        found.setdefault(seen.hello.pid, []).extend(
+            record.data["n"] for record in seen.records if isinstance(record, Record) and "n" in record.data
+        )
+    return found
+
+
+class TestExit:
+    def test_a_script_that_just_ends_has_delivered_everything(self, daemon: FakeDaemon):
+        ended = script(daemon, "run = sidestep.init()\nfor n in range(1000): run.log({'n': n})")
+
+        assert (0, "") == (ended.returncode, ended.stderr)
+        assert list(range(1000)) == numbers(daemon)
+        assert [None] == [seen.bye.exit_code for seen in daemon.sessions.values() if seen.bye]
+
+    def test_an_uncaught_exception_is_exit_code_one(self, daemon: FakeDaemon):
+        ended = script(daemon, "sidestep.init().log({'n': 0})\nraise RuntimeError('oh')")
+
+        assert 1 == ended.returncode
+        assert "RuntimeError: oh" in ended.stderr
+        assert [1] == [seen.bye.exit_code for seen in daemon.sessions.values() if seen.bye]
+
+    def test_a_daemon_that_stands_still_holds_nobody_up(self, daemon: FakeDaemon):
+        daemon.freeze()
+        started = monotonic()
+
+        ended = script(daemon, "sidestep.init().log({'n': 0})")
+
+        assert 0 == ended.returncode
+        assert "1 records are not acknowledged" in ended.stderr
+        assert monotonic() - started < 10
+
+
+class TestFork:
+    def test_a_child_that_logs_is_a_session_of_its_own(self, daemon: FakeDaemon):
+        ended = script(
+            daemon,
+            """
+            run = sidestep.init()
+            run.log({"n": 0}); run.log({"n": 1})
+            pid = os.fork()
+            run.log({"n": 100 if pid == 0 else 2})
+            if pid: said(pid); os.waitpid(pid, 0)
+            """,
+        )
+
+        child = int(ended.stdout)
+        assert (0, "") == (ended.returncode, ended.stderr)
+        said = by_process(daemon)
+        assert [100] == said.pop(child)
+        assert [[0, 1, 2]] == list(said.values())
+        steps = [record.step for record in daemon.records if record.data["n"] == 100]
+        assert [0] == steps
+
+    def test_the_child_of_a_launch_belongs_to_it(self, daemon: FakeDaemon):
+        script(
+            daemon,
+            """
+            run = sidestep.init()
+            pid = os.fork()
+            run.log({"n": 1})
+            if pid: os.waitpid(pid, 0)
+            """,
+            RANK="3",
+            WORLD_SIZE="4",
+        )
+
+        assert 2 == len(daemon.sessions)
+        assert 1 == len({(seen.hello.launch, seen.hello.rank) for seen in daemon.sessions.values()})
+
+    def test_a_child_that_never_logs_costs_nothing(self, daemon: FakeDaemon):
+        ended = script(
+            daemon,
+            """
+            run = sidestep.init()
+            run.log({"n": 0})
+            pid = os.fork()
+            if pid == 0:
+                said(threading.active_count())
+                sys.exit(0)
+            os.waitpid(pid, 0)
+            run.log({"n": 1})
+            """,
+        )
+
+        assert (0, "", "1\n") == (ended.returncode, ended.stderr, ended.stdout)
+        assert 1 == len(daemon.sessions)
+        assert [0, 1] == numbers(daemon)
+
+    def test_what_the_parent_had_queued_is_sent_by_the_parent_alone(self, daemon: FakeDaemon):
+        daemon.freeze()
+        threading.Timer(0.5, daemon.thaw).start()
+
+        ended = script(
+            daemon,
+            """
+            run = sidestep.init()
+            for n in range(100): run.log({"n": n})
+            pid = os.fork()
+            run.log({"n": 200 if pid == 0 else 100})
+            run.finish()
+            if pid: os.waitpid(pid, 0)
+            """,
+        )
+
+        assert (0, "") == (ended.returncode, ended.stderr)
+        assert [[200], list(range(101))] == sorted(by_process(daemon).values(), key=len)
+
+    def test_a_grandchild_is_one_more(self, daemon: FakeDaemon):
+        ended = script(
+            daemon,
+            """
+            run = sidestep.init()
+            for generation in range(3):
+                run.log({"n": generation})
+                if (pid := os.fork()):
+                    os.waitpid(pid, 0)
+                    sys.exit(0)
+            """,
+        )
+
+        assert (0, "") == (ended.returncode, ended.stderr)
+        assert [[0], [1], [2]] == sorted(by_process(daemon).values())
+
+    def test_a_child_that_says_init_is_a_session_too(self, daemon: FakeDaemon):
+        ended = script(
+            daemon,
+            """
+            sidestep.init()
+            pid = os.fork()
+            if pid == 0:
+                sidestep.init(config={"n": 5})
+            else:
+                os.waitpid(pid, 0)
+            """,
+        )
+
+        assert (0, "") == (ended.returncode, ended.stderr)
+        assert 2 == len(daemon.sessions)
+        assert [5] == numbers(daemon)
+
+    def test_forking_from_many_threads_while_they_log_harms_nobody(self, daemon: FakeDaemon):
+        ended = script(
+            daemon,
+            """
+            run = sidestep.init()
+            def work(mark):
+                for n in range(500):
+                    run.log({"n": mark * 500 + n})
+            threads = [threading.Thread(target=work, args=(mark,)) for mark in range(3)]
+            for thread in threads: thread.start()
+            for child in range(5):
+                if (pid := os.fork()) == 0:
+                    run.log({"child": child})
+                    run.finish()
+                    os._exit(0)
+                os.waitpid(pid, 0)
+            for thread in threads: thread.join()
+            """,
+        )
+
+        assert (0, "") == (ended.returncode, ended.stderr)
+        assert list(range(1500)) == sorted(numbers(daemon))
+        assert list(range(5)) == sorted(
+            record.data["child"] for record in daemon.records if "child" in record.data
+        )
+
+    @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+    def test_children_of_multiprocessing_deliver_without_being_told_to(
+        self, daemon: FakeDaemon, method: str, tmp_path: Any
+    ):
+        program = tmp_path / "program.py"
+        program.write_text(
+            textwrap.dedent(
+                f"""
+                import multiprocessing, sidestep
+
+                def work(n):
+                    sidestep.init().log({{"n": n}})
+
+                if __name__ == "__main__":
+                    sidestep.init().log({{"n": 0}})
+                    context = multiprocessing.get_context({method!r})
+                    children = [context.Process(target=work, args=(n,)) for n in (1, 2)]
+                    for child in children: child.start()
+                    for child in children: child.join()
+                """
+            )
+        )
+
+        ended = subprocess.run(
+            [sys.executable, str(program)],
+            env=environment(daemon),
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+
+        assert (0, "") == (ended.returncode, ended.stderr)
+        assert [[0], [1], [2]] == sorted(by_process(daemon).values())
+        assert 3 == daemon.heard_of(Bye)

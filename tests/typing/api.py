@@ -1,0 +1,48 @@
+"""What a user writes, as a type checker sees it. Never run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import assert_type
+
+import sidestep
+from sidestep import Metric, Run, Stage, Stats
+
+
+def train(steps: int) -> None:
+    run = sidestep.init(project="digits", config={"lr": 1e-3}, tags=["a"], mode="offline")
+    assert_type(run, Run)
+    run.define_metric("eval/*", step_metric="epoch", reduce=["mean", "max"])
+    for step in range(steps):
+        assert_type(run.log({"train/loss": 0.5, "nested": {"a": [1, 2]}}, step=step), None)
+    stage = run.stage("training/operator")
+    assert_type(stage, Stage)
+    stage.log({"loss": 0.1}, commit=False)
+    assert_type(stage.stage("inner").name, str)
+    assert_type(run.define_metric("loss", summary="min"), Metric)
+    assert_type(run.flush(timeout=1.0), bool)
+    stats = run.stats()
+    assert_type(stats, Stats)
+    assert_type(stats.offered, int)
+    assert_type(stats.dropped, Mapping[str, int])
+    assert_type(run.url, str | None)
+    assert_type(run.rank, int)
+    run.config.update({"batch": 8}, allow_val_change=True)
+    run.config.lr = 0.1
+    run.summary["best"] = 0.9
+    run.finish(exit_code=0, timeout=2.0)
+
+
+def as_context() -> None:
+    with sidestep.init() as run:
+        assert_type(run, Run)
+        run.log({"loss": 1.0})
+
+
+def without_naming_a_run() -> None:
+    sidestep.log({"loss": 1.0}, step=3, commit=True)
+    sidestep.define_metric("loss", step_metric="epoch")
+    sidestep.config["lr"] = 0.1
+    sidestep.summary.update({"best": 1.0})
+    assert_type(sidestep.run, Run | None)
+    sidestep.finish()

@@ -1,0 +1,306 @@
+"""The roster: duplicates, gaps, and who is live."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgpack
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sidestep.wire import Bye, Frame, Hello, Status, checksum
+from sidestepd.entries import Entry, EntryKind, StoredSession
+from sidestepd.roster import Roster, Session, Verdict
+
+ALICE, BOB = b"a" * 16, b"b" * 16
+LEASE_S = 60.0
+
+
+def frame(first: int, count: int = 10, *, session: bytes = ALICE) -> Frame:
+    body = b"\x00" * count
+    return Frame(session=session, first=first, count=count, body=body, crc=checksum(body))
+
+
+def roster_with(*sessions: StoredSession, now: float = 0.0, **options: Any) -> Roster:
+    return Roster(sessions, lease=LEASE_S, now=now, **options)
+
+
+def greeted(first: int = 0, *, now: float = 0.0) -> Roster:
+    """A roster to which one session said HELLO."""
+    roster = roster_with(now=now)
+    roster.hello(Hello(session=ALICE, first=first, rank=2, world=4, launch="L"), now)
+    return roster
+
+
+def commit(roster: Roster) -> None:
+    """What intake does once the spool has it."""
+    for session in roster.sessions.values():
+        session.stored = session.next
+
+
+def alice(roster: Roster) -> Session:
+    return roster.sessions[ALICE]
+
+
+class TestFrames:
+    def test_of_who_never_said_hello_are_a_strangers(self):
+        assert roster_with().frame(frame(0), 0.0) is Verdict.STRANGER
+
+    def test_that_come_next_are_taken(self):
+        roster = greeted()
+
+        verdicts = [roster.frame(frame(0), 0.0), roster.frame(frame(10, 5), 0.0), roster.frame(frame(15), 0.0)]
+
+        assert [Verdict.TAKE] * 3 == verdicts
+        assert alice(roster).next == 25
+
+    def test_that_were_taken_are_duplicates(self):
+        roster = greeted()
+        roster.frame(frame(0), 0.0)
+
+        assert roster.frame(frame(0), 0.0) is Verdict.DUPLICATE
+        assert (roster.duplicates, alice(roster).next) == (1, 10)
+
+    def test_that_come_too_early_are_gaps(self):
+        roster = greeted()
+
+        assert roster.frame(frame(10), 0.0) is Verdict.GAP
+        assert (roster.gaps, alice(roster).next) == (1, 0)
+
+    def test_are_only_acknowledged_once_they_are_committed(self):
+        roster = greeted()
+
+        roster.frame(frame(0), 0.0)
+
+        assert alice(roster).stored == 0
+
+    def test_of_two_sessions_are_counted_apart(self):
+        roster = greeted()
+        roster.hello(Hello(session=BOB), 0.0)
+        roster.frame(frame(0), 0.0)
+
+        assert roster.frame(frame(0, session=BOB), 0.0) is Verdict.TAKE
+
+    def test_without_the_gate_are_taken_twice(self):
+        """The control experiment: what the gate is for."""
+        roster = roster_with(duplicate_gate=False)
+        roster.hello(Hello(session=ALICE), 0.0)
+        roster.frame(frame(0), 0.0)
+
+        assert roster.frame(frame(0), 0.0) is Verdict.TAKE
+
+    @given(st.lists(st.tuples(st.integers(0, 12), st.booleans()), max_size=60))
+    def test_however_they_come_each_record_is_taken_once_and_in_order(self, said: list[tuple[int, bool]]):
+        """Resent, overtaken, interrupted by a new HELLO: what is taken is 0, 1, 2, ... without a hole."""
+        roster, taken = greeted(), []
+        for first, hello in said:
+            if hello:
+                roster.hello(Hello(session=ALICE, first=min(first, alice(roster).next)), 0.0)
+            elif roster.frame(frame(first, 1), 0.0) is Verdict.TAKE:
+                taken.append(first)
+
+        assert list(range(len(taken))) == taken
+
+
+class TestHello:
+    def test_is_told_what_is_wanted(self):
+        roster = roster_with(StoredSession(id=ALICE, next=40))
+
+        roster.hello(Hello(session=ALICE, first=30), 0.0)
+
+        assert roster.wanted(alice(roster)) == 40
+
+    def test_of_who_is_further_than_the_spool_moves_up(self):
+        """A spool that was lost does not hold up who was acknowledged by it."""
+        roster = greeted(first=30)
+
+        assert roster.wanted(alice(roster)) == 30
+        assert roster.frame(frame(30), 0.0) is Verdict.TAKE
+
+    def test_becomes_an_entry_with_all_it_said(self):
+        entry = greeted_entry(first=30)
+
+        assert (EntryKind.HELLO, 30, 5.0) == (entry.kind, entry.first, entry.received)
+        assert {
+            "rank": 2, "world": 4, "launch": "L", "more": True, "settings": {"project": "p"}, "offered": 50,
+            "dropped": {"outbox_full": 7},
+        }.items() <= entry.facts.items()  # fmt: skip
+
+    def test_is_known_to_the_next_life(self):
+        roster = greeted()
+        roster.frame(frame(0), 3.0)
+
+        again = roster_with(alice(roster).as_stored(), now=100.0)
+
+        assert (10, 10, "live", 2) == (
+            alice(again).next, alice(again).stored, alice(again).state, alice(again).hello["rank"],
+        )  # fmt: skip
+
+
+def greeted_entry(first: int) -> Entry:
+    hello = Hello(
+        session=ALICE, first=first, rank=2, world=4, launch="L", more=True, settings={"project": "p"},
+        offered=50, dropped={"outbox_full": 7},
+    )  # fmt: skip
+    return roster_with().hello(hello, 5.0)
+
+
+class TestBye:
+    def test_before_everything_is_committed_is_early(self):
+        roster = greeted()
+        roster.frame(frame(0), 0.0)
+
+        assert roster.bye(Bye(session=ALICE, first=10), 0.0) == (Verdict.GAP, None)
+        assert alice(roster).state == "live"
+
+    def test_ends_a_session(self):
+        roster = greeted()
+        roster.frame(frame(0), 0.0)
+        commit(roster)
+
+        verdict, entry = roster.bye(Bye(session=ALICE, first=10, offered=12, exit_code=1), 4.0)
+
+        assert verdict is Verdict.TAKE
+        assert entry is not None
+        assert (EntryKind.BYE, 10, 12, 1) == (
+            entry.kind, entry.first, entry.facts["offered"], entry.facts["exit_code"],
+        )  # fmt: skip
+        assert roster.live == []
+
+    def test_said_again_is_answered_and_not_stored_again(self):
+        roster = greeted()
+        roster.bye(Bye(session=ALICE, first=0), 0.0)
+
+        assert roster.bye(Bye(session=ALICE, first=0), 0.0) == (Verdict.DUPLICATE, None)
+
+    def test_of_a_stranger_is_a_strangers(self):
+        assert roster_with().bye(Bye(session=ALICE, first=0), 0.0) == (Verdict.STRANGER, None)
+
+    def test_is_not_undone_by_a_heartbeat(self):
+        roster = greeted()
+        roster.bye(Bye(session=ALICE, first=0), 0.0)
+
+        roster.heartbeat(Status(session=ALICE, offered=3), 1.0)
+
+        assert alice(roster).state == "bye"
+        assert roster.expire(1000.0) == []
+
+    def test_is_undone_by_a_new_hello(self):
+        roster = greeted()
+        roster.bye(Bye(session=ALICE, first=0), 0.0)
+
+        roster.hello(Hello(session=ALICE), 1.0)
+
+        assert [alice(roster)] == roster.live
+
+
+class TestLease:
+    def test_ends_after_a_silence(self):
+        roster = greeted(now=0.0)
+
+        assert roster.expire(LEASE_S - 1) == []
+        assert [EntryKind.LEASE] == [entry.kind for entry in roster.expire(LEASE_S)]
+        assert roster.live == []
+
+    def test_ends_once(self):
+        roster = greeted()
+        roster.expire(LEASE_S)
+
+        assert roster.expire(2 * LEASE_S) == []
+
+    def test_says_how_far_the_session_came(self):
+        """So that what was lost behind its last frame can be counted."""
+        roster = greeted()
+        roster.frame(frame(0), 0.0)
+
+        assert [10] == [entry.first for entry in roster.expire(LEASE_S)]
+
+    def test_is_prolonged_by_anything_said(self):
+        for said in (
+            lambda roster: roster.frame(frame(0), 50.0),
+            lambda roster: roster.frame(frame(99), 50.0),
+            lambda roster: roster.heartbeat(Status(session=ALICE), 50.0),
+            lambda roster: roster.hello(Hello(session=ALICE), 50.0),
+        ):
+            roster = greeted(now=0.0)
+            said(roster)
+
+            assert roster.expire(100.0) == []
+
+    def test_begins_afresh_when_intake_starts(self):
+        roster = roster_with(StoredSession(id=ALICE, next=0, heard=0.0), now=1000.0)
+
+        assert roster.expire(1000.0 + LEASE_S - 1) == []
+        assert len(roster.expire(1000.0 + LEASE_S)) == 1
+
+    def test_is_not_counted_while_nobody_listened(self):
+        """An intake that was frozen has their messages in its socket still to read."""
+        roster = greeted(now=0.0)
+
+        roster.excuse(500.0)
+
+        assert roster.expire(500.0 + LEASE_S - 1) == []
+        assert len(roster.expire(500.0 + LEASE_S)) == 1
+
+    def test_who_speaks_again_is_live_again(self):
+        for said in (
+            lambda roster: roster.frame(frame(0), 70.0),
+            lambda roster: roster.heartbeat(Status(session=ALICE), 70.0),
+            lambda roster: roster.hello(Hello(session=ALICE), 70.0),
+        ):
+            roster = greeted(now=0.0)
+            roster.expire(LEASE_S)
+
+            said(roster)
+
+            assert [alice(roster)] == roster.live
+
+    def test_of_all_ends_with_the_command(self):
+        roster = greeted()
+        roster.hello(Hello(session=BOB), 0.0)
+        roster.bye(Bye(session=BOB, first=0), 0.0)
+
+        assert [ALICE] == [entry.session for entry in roster.end_all(0.0)]
+
+
+class TestCounters:
+    def test_never_go_back(self):
+        """Messages of two connections may overtake each other."""
+        roster = greeted()
+        roster.heartbeat(Status(session=ALICE, offered=50, dropped={"a": 5, "b": 1}), 0.0)
+
+        roster.heartbeat(Status(session=ALICE, offered=40, dropped={"a": 4, "c": 2}), 0.0)
+
+        assert {"offered": 50, "dropped": {"a": 5, "b": 1, "c": 2}} == alice(roster).counters
+
+    def test_new_drops_become_an_entry(self):
+        roster = greeted()
+
+        entry = roster.heartbeat(Status(session=ALICE, offered=50, dropped={"a": 5}), 0.0)
+
+        assert entry is not None
+        assert entry.kind is EntryKind.COUNTERS
+        assert {"offered": 50, "dropped": {"a": 5}} == entry.facts
+
+    def test_a_heartbeat_without_new_drops_becomes_none(self):
+        roster = greeted()
+        roster.heartbeat(Status(session=ALICE, dropped={"a": 5}), 0.0)
+
+        assert roster.heartbeat(Status(session=ALICE, offered=60, dropped={"a": 5}), 0.0) is None
+        assert roster.heartbeat(Status(session=BOB), 0.0) is None
+
+    def test_are_known_to_the_next_life(self):
+        roster = greeted()
+        roster.heartbeat(Status(session=ALICE, offered=50, dropped={"a": 5}), 0.0)
+
+        again = roster_with(alice(roster).as_stored())
+
+        assert {"offered": 50, "dropped": {"a": 5}} == alice(again).counters
+
+    def test_fit_into_an_entry_however_large(self):
+        roster = greeted()
+
+        entry = roster.heartbeat(Status(session=ALICE, offered=2**63 - 1, dropped={"a": 2**63 - 1}), 0.0)
+
+        assert entry is not None
+        assert msgpack.unpackb(entry.body)["dropped"] == {"a": 2**63 - 1}
