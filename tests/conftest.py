@@ -1,6 +1,6 @@
 """Profiles of hypothesis: `default` tries the same examples each time, `nightly` tries many, and new ones.
 
-    HYPOTHESIS_PROFILE=nightly python -m pytest tests/unit
+HYPOTHESIS_PROFILE=nightly python -m pytest tests/unit
 """
 
 from __future__ import annotations

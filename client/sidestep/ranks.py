@@ -1,19 +1,29 @@
 """Which process this is: its rank, and the launch it was started in.
 
-- pure: the environment, the pid, and a way to look up when a process started come in as arguments
-- a value that is no number is said and passed over; nothing is raised
-- the processes that one command started together have the same launch: torchrun's id of the run, or, since its
-  default is "none", the agent that is the parent of them all
+Every launcher sets variables, and its processes inherit those of the launchers around it: a worker of a `torchrun`
+that is itself a task of `srun` sees both. `LAUNCHERS` is ordered from the innermost outwards, and the first that
+gives a rank is believed in everything: no identity is patched together from two of them.
+
+- pure: the environment, the loaded modules, the pid, and a way to look up when a process started come in as
+  arguments; nothing is imported to be asked
+- a value that is no number is said once and passed over; nothing is raised
+- the processes that one command started together have the same launch, on whatever node they are
 """
 
 from __future__ import annotations
 
+import re
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from sidestep.notices import say
 from sidestep.wire import MAX_NAME_CHARS
+
+REQUEUED = 1000
+"""Attempts that one requeue of the job counts for, where its launcher counts restarts of its own from 0 again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,26 +48,34 @@ def identify(
     started: Callable[[int], str],
     launch: str | None = None,
     warn: Callable[[str], None] = say,
+    modules: Mapping[str, Any] = sys.modules,
 ) -> Identity:
-    """Read torchrun's variables. `started` says when a process began; `launch` overrides what was found."""
+    """Say who this process is.
 
-    def number(name: str, default: int) -> int:
-        raw = environ.get(name, "").strip()
-        if raw.isdecimal() and len(raw) < 10:
-            return int(raw)
-        if raw:
-            warn(f"{name}={raw!r:.80} is no rank or count: taken as {default}")
-        return default
+    `node` is the machine's own name. `started` says when a process began. `launch` overrides what was found.
+    """
+    said = _Said(environ, warn)
+    launcher, rank = _started_by(said)
+    world = said.number(*launcher.world) or 1
+    spawned = _torch_ranks(modules)
+    if spawned is not None:
+        rank, world = spawned
 
-    rank = number("RANK", 0)
+    def born(leader: int) -> str:
+        return f"{leader}-{started(leader)}"
+
+    if launcher is ALONE and spawned is None:
+        found = born(pid)
+    else:
+        found = _launch(said, launcher, world, node) or born(parent)
     return Identity(
         rank=rank,
-        world=max(number("WORLD_SIZE", 1), rank + 1),
-        local_rank=number("LOCAL_RANK", 0),
-        node=node[:MAX_NAME_CHARS],
+        world=max(world, rank + 1),
+        local_rank=said.number(*launcher.local, "LOCAL_RANK") or 0,
+        node=(said.text(*launcher.node) or node or said.text("HOSTNAME"))[:MAX_NAME_CHARS],
         pid=pid,
-        launch=(launch or _launch(environ, pid, parent, started))[:MAX_NAME_CHARS],
-        attempt=number("TORCHELASTIC_RESTART_COUNT", 0),
+        launch=(launch or found)[:MAX_NAME_CHARS],
+        attempt=_attempt(said, launcher),
     )
 
 
@@ -70,9 +88,275 @@ def start_of(pid: int) -> str:
     return status.rpartition(")")[2].split()[19]
 
 
-def _launch(environ: Mapping[str, str], pid: int, parent: int, started: Callable[[int], str]) -> str:
-    name = environ.get("TORCHELASTIC_RUN_ID", "").strip()
-    if name not in ("", "none"):
-        return name
-    leader = parent if environ.get("RANK", "").strip() else pid
-    return f"{leader}-{started(leader)}"
+class _Said:
+    """What the environment says. An empty value is none."""
+
+    def __init__(self, environ: Mapping[str, str], warn: Callable[[str], None]) -> None:
+        self._environ = environ
+        self.warn = warn
+        self._bad: set[str] = set()
+
+    def text(self, *names: str) -> str:
+        """The first of these that is set."""
+        return next((text for name in names if (text := self._environ.get(name, "").strip())), "")
+
+    def number(self, *names: str) -> int | None:
+        """The first of these that is a rank or a count."""
+        for name in names:
+            raw = self.text(name)
+            if _is_number(raw):
+                return int(raw)
+            if raw and name not in self._bad:
+                self._bad.add(name)
+                self.warn(f"{name}={raw!r:.80} is no rank or count: it is passed over")
+        return None
+
+    def fill(self, template: str, more: Mapping[str, str]) -> str:
+        """The template with its variables in place; nothing if one of them is not set."""
+        values = {name: more.get(name) or self.text(name) for name in re.findall(r"{(\w+)}", template)}
+        return template.format_map(values) if all(values.values()) else ""
+
+
+def _is_number(raw: str) -> bool:
+    return raw.isdecimal() and len(raw) < 10
+
+
+def _always(_: _Said) -> bool:
+    return True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Launcher:
+    """One way to start processes, and the variables it leaves to each of them; of several the first counts."""
+
+    name: str
+    rank: tuple[str, ...] = ()
+    """The place among all processes."""
+    world: tuple[str, ...] = ()
+    """How many processes there are."""
+    local: tuple[str, ...] = ()
+    """The place among the processes of the node."""
+    local_world: tuple[str, ...] = ()
+    """How many processes there are on the node."""
+    node_rank: tuple[str, ...] = ()
+    """The node's place among the nodes: the rank is worked out from it where none is given."""
+    node: tuple[str, ...] = ()
+    """The node's name, where the launcher sets it there, and does not carry it over from another node."""
+    launch: tuple[str, ...] = ()
+    """What only the processes started together have in common. `{POD_SET}` is the name of an indexed job."""
+    restarts: tuple[str, ...] = ()
+    """How often the launcher started its processes again."""
+    when: Callable[[_Said], bool] = _always
+    """Whether the variables are this launcher's, and mean this process."""
+    final: bool = False
+    """Where this launcher is, none around it is asked, even if its own variables are of no use."""
+
+
+def _under_torchrun(said: _Said) -> bool:
+    return bool(said.text("TORCHELASTIC_RUN_ID"))
+
+
+def _is_task_of_srun(said: _Said) -> bool:
+    """Whether SLURM's rank is this process's, and not that of a task or a job script which started it.
+
+    A job script and an interactive shell are rank 0 of a job of so many tasks, though they are none of them: they
+    have no step, or one of SLURM's reserved numbers (-5, or 4294967291). Containers are often handed only a few
+    variables, without the step; then a job of several tasks counts.
+    """
+    if said.text("RAY_JOB_ID"):
+        return False  # ray's workers inherit the task in which ray itself was started on their node
+    tasks, others = said.number(*SLURM_TASKS), said.number("WORLD_SIZE")
+    if said.text("LOCAL_RANK") and others is not None and others != tasks:
+        return False  # somebody started `others` processes within the tasks
+    if step := said.text("SLURM_STEP_ID", "SLURM_STEPID"):
+        return _is_number(step)
+    return (tasks or 1) > 1 and not said.text("SLURM_SUBMIT_DIR")
+
+
+MASTER = "{MASTER_ADDR}:{MASTER_PORT}"
+JOBS = ("{SLURM_JOB_ID}", "{PBS_JOBID}", "{LSB_JOBID}")
+SLURM_TASKS = ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "SLURM_NPROCS")
+
+LAUNCHERS: tuple[Launcher, ...] = (
+    Launcher(
+        name="torchrun",  # and `accelerate launch`, which is torchrun inside
+        rank=("RANK",),
+        world=("WORLD_SIZE",),
+        local=("LOCAL_RANK",),
+        local_world=("LOCAL_WORLD_SIZE",),
+        node_rank=("GROUP_RANK",),
+        node=("SLURMD_NODENAME",),
+        launch=("{TORCHELASTIC_RUN_ID}",),
+        restarts=("TORCHELASTIC_RESTART_COUNT",),
+        when=_under_torchrun,
+        final=True,
+    ),
+    Launcher(
+        name="torch's variables",  # deepspeed, composer, Ray Train, Kubeflow, and scripts that set them by hand
+        rank=("RANK",),
+        world=("WORLD_SIZE",),
+        local=("LOCAL_RANK",),
+        local_world=("LOCAL_WORLD_SIZE", "LOCAL_SIZE"),
+        node=("SLURMD_NODENAME",),
+        launch=(MASTER,),
+    ),
+    Launcher(
+        name="Open MPI",
+        rank=("OMPI_COMM_WORLD_RANK",),
+        world=("OMPI_COMM_WORLD_SIZE",),
+        local=("OMPI_COMM_WORLD_LOCAL_RANK",),
+        local_world=("OMPI_COMM_WORLD_LOCAL_SIZE",),
+        launch=("{OMPI_MCA_ess_base_jobid}", "{PMIX_NAMESPACE}"),
+    ),
+    Launcher(
+        name="MVAPICH2",
+        rank=("MV2_COMM_WORLD_RANK",),
+        world=("MV2_COMM_WORLD_SIZE",),
+        local=("MV2_COMM_WORLD_LOCAL_RANK",),
+        local_world=("MV2_COMM_WORLD_LOCAL_SIZE",),
+    ),
+    Launcher(
+        name="PALS",
+        rank=("PALS_RANKID",),
+        world=("PALS_SIZE", "PALS_NRANKS", "PMI_SIZE"),
+        local=("PALS_LOCAL_RANKID",),
+        local_world=("PALS_LOCAL_SIZE", "PMI_LOCAL_SIZE"),
+        launch=("{PALS_APID}",),
+    ),
+    Launcher(
+        name="MPICH's Hydra",  # and Intel MPI; `srun --mpi=pmi2` sets PMI_RANK too, but not the place on the node
+        rank=("PMI_RANK",),
+        world=("PMI_SIZE",),
+        local=("MPI_LOCALRANKID",),
+        local_world=("MPI_LOCALNRANKS",),
+        when=lambda said: bool(said.text("MPI_LOCALRANKID")),
+    ),
+    Launcher(
+        name="Flux",
+        rank=("FLUX_TASK_RANK",),
+        world=("FLUX_JOB_SIZE",),
+        local=("FLUX_TASK_LOCAL_ID",),
+        launch=("{FLUX_JOB_ID}",),
+    ),
+    Launcher(
+        name="JSM",
+        rank=("JSM_NAMESPACE_RANK",),
+        world=("JSM_NAMESPACE_SIZE",),
+        local=("JSM_NAMESPACE_LOCAL_RANK",),
+        launch=("{LSB_JOBID}.{PMIX_NAMESPACE}", "{LSB_JOBID}"),
+    ),
+    Launcher(
+        name="SLURM",
+        rank=("SLURM_PROCID",),
+        world=SLURM_TASKS,
+        local=("SLURM_LOCALID",),
+        node=("SLURMD_NODENAME",),
+        launch=(
+            "{SLURM_ARRAY_JOB_ID}_{SLURM_ARRAY_TASK_ID}.{SLURM_STEP_ID}",
+            "{SLURM_JOB_ID}.{SLURM_STEP_ID}",
+            "{SLURM_JOB_ID}",
+        ),
+        when=_is_task_of_srun,
+    ),
+    Launcher(
+        name="PMIx",
+        rank=("PMIX_RANK",),
+        launch=("{PMIX_NAMESPACE}",),
+        when=lambda said: not said.text("PMIX_NAMESPACE").startswith("slurm."),  # those of srun were judged above
+    ),
+    Launcher(
+        name="PMI",
+        rank=("PMI_RANK",),
+        world=("PMI_SIZE",),
+        local=("PMI_LOCAL_RANK",),
+        local_world=("PMI_LOCAL_SIZE",),
+        launch=("{PMI_JOBID}",),
+        when=lambda said: not said.text("SLURM_STEP_ID"),  # the same
+    ),
+    Launcher(
+        name="LOCAL_RANK alone",  # lightning's subprocesses, and launchers older than torchrun
+        world=("WORLD_SIZE",),
+        local=("LOCAL_RANK",),
+        local_world=("LOCAL_WORLD_SIZE",),
+        node_rank=("NODE_RANK", "SLURM_NODEID", "JOB_COMPLETION_INDEX"),
+        node=("SLURMD_NODENAME",),
+        launch=(MASTER, "{POD_SET}"),
+        when=lambda said: bool(said.text("LOCAL_RANK")),
+    ),
+    Launcher(
+        name="a Kubernetes indexed job",  # the index is the pod's: a node, as far as ranks go
+        world=("WORLD_SIZE",),
+        local_world=("LOCAL_WORLD_SIZE",),
+        node_rank=("JOB_COMPLETION_INDEX",),
+        launch=(MASTER, "{POD_SET}"),
+    ),
+)
+"""From the innermost outwards. A scheduler more is an entry more."""
+
+ALONE = Launcher(name="nobody", node=("SLURMD_NODENAME",))
+"""A process that no launcher we know has numbered."""
+
+
+def _started_by(said: _Said) -> tuple[Launcher, int]:
+    for launcher in LAUNCHERS:
+        if not launcher.when(said):
+            continue
+        rank = said.number(*launcher.rank)
+        if rank is None and launcher.node_rank:
+            rank = _rank_by_node(said, launcher)
+        if rank is not None or launcher.final:
+            return launcher, rank or 0
+    return ALONE, 0
+
+
+def _rank_by_node(said: _Said, launcher: Launcher) -> int | None:
+    """The rank from the node's place and the process's place there, as all launchers number their processes."""
+    node, local = said.number(*launcher.node_rank), said.number(*launcher.local)
+    if node is None:
+        return local
+    per_node = said.number(*launcher.local_world)
+    if per_node is None and (nodes := said.number("NNODES", "SLURM_NNODES")):
+        per_node = (said.number(*launcher.world) or 0) // nodes
+    if not per_node and node and local is not None:
+        said.warn(f"node {node}, process {local} there: without LOCAL_WORLD_SIZE or NNODES the rank is a guess")
+    return node * (per_node or (local or 0) + 1) + (local or 0)
+
+
+def _launch(said: _Said, launcher: Launcher, world: int, node: str) -> str:
+    """The launch's name, from what the launcher, the place to meet, or the job has; else nothing.
+
+    Nothing also where all are known to be on one node: there their parent, the launcher, is the better name, since
+    a port and a job may see a second launch.
+    """
+    index = said.text("JOB_COMPLETION_INDEX")  # the pods of the job `train` are named train-0, train-1, and so on
+    more = {"POD_SET": node.removesuffix(f"-{index}")} if index else {}
+    for template in launcher.launch:
+        if (name := said.fill(template, more)) not in ("", "none"):  # "none" is torchrun's default
+            return name
+    if _is_on_one_node(said, launcher, world):
+        return ""
+    return next(filter(None, (said.fill(template, {}) for template in (MASTER, *JOBS))), "")
+
+
+def _is_on_one_node(said: _Said, launcher: Launcher, world: int) -> bool:
+    if (said.number("GROUP_WORLD_SIZE", "NNODES") or 1) > 1:
+        return False
+    return (said.number(*launcher.local_world) or 0) >= world
+
+
+def _attempt(said: _Said, launcher: Launcher) -> int:
+    """How often these processes were started before: it only grows, over restarts and over requeues of the job."""
+    requeues, restarts = said.number("SLURM_RESTART_COUNT") or 0, said.number(*launcher.restarts)
+    return requeues if restarts is None else requeues * REQUEUED + restarts
+
+
+def _torch_ranks(modules: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Rank and world of torch's process group, if torch is there and has one; a world of one says nothing."""
+    distributed = modules.get("torch.distributed")
+    try:
+        if distributed is None or not distributed.is_initialized():
+            return None
+        rank, world = distributed.get_rank(), distributed.get_world_size()
+    except (AttributeError, RuntimeError, ValueError):  # half imported, built without it, or just torn down
+        return None
+    return (rank, world) if 0 <= rank < world > 1 else None

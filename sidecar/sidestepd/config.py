@@ -104,7 +104,7 @@ class IntakeOptions(Section):
         description="A worker may have this much unacknowledged.",
     )
     flush_interval_s: float = Field(
-        default=0.02, gt=0, le=60, description="Workers send at most once in this time."
+        default=0.05, gt=0, le=60, description="Workers send at most once in this time."
     )
     heartbeat_s: float = Field(
         default=5.0, gt=0, le=600, description="A worker with nothing to say says so this often."

@@ -45,6 +45,8 @@ READ_LIMIT = 500
 """Entries taken from the spool at once."""
 READY_STRIDE_S = 0.02
 """While catching up, how far spool time may move before rows are let go."""
+NICENESS = 10
+"""Delivery and its wandb-core give way to the training: the spool waits, a training step does not."""
 CLOSE_DEADLINE_S = 30.0
 """How long the last rows may take to be confirmed after the run was finished."""
 
@@ -184,8 +186,9 @@ class Delivery:
     def _take(self, entry: Entry) -> None:
         self._now = max(self._now, entry.received)
         self.read_through = entry.id
-        # Their frames went down with a spool, and they are counted as lost with it; but the run has them.
-        self.resolver.dead["spool_lost"] -= self.settlement.passed(entry.id)
+        if kept := self.settlement.passed(entry.id):
+            # Their frames went down with a spool, and they are counted as lost with it; but the run has them.
+            self.resolver.dead["spool_lost"] -= kept
         if entry.kind is EntryKind.FRAME:
             self.settlement.read(entry)
         for said in self.resolver.read(entry, self.settlement.is_used):
@@ -217,7 +220,8 @@ class Delivery:
         if rows and self.config.unsafe.row_log:
             crash_point("delivery.decide")
             self.rowlog.append(rows, marks=self.assembler.marks(), definitions=definitions)
-        crash_point("delivery.decided")
+        if rows:
+            crash_point("delivery.decided")
         for row in rows:
             self.settlement.decide(row)
         self.sink.define(definitions)
@@ -361,6 +365,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--parent", type=int, required=True, help="die when this process ends")
     options = parser.parse_args(arguments)
     die_with_parent(options.parent)
+    os.nice(NICENESS)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is for the command; the run is drained after it
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     directory: Path = options.run_dir

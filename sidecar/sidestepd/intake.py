@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import zmq
-import zmq.asyncio
 
 from sidestep.errors import ProtocolError
 from sidestep.wire import (
@@ -72,7 +71,7 @@ class Intake:
 
     def __init__(
         self,
-        socket: zmq.asyncio.Socket,
+        socket: zmq.Socket[bytes],
         spool: Spool,
         roster: Roster,
         keeper: DeliveryKeeper,
@@ -89,19 +88,21 @@ class Intake:
         self.exit_code: int | None = None
         self.malformed = 0
         self.closing = spool.has_close()
-        self._raw: zmq.Socket[bytes] = zmq.Socket.shadow(socket)
         self._routes: dict[bytes, bytes] = {}
         self._entries: list[Entry] = []
         self._replies: list[tuple[bytes, Message]] = []
         self._touched: set[bytes] = set()
         self._acknowledge: set[bytes] = set()
         self._something = asyncio.Event()
+        self._inbox = asyncio.Event()
+        self._inbox.set()
         self._writer = ThreadPoolExecutor(1, "spool")
         self._parent = os.getppid()
         self._cursor = 0
 
     async def serve(self) -> int:
         """Until the run is complete, or this process is told to stop; returns its exit code."""
+        logger.info("boot %s serves %s", self.boot, self.run_dir)
         self._write(Entry.of_event(EntryKind.BOOT, received=self.clock(), boot=self.boot))
         loops = [asyncio.create_task(loop()) for loop in (self._receive, self._commit, self._watch)]
         try:
@@ -124,14 +125,18 @@ class Intake:
     # The socket
 
     async def _receive(self) -> None:
+        asyncio.get_running_loop().add_reader(self.socket.fileno(), self._inbox.set)
         while True:
-            await self.socket.poll()
+            await self._inbox.wait()
+            self._inbox.clear()
             for _ in range(MOST_AT_ONCE):
                 try:
-                    route, *parts = self._raw.recv_multipart(zmq.DONTWAIT)
+                    route, *parts = self.socket.recv_multipart(zmq.DONTWAIT)
                 except zmq.Again:
                     break
                 self._handle(route, parts)
+            else:
+                self._inbox.set()
             await asyncio.sleep(0)
 
     def _handle(self, route: bytes, parts: Sequence[bytes]) -> None:
@@ -253,9 +258,10 @@ class Intake:
     def _send(self, route: bytes, message: Message) -> None:
         """Answer, or forget it: whoever is gone asks again."""
         try:
-            self._raw.send_multipart([route, *encode(message)], zmq.DONTWAIT)
+            self.socket.send_multipart([route, *encode(message)], zmq.DONTWAIT)
         except zmq.ZMQError:
             logger.debug("a peer is gone before its answer")
+        self._inbox.set()  # the descriptor tells of changes only, and sending may have taken the last one
 
     # The spool
 
@@ -357,7 +363,7 @@ def _sayable(facts: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def bind(address: str, context: zmq.asyncio.Context) -> zmq.asyncio.Socket:
+def bind(address: str, context: zmq.Context[zmq.Socket[bytes]]) -> zmq.Socket[bytes]:
     """The ROUTER that workers connect to."""
     socket = context.socket(zmq.ROUTER)
     socket.setsockopt(zmq.LINGER, 0)
@@ -388,7 +394,7 @@ async def serve(run_dir: Path) -> int:
         duplicate_gate=config.unsafe.duplicate_gate,
     )
     keeper = DeliveryKeeper(run_dir, stall_s=config.delivery.stall_s, backoff_s=config.delivery.backoff_s)
-    context = zmq.asyncio.Context()
+    context = zmq.Context()
     socket = bind(run["address"], context)
     intake = Intake(socket, spool, roster, keeper, config=config, run=run, run_dir=run_dir, clock=clock)
     loop = asyncio.get_running_loop()

@@ -29,6 +29,7 @@ from torch.utils.tensorboard import SummaryWriter
 import sidestep
 from sidestepd import status
 from tests.benchmarks.measuring import (
+    BUSY,
     Call,
     Distribution,
     Judgement,
@@ -97,7 +98,7 @@ def main() -> int:
     figures = measure(QUICK if quick else Size())
     judgements = [] if quick else judge(figures)
     show(figures, judgements)
-    if busy > 0.1:
+    if busy > BUSY:
         print(f"other work was using {busy:.0%} of the CPUs before this began: take it again when they are free")
     found = {
         "taken": time.strftime("%Y-%m-%dT%H:%M:%S%z"),

@@ -29,8 +29,10 @@ from rich.table import Table
 
 import sidestep
 from tests.benchmarks.measuring import (
+    BUSY,
     Distribution,
     Judgement,
+    busy_elsewhere,
     empty_for,
     judge_at_most,
     scalars,
@@ -60,6 +62,7 @@ class Case:
     pending: int
     dropped: int
     finish_s: float
+    finish_timeout_s: float
     said: str = ""
     """What the worker's process wrote to stderr."""
 
@@ -115,11 +118,11 @@ def _measured_apart(condition: str, calls: int) -> Case:
 
 
 def _judge(case: Case, up: Case) -> Iterator[Judgement]:
-    name, tail = case.condition, case.log.p999 - case.control.p999
+    name, tail = case.condition, case.log.tail - case.control.tail
     if name not in ("up", "outbox full"):  # a full one counts each record as dropped: the tail is what matters
         yield judge_at_most(f"{name}: median over that of up", case.log.p50 / up.log.p50, 3, "times")
-    yield judge_at_most(f"{name}: p99.9 above that of the control", tail, _TAIL_US, "µs")
-    yield judge_at_most(f"{name}: finish() returns", case.finish_s, FINISH_TIMEOUT_S + _SLACK_S, "s")
+    yield judge_at_most(f"{name}: tail above that of the control", tail, _TAIL_US, "µs")
+    yield judge_at_most(f"{name}: finish() returns", case.finish_s, case.finish_timeout_s + _SLACK_S, "s")
     yield Judgement(
         claim=f"{name}: finish() says what is not acknowledged, and every record is accounted for",
         measured=f"{case.offered} = {case.acknowledged} + {case.pending} pending + {case.dropped} dropped",
@@ -140,8 +143,9 @@ def _measure_here(condition: str, calls: int) -> Case:
     with _brought_about(condition) as run:
         alike = statistics.median(time_calls_between(run.log, scalars(), _PILOT, step))
         log, control = time_alternating(run.log, empty_for(alike), scalars(), calls, step)
+        timeout = 5.0 if condition == "up" else FINISH_TIMEOUT_S
         before = time.monotonic()
-        run.finish(timeout=FINISH_TIMEOUT_S if condition != "up" else 5.0)
+        run.finish(timeout=timeout)
         finish_s = time.monotonic() - before
         stats = run.stats()
         return Case(
@@ -153,6 +157,7 @@ def _measure_here(condition: str, calls: int) -> Case:
             pending=stats.pending,
             dropped=sum(stats.dropped.values()),
             finish_s=finish_s,
+            finish_timeout_s=timeout,
         )
 
 
@@ -223,8 +228,11 @@ def main() -> int:
         case.pop("said")
         print(json.dumps(case))
         return 0
+    busy = busy_elsewhere()
     report = measure(options.calls)
     show(report)
+    if busy > BUSY:
+        print(f"other work was using {busy:.0%} of the CPUs before this began: take it again when they are free")
     return 0 if all(it.holds for it in report.judgements) else 1
 
 

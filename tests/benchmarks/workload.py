@@ -1,7 +1,7 @@
-"""Training steps of one millisecond, as one operation or as many, that leave nothing of ours in the caches.
+"""Training steps of one millisecond, as one operation or as many, that take a core's caches for themselves.
 
-- an operation multiplies a small batch by a weight matrix of its own; all of them together are larger than a
-  second-level cache, so that each step reads them anew from further away
+- an operation multiplies a batch by a weight matrix of its own; all of them together are larger than the
+  second-level cache of most cores, so that each step reads them anew from further away
 - torch lets go of the GIL in each operation, as it does in a training
 """
 

@@ -88,7 +88,9 @@ class Tape:
 
     def bye(self, session: int, *, offered: int = 0) -> Entry:
         """A session ends well."""
-        return self._event(EntryKind.BYE, session, self.next.get(session, 0), exit_code=0, offered=offered, dropped={})
+        return self._event(
+            EntryKind.BYE, session, self.next.get(session, 0), exit_code=0, offered=offered, dropped={}
+        )
 
     def lease(self, session: int) -> Entry:
         """A session was not heard of for a lease."""
@@ -150,7 +152,9 @@ def bundle(
     step: int = 0, *datas: Mapping[str, Any], axis: str = MAIN_AXIS, cause: Cause = "passed", time: float = 1.0
 ) -> Bundle:
     """One step's row before it is reduced: what rank 0, rank 1, ... said."""
-    parts = [part(step, data, rank=rank, axis=axis, time=time) for rank, data in enumerate(datas or [{"loss": 0.5}])]
+    parts = [
+        part(step, data, rank=rank, axis=axis, time=time) for rank, data in enumerate(datas or [{"loss": 0.5}])
+    ]
     return Bundle(axis=axis, step=step, parts=tuple(parts), cause=cause)
 
 

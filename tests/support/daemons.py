@@ -241,13 +241,9 @@ class ServedRun:
     def rows(self) -> list[HeldRow]:
         """Every row that the run holds: over all segments, in their order."""
         if self.sink == "jsonl":
-            return [row for row in map(_jsonl_row, self._lines()) if row]
+            return read_jsonl(self.run_dir)
         segments = wandb_log.segments(self.run_dir / "wandb")
         return [HeldRow(row.step, row.values) for path in segments for row in wandb_log.history(path)]
-
-    def _lines(self) -> list[dict[str, Any]]:
-        path = self.run_dir / "rows.jsonl"
-        return [json.loads(line) for line in path.read_bytes().splitlines()] if path.exists() else []
 
     def steps(self) -> list[int]:
         """The `_step` of each row."""
@@ -256,7 +252,7 @@ class ServedRun:
     def exit_codes(self) -> list[int]:
         """Every exit code with which the run was finished."""
         if self.sink == "jsonl":
-            return [line["exit_code"] for line in self._lines() if "exit_code" in line]
+            return [line["exit_code"] for line in _lines(self.run_dir) if "exit_code" in line]
         found = []
         for path in wandb_log.segments(self.run_dir / "wandb"):
             found += [it.exit.exit_code for it in wandb_log.records(path) if it.HasField("exit")]
@@ -398,8 +394,14 @@ def _end(processes: Sequence[psutil.Process]) -> None:
     for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
-    psutil.wait_procs(processes, timeout=10)
+            see_gone(process)
 
 
-def _jsonl_row(line: dict[str, Any]) -> HeldRow | None:
-    return HeldRow(line["_step"], line) if "_step" in line else None
+def read_jsonl(run_dir: Path) -> list[HeldRow]:
+    """The rows of the jsonl sink."""
+    return [HeldRow(line["_step"], line) for line in _lines(run_dir) if "_step" in line]
+
+
+def _lines(run_dir: Path) -> list[dict[str, Any]]:
+    path = run_dir / "rows.jsonl"
+    return [json.loads(line) for line in path.read_bytes().splitlines()] if path.exists() else []

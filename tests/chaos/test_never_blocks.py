@@ -1,0 +1,45 @@
+"""`log()` with the daemon up, frozen, killed and absent: it returns, raises nothing, and each record is counted.
+
+How fast it returns is for `python -m tests.benchmarks.never_blocks` to judge, against a control in the same run.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.benchmarks.never_blocks import CONDITIONS, Case, measure
+
+pytestmark = pytest.mark.chaos
+
+CALLS = 1_000
+BLOCKED_US = 1_000_000.0
+"""A call that waits for a daemon that does not answer waits for ever; the scheduler is never this late."""
+
+
+@pytest.fixture(scope="module")
+def cases() -> dict[str, Case]:
+    return {case.condition: case for case in measure(CALLS).cases}
+
+
+@pytest.mark.parametrize("condition", CONDITIONS)
+class TestWhateverTheDaemonDoes:
+    def test_no_call_waits_for_it(self, cases, condition):
+        assert cases[condition].log.max < BLOCKED_US
+
+    def test_every_record_is_accounted_for(self, cases, condition):
+        case = cases[condition]
+
+        assert case.balances
+        assert case.offered > CALLS
+
+    def test_only_a_daemon_that_is_up_acknowledges(self, cases, condition):
+        """The fault happened: what is logged during it is not acknowledged."""
+        case = cases[condition]
+
+        assert (condition == "up") == (case.acknowledged == case.offered)
+
+    def test_finish_returns_in_its_time_and_says_what_is_left(self, cases, condition):
+        case = cases[condition]
+
+        assert case.finish_s < case.finish_timeout_s + 2.0
+        assert case.says_what_is_left

@@ -1,0 +1,404 @@
+"""What every kind of sink must keep to: a new one is picked up by being in KINDS.
+
+Each life of a sink is a process of its own, as it is in delivery: it can be killed, and wandb's core with it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import psutil
+import pytest
+
+from sidestepd.rows import Row
+from sidestepd.sinks import KINDS, make_sink, wandb_log
+from tests.support.daemons import DEADLINE_S, see_gone
+from tests.support.waiting import eventually
+
+LIFE = """
+import json, os, sys
+from pathlib import Path
+from sidestepd.errors import Reject
+from sidestepd.rows import Definition, Row
+from sidestepd.sinks import RunFacts, make_sink
+
+sink = make_sink(sys.argv[1])
+
+def plain(confirmed):
+    return {"steps": list(confirmed.steps), "bookmark": dict(confirmed.bookmark)}
+
+def rows(steps, values):
+    for step in steps:
+        yield Row(step=step, time=step + 0.5, values={"loss": step * 1.0, "global_step": step, **values},
+                  places={"global_step": step}, positions=())
+
+def do(name, *arguments):
+    match name:
+        case "open":
+            run = RunFacts(id="tested", directory=Path(sys.argv[2]), project="p", options={"tags": ["t"]})
+            return plain(sink.open(run, arguments[0]))
+        case "write":
+            for row in rows(*arguments):
+                sink.write(row)
+        case "confirm":
+            return plain(sink.confirm())
+        case "define":
+            return sink.define([Definition(name=name, step_metric=axis) for name, axis in arguments[0]])
+        case "about":
+            return dict(sink.about())
+        case _:
+            return getattr(sink, name)(*arguments)
+
+for line in sys.stdin:
+    print(json.dumps(do(*json.loads(line))), flush=True)
+os._exit(0)
+"""
+
+
+class Life:
+    """One process with one sink of a kind, in a run directory; its methods are called by name."""
+
+    def __init__(self, kind: str, directory: Path) -> None:
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", LIFE, kind, str(directory)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=environment,
+            text=True,
+        )
+        self._core: dict[str, Any] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.kill()
+
+    def call(self, name: str, *arguments: Any) -> Any:
+        """Call a method of the sink."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps([name, *arguments]) + "\n")
+        self._process.stdin.flush()
+        answer = self._process.stdout.readline()
+        assert answer, f"the sink died in {name}"
+        return json.loads(answer)
+
+    def open(self, bookmark: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Open the run, and remember what process of the sink's own must go with it."""
+        held: dict[str, Any] = self.call("open", bookmark or {})
+        self._core = self.call("about").get("core")
+        return held
+
+    def write(self, *steps: int, **values: Any) -> None:
+        """Write a row at each step."""
+        self.call("write", steps, values)
+
+    def confirm_through(self, step: int) -> tuple[list[int], Mapping[str, Any]]:
+        """Ask until a step is confirmed; returns what was, and the last bookmark."""
+        steps: list[int] = []
+        bookmark: Mapping[str, Any] = {}
+
+        def confirmed() -> bool:
+            nonlocal bookmark
+            answer = self.call("confirm")
+            steps.extend(answer["steps"])
+            bookmark = answer["bookmark"]
+            return step in steps
+
+        eventually(confirmed, DEADLINE_S, f"step {step} is not confirmed")
+        return steps, bookmark
+
+    def close(self, exit_code: int = 0) -> dict[str, Any]:
+        """Finish the run; returns what is confirmed by it."""
+        self.call("close", exit_code)
+        confirmed: dict[str, Any] = self.call("confirm")
+        return confirmed
+
+    def kill(self) -> None:
+        """SIGKILL, to the sink's own process too, as the keeper does before it starts another."""
+        self._process.kill()
+        self._process.communicate()
+        if self._core:
+            try:
+                core = psutil.Process(self._core["pid"])
+                core.kill()
+                see_gone(core)
+            except psutil.NoSuchProcess:
+                pass
+
+
+def rows_in(kind: str, directory: Path) -> list[tuple[int, dict[str, Any]]]:
+    """What somebody who opens the run finds in it: each row's step and values, over all its files."""
+    if kind == "wandb":
+        segments = wandb_log.segments(directory / "wandb")
+        return [(row.step, dict(row.values)) for path in segments for row in wandb_log.history(path)]
+    lines = [json.loads(line) for line in (directory / "rows.jsonl").read_bytes().splitlines()]
+    return [(line["_step"], line) for line in lines if "_step" in line]
+
+
+def said_in(kind: str, directory: Path) -> dict[str, Any]:
+    """The configuration, summary, definitions and exit code that the run ends with."""
+    said: dict[str, Any] = {"config": {}, "summary": {}, "define": {}, "exit_code": None}
+    if kind == "jsonl":
+        for line in map(json.loads, (directory / "rows.jsonl").read_bytes().splitlines()):
+            said["config"] |= line.get("config", {})
+            said["summary"] |= line.get("summary", {})
+            if "define_metric" in line:
+                said["define"][line["define_metric"]["name"]] = line["define_metric"]["step_metric"]
+            said["exit_code"] = line.get("exit_code", said["exit_code"])
+        return said
+    for path in wandb_log.segments(directory / "wandb"):
+        for record in wandb_log.records(path):
+            for item in (*record.config.update, *record.run.config.update):
+                said["config"][item.key] = json.loads(item.value_json)
+            for item in record.summary.update:
+                said["summary"][item.key or ".".join(item.nested_key)] = json.loads(item.value_json)
+            if record.HasField("metric"):
+                said["define"][record.metric.name] = record.metric.step_metric or None
+            if record.HasField("exit"):
+                said["exit_code"] = record.exit.exit_code
+    return said
+
+
+def steps_in(kind: str, directory: Path) -> list[int]:
+    return [step for step, _ in rows_in(kind, directory)]
+
+
+def tear(kind: str, directory: Path) -> None:
+    """Cut the newest file in the middle of its last row, as a crash may."""
+    path = wandb_log.segments(directory / "wandb")[-1] if kind == "wandb" else directory / "rows.jsonl"
+    os.truncate(path, path.stat().st_size - 5)
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def life(kind: str, tmp_path: Path) -> Iterator[Life]:
+    with Life(kind, tmp_path) as first:
+        yield first
+
+
+class TestOneLife:
+    def test_a_new_run_holds_nothing(self, life: Life):
+        assert life.open()["steps"] == []
+
+    def test_rows_are_confirmed_while_the_run_lives_and_each_once(self, life: Life):
+        life.open()
+
+        life.write(0, 1, 2)
+        first, _ = life.confirm_through(2)
+        life.write(3, 7)
+        second, _ = life.confirm_through(7)
+
+        assert [[0, 1, 2], [3, 7]] == [first, second]
+
+    def test_closing_confirms_the_rest(self, life: Life, kind: str, tmp_path: Path):
+        life.open()
+        life.write(0, 1)
+
+        confirmed = life.close(exit_code=3)
+
+        assert [0, 1] == confirmed["steps"]
+        assert [0, 1] == steps_in(kind, tmp_path)
+        assert said_in(kind, tmp_path)["exit_code"] == 3
+
+    def test_a_row_holds_what_it_was_given_and_its_own_time(self, life: Life, kind: str, tmp_path: Path):
+        values = {
+            "train/loss": 0.25,
+            "text": "a\n\u00e4",
+            "flag": True,
+            "none": None,
+            "big": 2**53,
+            "list": [1, 2.5],
+        }
+        life.open()
+        life.write(4, **values)
+
+        life.close()
+
+        [(step, found)] = rows_in(kind, tmp_path)
+        assert step == 4
+        assert {**values, "_step": 4, "_timestamp": 4.5, "loss": 4.0, "global_step": 4}.items() <= found.items()
+
+    def test_what_is_no_number_in_json_does_not_cost_the_row(self, life: Life, kind: str, tmp_path: Path):
+        life.open()
+        life.write(0, nan=float("nan"), inf=float("inf"), nested={"a": {"b": 1}}, **{"sp ace/@.": 1})
+
+        life.close()
+
+        assert [0] == steps_in(kind, tmp_path)
+
+    def test_config_summary_and_definitions_may_be_said_again(self, life: Life, kind: str, tmp_path: Path):
+        """After every crash they are, all of them."""
+        life.open()
+        for _ in range(2):
+            life.call("define", [["eval/loss", "eval/step"], ["global_step", None]])
+            life.call("config", {"lr": 0.1, "deep": {"er": 1}})
+            life.call("config", {"lr": 0.2})
+            life.call("summary", {"best": 1.5})
+        life.write(0)
+
+        life.close()
+
+        said = said_in(kind, tmp_path)
+        assert (0.2, 1.5) == (said["config"]["lr"], said["summary"]["best"])
+        assert {"eval/loss": "eval/step", "global_step": None} == said["define"]
+
+    def test_tells_of_itself_in_plain_values(self, life: Life):
+        life.open()
+
+        about = life.call("about")
+
+        assert isinstance(about, dict)
+
+
+class TestNextLife:
+    """A sink was killed, and the next one opens the same run."""
+
+    def test_is_told_exactly_the_rows_that_the_run_holds(self, life: Life, kind: str, tmp_path: Path):
+        """Killed between write and confirm: some of the rows are there, and only the run knows which."""
+        life.open()
+        life.write(*range(500), filler="x" * 200)
+        life.kill()
+
+        with Life(kind, tmp_path) as second:
+            held = second.open()["steps"]
+
+            assert list(range(len(held))) == held
+            assert held == steps_in(kind, tmp_path)
+            second.write(*range(len(held), 505))
+            assert set(range(len(held), 505)) == set(second.close()["steps"])
+        assert list(range(505)) == steps_in(kind, tmp_path)
+
+    def test_is_told_the_rows_beyond_the_bookmark_only(self, life: Life, kind: str, tmp_path: Path):
+        life.open()
+        life.write(0, 1, 2)
+        _, bookmark = life.confirm_through(2)
+        life.write(3, 4)
+        life.confirm_through(4)
+        life.kill()
+
+        with Life(kind, tmp_path) as second:
+            assert [3, 4] == second.open(bookmark)["steps"]
+
+    def test_is_told_the_rows_of_all_lives_together(self, life: Life, kind: str, tmp_path: Path):
+        """The newest may hold nothing."""
+        life.open()
+        life.write(0, 1)
+        life.confirm_through(1)
+        life.kill()
+        with Life(kind, tmp_path) as second:
+            second.open()
+
+        with Life(kind, tmp_path) as third:
+            assert [0, 1] == third.open()["steps"]
+
+    def test_is_not_told_of_a_torn_row_and_writes_it_again(self, life: Life, kind: str, tmp_path: Path):
+        life.open()
+        life.write(0, 1, 2)
+        life.confirm_through(2)
+        life.kill()
+        tear(kind, tmp_path)
+
+        with Life(kind, tmp_path) as second:
+            held = second.open()["steps"]
+            assert [0, 1] == held
+            second.write(2, 3)
+            second.close()
+
+        assert [0, 1, 2, 3] == steps_in(kind, tmp_path)
+
+    def test_is_opened_though_its_bookmark_lies_behind_the_end(self, life: Life, kind: str, tmp_path: Path):
+        """A disk that lied about a flush: less is there than was confirmed."""
+        life.open()
+        life.write(0, 1, 2)
+        _, bookmark = life.confirm_through(2)
+        life.kill()
+        for _ in range(3):
+            tear(kind, tmp_path)
+
+        with Life(kind, tmp_path) as second:
+            second.open(bookmark)
+            second.write(3)
+            _, bookmark = second.confirm_through(3)
+        with Life(kind, tmp_path) as third:
+            assert third.open(bookmark)["steps"] == []
+            third.write(4)
+            third.close()
+
+        assert {3, 4} <= set(steps_in(kind, tmp_path))
+
+    def test_finishes_a_run_that_was_finished(self, life: Life, kind: str, tmp_path: Path):
+        """Killed after the run was finished and before that was written down."""
+        life.open()
+        life.write(0)
+        life.close(exit_code=3)
+        life.kill()
+
+        with Life(kind, tmp_path) as second:
+            assert [0] == second.open()["steps"]
+            second.close(exit_code=3)
+
+        assert [0] == steps_in(kind, tmp_path)
+        assert said_in(kind, tmp_path)["exit_code"] == 3
+
+
+class TestJsonl:
+    def test_a_damaged_line_is_no_row_and_no_end(self, tmp_path: Path):
+        (tmp_path / "rows.jsonl").write_bytes(b'{"_step": 0}\n\xff\x00nonsense\n[]\n{"_step": 2}\n{"_step": 3')
+
+        with Life("jsonl", tmp_path) as life:
+            assert [0, 2] == life.open()["steps"]
+
+
+class TestWandb:
+    def test_a_row_with_a_value_that_wandb_refuses_keeps_the_others(self, tmp_path: Path):
+        with Life("wandb", tmp_path) as life:
+            life.open()
+            life.write(0, huge=10**400)
+            life.close()
+
+        [(_, values)] = rows_in("wandb", tmp_path)
+        assert values["loss"] == 0.0
+
+    def test_names_that_wandb_would_take_for_patterns_are_not_defined(self, tmp_path: Path):
+        with Life("wandb", tmp_path) as life:
+            life.open()
+            life.call("define", [["a*", "global_step"], ["b", "global_step"]])
+            life.write(0)
+            life.close()
+
+        assert {"b": "global_step"} == said_in("wandb", tmp_path)["define"]
+
+    def test_is_not_disturbed_by_a_wandb_around_it(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        """A daemon started from a notebook inherits its core, which dies with the notebook."""
+        monkeypatch.setenv("WANDB_SERVICE", "3-1234-unix-/nowhere/socket")
+
+        with Life("wandb", tmp_path) as life:
+            life.open()
+            life.write(0)
+            assert [0] == life.close()["steps"]
+
+
+def test_an_unknown_kind_names_the_known():
+    with pytest.raises(ValueError, match="wandb, jsonl"):
+        make_sink("influx")
+
+
+def test_rows_are_what_the_tests_above_say():
+    """`Row` is built in another process there; a change of its fields shall be noticed here."""
+    assert Row(step=0, time=0.5, values={}, places={"global_step": 0}, positions=()).late is False

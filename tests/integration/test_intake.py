@@ -1,0 +1,685 @@
+"""A real intake and its delivery, spoken to over a real socket, rightly and wrongly, and killed at bad moments."""
+
+from __future__ import annotations
+
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from sidestep.wire import (
+    MAX_FRAME_BYTES,
+    Ack,
+    Bye,
+    Hello,
+    Refuse,
+    RunInfo,
+    Status,
+    encode,
+)
+from sidestepd.errors import ExitCode
+from sidestepd.spool import damage_mark
+from tests.support.daemons import (
+    DEADLINE_S,
+    RawWorker,
+    ServedRun,
+    freeze,
+    killed,
+    logged,
+    see_gone,
+)
+from tests.support.waiting import eventually
+
+Serve = Callable[..., ServedRun]
+
+
+@pytest.fixture
+def serve(tmp_path: Path) -> Iterator[Serve]:
+    made: list[ServedRun] = []
+
+    def make(*, start: bool = True, crash_at: str | None = None, **options: Any) -> ServedRun:
+        served = ServedRun(tmp_path, **options)
+        made.append(served)
+        return served.start(crash_at=crash_at) if start else served
+
+    yield make
+    for served in made:
+        served.__exit__(None, None, None)
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServedRun]:
+    """One run for all tests that neither end nor hurt it; each brings workers of its own."""
+    with ServedRun(tmp_path_factory.mktemp("shared")) as served:
+        yield served.start()
+
+
+def assert_whole(served: ServedRun, steps: range | list[int], *, per_step: int = 1) -> None:
+    """Every step once, in order, and the ledger knows of every record."""
+    assert list(steps) == served.steps()
+    ledger = served.ledger()
+    assert (len(steps) * per_step, 0) == (ledger.delivered, ledger.pending)
+    assert ledger.balances
+
+
+class TestLife:
+    def test_from_hello_to_the_end_of_the_run(self, serve: Serve):
+        served = serve()
+        worker = served.worker()
+        assert worker.hello(settings={"project": "p"}).first == 0
+        assert worker.log(0, 1, 2).first == 3
+        assert worker.log(3).first == 4
+        assert worker.bye().first == 4
+
+        assert served.finish(exit_code=3) == ExitCode.COMPLETE
+
+        assert_whole(served, range(4))
+        assert [3] == served.exit_codes()
+
+    def test_what_a_worker_may_know_is_told(self, shared: ServedRun):
+        worker = shared.worker()
+        welcome = worker.hello()
+
+        info = worker.ask(RunInfo(session=worker.session), RunInfo).info
+
+        assert welcome.run == info
+        assert ("tested", str(shared.run_dir)) == (info["id"], info["dir"])
+
+    def test_a_second_one_on_the_same_directory_ends_and_leaves_the_socket_alone(self, shared: ServedRun):
+        worker = shared.worker()
+        worker.hello()
+
+        second = subprocess.run(
+            [sys.executable, "-m", "sidestepd.intake", str(shared.run_dir)], capture_output=True, check=False
+        )
+
+        assert second.returncode == ExitCode.ALREADY_RUNNING
+        assert b"another process holds" in second.stderr
+        assert worker.log(0).first == 1
+        assert shared.worker(1).hello().first == 0
+
+    def test_sigterm_ends_it_resumably(self, serve: Serve):
+        served = serve()
+        worker = served.worker()
+        worker.hello()
+        worker.log(0, 1)
+        delivery = served.delivery()
+
+        assert served.stop() == ExitCode.INTERRUPTED
+
+        see_gone(delivery)
+        served.start()
+        assert worker.hello().first == 2
+        worker.log(2)
+        worker.bye()
+        assert served.finish() == ExitCode.COMPLETE
+        assert_whole(served, range(3))
+
+    def test_ctrl_c_is_not_for_it(self, shared: ServedRun):
+        assert shared.process is not None
+
+        shared.process.send_signal(signal.SIGINT)
+
+        assert shared.worker().hello().first == 0
+
+    def test_nothing_runs_on_after_it_was_killed(self, serve: Serve):
+        served = serve(sink="wandb")
+        served.worker().hello()
+        delivery, core = served.delivery(), served.core()
+        assert served.process is not None
+
+        killed(psutil.Process(served.process.pid))
+
+        see_gone(delivery)
+        served.start()
+        see_gone(core)
+
+    def test_a_second_close_changes_nothing(self, serve: Serve):
+        served = serve(order__patience_s=5.0)
+        worker = served.worker(world=2)
+        worker.hello()
+        worker.log(0)
+        with served.tool() as tool:
+            for code in (3, 4):
+                tool.ask(RunInfo(close=code), RunInfo)
+
+        assert served.wait() == ExitCode.COMPLETE
+        assert [3] == served.exit_codes()
+
+
+class TestAcknowledged:
+    """An ACK promises that the frame is on disk, whatever happens next."""
+
+    def test_a_frame_is_stored_before_it_is_acknowledged(self, serve: Serve):
+        """It dies as it would commit: the worker hears nothing, and nothing is there."""
+        served = serve(crash_at="intake.commit:3")  # its own start, the HELLO, the frame
+        worker = served.worker()
+        worker.hello()
+
+        worker.say(worker.frame(0, 1))
+
+        assert served.wait() == -signal.SIGKILL
+        assert worker.listen(0.0) is None
+        assert served.frames() == 0
+        served.start()
+        assert worker.hello().first == 0
+        worker.log(0, 1)
+        worker.bye()
+        assert served.finish() == ExitCode.COMPLETE
+        assert_whole(served, range(2))
+
+    def test_a_frame_that_was_stored_and_not_acknowledged_is_a_duplicate_afterwards(self, serve: Serve):
+        served = serve(crash_at="intake.committed:3")
+        worker = served.worker()
+        worker.hello()
+
+        worker.say(worker.frame(0, 1))
+
+        assert served.wait() == -signal.SIGKILL
+        assert worker.listen(0.0) is None
+        assert served.frames() == 2
+        served.start()
+        assert worker.hello(first=0).first == 2
+        worker.say(worker.frame(0, 1, first=0))
+        assert worker.hear(Ack).first == 2
+        assert served.status()["duplicates"] == 1
+        worker.log(2)
+        worker.bye()
+        assert served.finish() == ExitCode.COMPLETE
+        assert_whole(served, range(3))
+
+    def test_a_gap_is_answered_with_what_is_wanted(self, shared: ServedRun):
+        worker = shared.worker()
+        worker.hello()
+
+        worker.say(worker.frame(5, first=5))
+
+        ack = worker.hear(Ack)
+        assert (0, True) == (ack.first, ack.gap)
+
+    def test_a_bye_before_the_last_frame_is_refused(self, shared: ServedRun):
+        worker = shared.worker()
+        worker.hello()
+        worker.log(0)
+
+        worker.say(Bye(session=worker.session, first=3))
+
+        assert worker.hear(Refuse).code == "bye_early"
+        ack = worker.hear(Ack)
+        assert (1, True) == (ack.first, ack.gap)
+
+    def test_a_session_that_was_acknowledged_by_a_spool_that_is_lost_goes_on(self, serve: Serve):
+        """The hole is counted, and nobody waits for it."""
+        served = serve()
+        worker = served.worker()
+        worker.hello()
+        worker.log(0, 1)
+        eventually(lambda: served.told().get("delivered") == 2, DEADLINE_S)
+        served.kill()
+        for part in served.run_dir.glob("spool.db*"):
+            part.unlink()
+        served.start()
+
+        worker.next = 5  # records 2 to 4 had been acknowledged before the spool was lost
+        assert worker.hello().first == 5
+        worker.log(5)
+        worker.bye()
+
+        assert served.finish() == ExitCode.COMPLETE
+        assert [0, 1, 5] == served.steps()
+        ledger = served.ledger()
+        assert ({"spool_lost": 3}, 3) == (ledger.dropped, ledger.delivered)
+        assert ledger.balances
+
+
+class TestStrangers:
+    def test_are_asked_to_say_hello(self, shared: ServedRun):
+        worker = shared.worker()
+        for message in (worker.frame(0), Bye(session=worker.session, first=0), Status(session=worker.session)):
+            worker.say(message)
+
+            refusal = worker.hear(Refuse)
+            assert ("hello", False, worker.session) == (refusal.code, refusal.final, refusal.session)
+
+    def test_are_those_too_who_come_on_another_connection(self, shared: ServedRun):
+        first = shared.worker()
+        first.hello()
+        second = RawWorker(shared.address, session=first.session)
+
+        second.say(second.frame(0))
+
+        assert second.hear(Refuse).code == "hello"
+        second.leave()
+
+    def test_a_restarted_intake_knows_nobody_by_sight(self, serve: Serve):
+        served = serve()
+        worker = served.worker()
+        worker.hello()
+        served.kill()
+        served.start()
+
+        worker.say(worker.frame(0))
+
+        assert worker.hear(Refuse).code == "hello"
+
+
+class TestHostileMessages:
+    """They are answered in words, and harm nobody."""
+
+    @pytest.mark.parametrize(
+        ("parts", "code", "final"),
+        [
+            ([b""], "malformed", False),
+            ([b"GET / HTTP/1.1\r\n"], "malformed", False),
+            ([b"SS\x01\x03" + bytes(36), b"x", b"y", b"z"], "malformed", False),
+            ([b"SS\x01\x03" + bytes(36)] * 500, "malformed", False),
+            ([b"SS\x01\x03" + bytes(36), b""], "malformed", False),
+            ([b"SS\x01\x63" + bytes(36), b""], "malformed", False),
+            ([b"SS\x09\x01" + bytes(36), b"\x80"], "version", True),
+            ([b"SS\x00\x03" + bytes(36), b"\x80"], "version", True),
+        ],
+        ids=["empty", "http", "parts", "many parts", "nothing", "unknown type", "newer version", "older version"],
+    )
+    def test_are_refused(self, shared: ServedRun, parts: list[bytes], code: str, final: bool):
+        before = shared.status()["malformed"]
+        honest, hostile = shared.worker(), shared.worker()
+        honest.hello()
+
+        hostile.send(parts)
+
+        refusal = hostile.hear(Refuse)
+        assert (code, final) == (refusal.code, refusal.final)
+        assert honest.log(0).first == 1
+        assert shared.status()["malformed"] == before + 1
+
+    def test_that_are_too_large_cost_their_sender_the_connection(self, shared: ServedRun):
+        honest, hostile = shared.worker(), shared.worker()
+        honest.hello()
+        hostile.hello()
+        header, _ = encode(hostile.frame(0))
+
+        hostile.send([header, bytes(2 * MAX_FRAME_BYTES)])
+
+        assert hostile.listen(0.5) is None
+        assert hostile.hello().first == 0
+        assert honest.log(0).first == 1
+
+    def test_whose_body_is_not_the_one_that_was_sent_are_counted_as_corrupt(self, serve: Serve):
+        served = serve()
+        worker = served.worker()
+        worker.hello()
+        worker.log(0)
+        header, body = encode(worker.frame(1, 2))
+        worker.send([header, body[:-1] + b"\x55"])
+        worker.hear(Ack)
+        worker.next = 3
+        worker.log(3)
+        worker.bye()
+
+        assert served.finish() == ExitCode.COMPLETE
+
+        assert [0, 3] == served.steps()
+        assert ({"corrupt": 2}, True) == (served.ledger().dropped, served.ledger().balances)
+
+    def test_whose_records_can_not_be_read_are_counted_one_by_one(self, serve: Serve):
+        served = serve()
+        worker = served.worker()
+        worker.hello()
+        worker.log(records=[logged(0, loss=0.0), b"\x93\x01\x02\x03", logged(2, loss=2.0), logged(-5)])
+        worker.bye()
+
+        assert served.finish() == ExitCode.COMPLETE
+
+        assert [0, 2] == served.steps()
+        assert (2, 2) == (served.ledger().delivered, sum(served.ledger().dropped.values()))
+        assert served.ledger().balances
+
+    def test_a_flood_of_them_does_not_keep_others_from_being_served(self, shared: ServedRun):
+        honest, hostile = shared.worker(), shared.worker()
+        honest.hello()
+        for _ in range(2000):
+            hostile.send([b"nonsense" * 100])
+
+        assert honest.log(0).first == 1
+
+
+class TestClosing:
+    @contextmanager
+    def closing(self, serve: Serve) -> Iterator[tuple[ServedRun, RawWorker]]:
+        """A run that was closed and can not end, because its delivery stands still."""
+        served = serve()
+        worker = served.worker()
+        worker.hello()
+        worker.log(0)
+        delivery = served.delivery()
+        freeze(delivery)
+        with served.tool() as tool:
+            tool.ask(RunInfo(close=0), RunInfo)
+        yield served, worker
+        delivery.send_signal(signal.SIGCONT)
+        assert served.wait() == ExitCode.COMPLETE
+        assert_whole(served, range(1))
+
+    def test_whoever_speaks_after_it_is_refused_for_good(self, serve: Serve):
+        with self.closing(serve) as (served, worker):
+            worker.say(worker.frame(1))
+            late = served.worker(1)
+            late.say(Hello(session=late.session))
+
+            for refusal in (worker.hear(Refuse), late.hear(Refuse)):
+                assert ("closed", True) == (refusal.code, refusal.final)
+
+    def test_is_not_forgotten_when_intake_is_killed(self, serve: Serve):
+        served = serve()
+        worker = served.worker()
+        worker.hello()
+        worker.log(0)
+        freeze(served.delivery())
+        with served.tool() as tool:
+            tool.ask(RunInfo(close=7), RunInfo)
+        served.kill()
+
+        served.start(ready=False)
+
+        assert served.wait() == ExitCode.COMPLETE
+        assert [7] == served.exit_codes()
+        assert_whole(served, range(1))
+
+    @pytest.mark.parametrize("sink", ["jsonl", "wandb"])
+    def test_delivery_that_dies_when_all_is_done_does_not_do_it_again(self, serve: Serve, sink: str):
+        """All is settled, and nobody has been told: there is nothing left in the spool to tell it again."""
+        served = serve(start=False, sink=sink, delivery__confirm_interval_s=600.0)
+        # It settles when it starts, when it has looked around, when it finishes, and for the last time.
+        served.start(crash_at="delivery.settled:4")
+        worker = served.worker()
+        worker.hello()
+        worker.log(0)
+        worker.bye()
+
+        assert served.finish(exit_code=4) == ExitCode.COMPLETE
+
+        assert [4] == served.exit_codes()
+        assert "delivery ended with -9" in served.log()
+        assert_whole(served, range(1))
+
+    @pytest.mark.parametrize("sink", ["jsonl", "wandb"])
+    def test_delivery_that_dies_between_finishing_and_saying_so_finishes_again(self, serve: Serve, sink: str):
+        """The record that the run shall finish lies before the cursor by then."""
+        served = serve(start=False, sink=sink, delivery__confirm_interval_s=600.0)
+        served.start(crash_at="delivery.settled:3")
+        worker = served.worker()
+        worker.hello()
+        worker.log(0)
+        worker.bye()
+        with served.tool() as tool:
+            tool.ask(RunInfo(close=4), RunInfo)
+        eventually(lambda: "delivery ended with -9" in served.log(), DEADLINE_S, served.log)
+        served.kill()
+
+        served.start(ready=False)
+
+        assert served.wait() == ExitCode.COMPLETE
+        assert {4} == set(served.exit_codes())
+        assert_whole(served, range(1))
+
+
+ORPHAN = """
+import subprocess, sys
+intake = subprocess.Popen([sys.executable, "-m", "sidestepd.intake", sys.argv[1]], start_new_session=True)
+print(intake.pid, flush=True)
+sys.stdin.read()
+"""
+
+
+class TestOrphan:
+    @contextmanager
+    def orphan(
+        self, serve: Serve, **options: Any
+    ) -> Iterator[tuple[ServedRun, psutil.Process, Callable[[], None]]]:
+        """An intake, and a way to kill the process that started it."""
+        served = serve(start=False, **options)
+        with (served.run_dir / "logs" / "intake.log").open("ab") as log:
+            parent = subprocess.Popen(
+                [sys.executable, "-c", ORPHAN, str(served.run_dir)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+            )
+        with parent:
+            assert parent.stdout is not None
+            intake = psutil.Process(int(parent.stdout.readline()))
+            try:
+                yield served, intake, parent.kill
+            finally:
+                parent.kill()
+                if intake.is_running():
+                    intake.kill()
+
+    def test_serves_until_its_workers_left_and_closes_the_run(self, serve: Serve):
+        with self.orphan(serve) as (served, intake, kill_parent):
+            worker = served.worker()
+            worker.hello()
+            worker.log(0)
+
+            kill_parent()
+
+            worker.log(1)
+            worker.log(2)
+            worker.bye()
+            see_gone(intake)
+        assert [1] == served.exit_codes()
+        assert_whole(served, range(3))
+
+    def test_does_not_wait_for_workers_that_are_gone_too(self, serve: Serve):
+        """Their lease ends."""
+        with self.orphan(serve, order__lease_s=1.0) as (served, intake, kill_parent):
+            worker = served.worker()
+            worker.hello()
+            worker.log(0)
+
+            kill_parent()
+
+            see_gone(intake)
+        assert [1] == served.exit_codes()
+        assert_whole(served, range(1))
+
+
+class TestDelivery:
+    """It is kept running, and a run that was interrupted anywhere is whole in the end."""
+
+    @contextmanager
+    def under_load(self, served: ServedRun, pause_s: float = 0.01) -> Iterator[list[int]]:
+        """A worker that logs until the block ends; what it logged is in the list then."""
+        worker, steps, over = served.worker(), list[int](), threading.Event()
+        worker.hello()
+
+        def work() -> None:
+            while not over.wait(pause_s):
+                worker.log(len(steps), len(steps) + 1)
+                steps.extend((len(steps), len(steps) + 1))
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        try:
+            yield steps
+        finally:
+            over.set()
+            thread.join()
+        worker.bye()
+
+    @pytest.mark.parametrize("sink", ["jsonl", "wandb"])
+    def test_killed_is_started_again(self, serve: Serve, sink: str):
+        served = serve(sink=sink)
+        with self.under_load(served) as steps:
+            for _ in range(3):
+                delivery = served.delivery()
+                eventually(lambda: served.told().get("rows", 0) > len(steps) // 2, DEADLINE_S, served.log)
+                killed(delivery)
+                served.delivery(other_than=delivery.pid)
+            assert served.status()["delivery"]["restarts"] == 3
+
+        assert served.finish() == ExitCode.COMPLETE
+
+        assert_whole(served, steps)
+
+    def test_standing_still_is_killed(self, serve: Serve):
+        served = serve(delivery__stall_s=4.0)
+        with self.under_load(served) as steps:
+            delivery = served.delivery()
+            freeze(delivery)
+
+            served.delivery(other_than=delivery.pid)
+
+            see_gone(delivery)
+            assert "made no progress" in served.log()
+
+        assert served.finish() == ExitCode.COMPLETE
+        assert_whole(served, steps)
+
+    def test_whose_wandb_core_stands_still_is_started_again_with_another(self, serve: Serve):
+        """wandb takes rows until a buffer is full, which may be never: it is the file that does not grow."""
+        served = serve(sink="wandb", delivery__stall_s=5.0)
+        with self.under_load(served, pause_s=0.5) as steps:
+            delivery, core = served.delivery(), served.core()
+            freeze(core)
+
+            served.delivery(other_than=delivery.pid)
+
+            see_gone(core)
+            served.core(other_than=core.pid)
+
+        assert served.finish() == ExitCode.COMPLETE
+        assert_whole(served, steps)
+
+    def test_whose_wandb_core_is_killed_is_started_again_with_another(self, serve: Serve):
+        served = serve(sink="wandb")
+        with self.under_load(served) as steps:
+            delivery, core = served.delivery(), served.core()
+            killed(core)
+
+            served.delivery(other_than=delivery.pid)
+
+            served.core(other_than=core.pid)
+
+        assert served.finish() == ExitCode.COMPLETE
+        assert_whole(served, steps)
+
+    def test_drains_the_spool_while_the_run_lives(self, serve: Serve):
+        """The spool of a run of weeks stays small."""
+        served = serve(sink="wandb")
+        with self.under_load(served) as steps:
+            eventually(lambda: len(steps) > 200, DEADLINE_S, served.log)
+            most = served.frames()
+            eventually(lambda: served.frames() < len(steps) - 200, DEADLINE_S, "nothing is deleted")
+            assert most > 0
+
+        assert served.finish() == ExitCode.COMPLETE
+        assert_whole(served, steps)
+
+    def test_a_frozen_daemon_does_not_take_its_own_silence_for_its_workers(self, serve: Serve):
+        served = serve(order__lease_s=1.0)
+        worker = served.worker()
+        worker.hello()
+        assert served.process is not None
+        intake = psutil.Process(served.process.pid)
+        freeze(intake)
+        frozen = threading.Event()
+        assert not frozen.wait(2.5)  # this is what is tested: the time itself
+
+        intake.send_signal(signal.SIGCONT)
+
+        worker.log(0)
+        assert served.status()["live"] == 1
+        assert "was not heard of" not in served.log()
+
+
+class TestDamagedSpool:
+    def test_is_salvaged_under_a_running_delivery_and_what_is_lost_is_counted(self, serve: Serve):
+        served = serve(order__patience_s=60.0)
+        worker = served.worker(world=2)  # the other rank never comes, so all this waits in the spool
+        worker.hello()
+        for first in range(0, 2000, 4):
+            worker.say(worker.frame(*range(first, first + 4), first=first))
+        eventually(lambda: worker.hear(Ack).first == 2000)
+        worker.next = 2000
+        delivery = served.delivery()
+        spoil(served.run_dir / "spool.db", b"\x00 damage \x00", pages=3)
+
+        with served.kept_alive() as codes:
+            killed(delivery)  # what it has read it would not read again
+            eventually(lambda: ExitCode.DISK in codes, DEADLINE_S, served.log)
+            worker.hello()
+            worker.log(2000)
+            worker.bye()
+            assert served.finish() == ExitCode.COMPLETE
+
+        steps, ledger = served.steps(), served.ledger()
+        assert sorted(set(steps)) == steps
+        assert 2000 in steps
+        assert 2001 > len(steps) > 1500
+        assert {"spool_lost": 2001 - len(steps)} == ledger.dropped
+        assert (len(steps), 0) == (ledger.delivered, ledger.pending)
+        assert ledger.balances
+        assert not damage_mark(served.run_dir / "spool.db").exists()
+
+    def test_does_not_make_delivered_what_was_lost(self, serve: Serve):
+        """Rows that are in the run, whose frames were not deleted yet when the spool was lost, are not lost."""
+        served = serve(delivery__confirm_interval_s=600.0)
+        worker = served.worker()
+        worker.hello()
+        for first in range(0, 40, 4):
+            worker.log(*range(first, first + 4))
+        eventually(lambda: decided(served) >= 30, DEADLINE_S, served.log)
+        served.kill()
+        done = decided(served)
+        for part in served.run_dir.glob("spool.db*"):
+            part.unlink()
+        served.start()
+        worker.hello()
+        worker.log(40)
+        worker.bye()
+
+        assert served.finish() == ExitCode.COMPLETE
+
+        ledger = served.ledger()
+        assert [*range(done), 40] == served.steps()
+        assert done + 1 == ledger.delivered
+        assert 40 - done == ledger.dropped.get("spool_lost", 0)
+        assert ledger.balances
+
+
+def decided(served: ServedRun) -> int:
+    """How many rows delivery wrote down."""
+    path = served.run_dir / "delivery.db"
+    if not path.exists():
+        return 0
+    with sqlite3.connect(f"file:{path}?mode=ro", uri=True) as db:
+        try:
+            return int(db.execute("SELECT count(*) FROM row").fetchone()[0])
+        except sqlite3.OperationalError:
+            return 0
+
+
+def spoil(path: Path, data: bytes, *, pages: int) -> None:
+    """Overwrite the beginning of some pages that hold frames, behind everybody's back."""
+    with sqlite3.connect(path) as db:
+        eventually(lambda: db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0] == 0)
+        ids = [row[0] for row in db.execute("SELECT id FROM entry WHERE kind = 1 ORDER BY id")]
+        bodies = [
+            db.execute("SELECT body FROM entry WHERE id = ?", (ids[len(ids) * n // (pages + 1)],)).fetchone()[0]
+            for n in range(1, pages + 1)
+        ]
+    db.close()
+    content = path.read_bytes()
+    with path.open("r+b") as file:
+        for body in bodies:
+            file.seek(content.index(body) // 4096 * 4096)
+            file.write(data)
