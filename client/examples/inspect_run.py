@@ -40,8 +40,8 @@ class Contents:
         return [row[name] for row in self.rows if name in row]
 
     def names(self) -> list[str]:
-        """Every name in any row, but for wandb's own."""
-        return list(dict.fromkeys(name for row in self.rows for name in row if not name.startswith("_")))
+        """Every name in any row, in order of the alphabet, but for wandb's own."""
+        return sorted({name for row in self.rows for name in row if not name.startswith("_")})
 
 
 def read_run(run_dir: Path) -> Contents:

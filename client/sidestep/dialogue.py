@@ -50,6 +50,7 @@ class Dialogue:
         self._jitter = jitter
         self._own_flush_interval_s = flush_interval_s
         self._boot = ""
+        self._said_more = False
         self._heartbeat_s = 5.0
         self._leaving: Bye | None = None
         self.asking = False
@@ -139,6 +140,8 @@ class Dialogue:
         self.phase, self._boot = Phase.OPEN, welcome.boot
         self._outbox.credit = welcome.credit
         self._heartbeat_s, self._heartbeat_at = welcome.heartbeat_s, now + welcome.heartbeat_s
+        if self._said_more and not self._outbox.pending:
+            self._heartbeat_at = now  # all that there was is there already: nobody need wait for it
         self.flush_interval_s = self._own_flush_interval_s or welcome.flush_interval_s
         self.run = {**self.run, **welcome.run}
         self._hello_wait = HELLO_AGAIN_S[0]
@@ -181,10 +184,11 @@ class Dialogue:
         self._hello_at = now + self._hello_wait * (0.75 + 0.5 * self._jitter())
         self._hello_wait = min(self._hello_wait * 2, HELLO_AGAIN_S[1])
         outbox = self._outbox
+        self._said_more = outbox.pending > 0
         return replace(
             self._hello,
             first=outbox.acknowledged,
-            more=outbox.pending > 0,
+            more=self._said_more,
             offered=outbox.offered,
             dropped=outbox.dropped,
         )

@@ -30,7 +30,7 @@ from sidestepd.config import Config
 from sidestepd.crashpoints import crash_point
 from sidestepd.errors import ExitCode, Fatal, SpoolDamaged
 from sidestepd.order import ReorderBuffer
-from sidestepd.processes import Lock, die_with_parent, read_json, write_json
+from sidestepd.processes import Beat, Lock, Pulse, die_with_parent, read_json, write_json
 from sidestepd.resolve import Closed, Folded, Lost, Resolver
 from sidestepd.rowlog import SENT, RowLog
 from sidestepd.rows import Bundle, Row
@@ -45,38 +45,32 @@ READ_LIMIT = 500
 """Entries taken from the spool at once."""
 READY_STRIDE_S = 0.02
 """While catching up, how far spool time may move before rows are let go."""
+INTAKE_SILENT_S = 1.0
+"""Time stands still for rows while intake commits nothing for so long: what workers say does not get here."""
 NICENESS = 10
 """Delivery and its wandb-core give way to the training: the spool waits, a training step does not."""
 CLOSE_DEADLINE_S = 30.0
 """How long the last rows may take to be confirmed after the run was finished."""
 
 
-class Beat:
-    """Shows intake that this process is not stuck: a file whose time of change moves."""
-
-    EVERY_S = 0.2
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._next = 0.0
-        path.touch()
-
-    def __call__(self) -> None:
-        """Called wherever the loop makes progress."""
-        if (now := time.monotonic()) >= self._next:
-            self._next = now + self.EVERY_S
-            os.utime(self.path)
-
-
 class Delivery:
     """Everything between the spool and the sink, for one run."""
 
     def __init__(
-        self, spool: SpoolReader, rowlog: RowLog, sink: Sink, config: Config, clock: Clock, beat: Beat
+        self,
+        spool: SpoolReader,
+        rowlog: RowLog,
+        sink: Sink,
+        config: Config,
+        *,
+        clock: Clock,
+        beat: Callable[[], None],
+        intake: Pulse,
     ) -> None:
         order = config.order
         self.config = config
         self.spool, self.rowlog, self.sink, self.clock, self.beat = spool, rowlog, sink, clock, beat
+        self.intake = intake
         rules = Rules(Rule(pattern=name, reduce=operations(reduce)) for name, reduce in config.reduce.items())
         self.marks: dict[str, Any] = rowlog.meta("marks", {})
         self.resolver = Resolver(rules)
@@ -145,12 +139,13 @@ class Delivery:
         """Until the run is told to finish."""
         while self.exit_code is None:
             self.beat()
+            intake_is_well = self.intake.silence(time.monotonic()) < INTAKE_SILENT_S  # asked before reading
             entries = self.spool.read(self.read_through, READ_LIMIT)
             for entry in entries:
                 self._take(entry)
                 if self._now - self._last_ready >= READY_STRIDE_S:
                     self._let_go()
-            if len(entries) < READ_LIMIT:
+            if len(entries) < READ_LIMIT and intake_is_well:
                 self._now = max(self._now, self.clock())
             self._let_go()
             self._tell_config()
@@ -377,9 +372,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if rowlog.meta("state", None) == "closed":  # the last life did all of it, and died before it could say so
         return ExitCode.COMPLETE
     run = read_json(directory / "run.json") | {"dir": str(directory)}
+    sink = make_sink(config.sink.kind)  # importing wandb takes its time, best while workers import theirs
     facts = wait_for_facts(spool, rowlog, run, config, beat)
     clock = SpoolClock(spool.clock_offset())
-    delivery = Delivery(spool, rowlog, make_sink(config.sink.kind), config, clock, beat)
+    intake = Pulse(directory / "intake.beat")
+    delivery = Delivery(spool, rowlog, sink, config, clock=clock, beat=beat, intake=intake)
     delivery.start(facts, lambda about: write_json(directory / "about.json", about))
     delivery.serve()
     delivery.finish()

@@ -49,7 +49,7 @@ from sidestepd.config import Config
 from sidestepd.crashpoints import crash_point
 from sidestepd.errors import AlreadyRunning, ExitCode, SpoolDamaged, SpoolError
 from sidestepd.keeper import DeliveryKeeper
-from sidestepd.processes import Lock, read_json
+from sidestepd.processes import Beat, Lock, read_json
 from sidestepd.roster import Roster, Verdict
 from sidestepd.rowlog import RowLogReader
 from sidestepd.spool import Entry, EntryKind, Spool, damage_mark
@@ -98,6 +98,9 @@ class Intake:
         self._inbox.set()
         self._writer = ThreadPoolExecutor(1, "spool")
         self._parent = os.getppid()
+        self._beat = Beat(run_dir / "intake.beat")
+        self._committing = False
+        self._awake_at = time.monotonic()
         self._cursor = 0
 
     async def serve(self) -> int:
@@ -129,6 +132,7 @@ class Intake:
         while True:
             await self._inbox.wait()
             self._inbox.clear()
+            self._notice_pause()
             for _ in range(MOST_AT_ONCE):
                 try:
                     route, *parts = self.socket.recv_multipart(zmq.DONTWAIT)
@@ -278,6 +282,7 @@ class Intake:
 
     async def _commit_once(self) -> None:
         """Write what came in one transaction, then make good on it."""
+        self._notice_pause()
         entries, self._entries = self._entries, []
         replies, self._replies = self._replies, []
         touched, self._touched = self._touched, set()
@@ -285,8 +290,12 @@ class Intake:
         sessions = [self.roster.sessions[id_].as_stored() for id_ in touched]
         if entries or sessions:
             crash_point("intake.commit")
+            self._committing = True
             loop = asyncio.get_running_loop()
             await loop.run_in_executor(self._writer, self.spool.commit, entries, sessions)
+            self._committing = False
+            if not self._notice_pause():
+                self._beat()
             crash_point("intake.committed")
         for session in sessions:
             self.roster.sessions[session.id].stored = session.next
@@ -307,11 +316,11 @@ class Intake:
     # The rest of the daemon
 
     async def _watch(self) -> None:
-        next_delete, seen = 0.0, time.monotonic()
+        next_delete = 0.0
         while self.exit_code is None:
-            frozen, seen = time.monotonic() - seen, time.monotonic()
-            if frozen > FROZEN_S:
-                self.roster.excuse(frozen)
+            self._notice_pause()
+            if not self._committing and not self._entries:
+                self._beat()
             if damage_mark(self.spool.path).exists():
                 raise SpoolDamaged(self.spool.path, "delivery can not read it")
             self.keeper.tend(time.monotonic())
@@ -328,6 +337,21 @@ class Intake:
                 await self._delete_settled()
                 next_delete = time.monotonic() + DELETE_INTERVAL_S
             await asyncio.sleep(WATCH_INTERVAL_S)
+
+    def _notice_pause(self) -> bool:
+        """Whether this process stood still until now.
+
+        Then it is as after a start: nobody was heard of, and all may have more. The spool says so before
+        anything else shows that intake is there again, since delivery's time goes on with that.
+        """
+        now = time.monotonic()
+        pause, self._awake_at = now - self._awake_at, now
+        if pause > FROZEN_S:
+            logger.warning("this process stood still for %.1f s", pause)
+            self.roster.excuse(pause)
+            self.keeper.excuse(now)
+            self._write(Entry.of_event(EntryKind.BOOT, received=self.clock(), boot=self.boot))
+        return pause > FROZEN_S
 
     def _facts(self) -> dict[str, Any]:
         """What a worker may know of the run."""
@@ -382,9 +406,7 @@ async def serve(run_dir: Path) -> int:
     """Start, serve, and shut down one run's intake."""
     config = Config.from_json((run_dir / "config.json").read_text())
     run = read_json(run_dir / "run.json")
-    rowlog = RowLogReader(run_dir / "delivery.db")
-    read_through = rowlog.meta("ledger", {}).get("read_through", 0)
-    spool = Spool(run_dir / "spool.db", above=read_through)
+    spool = Spool(run_dir / "spool.db", above=RowLogReader(run_dir / "delivery.db").newest())
     clock = SpoolClock.starting_after(spool.latest())
     spool.set_clock(clock.offset)
     roster = Roster(

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 from sidestepd.errors import ExitCode
-from sidestepd.processes import Lock, kill_recorded, read_json
+from sidestepd.processes import Lock, Pulse, kill_recorded, read_json
 
 logger = logging.getLogger("sidestepd.keeper")
 
@@ -40,8 +40,8 @@ class DeliveryKeeper:
         self._process: subprocess.Popen[bytes] | None = None
         self._started = 0.0
         self._retry_at = 0.0
-        self._beat = 0
-        self._beat_seen = 0.0
+        self._watched_from = 0.0
+        self._pulse = Pulse(run_dir / "delivery.beat")
 
     @property
     def pid(self) -> int | None:
@@ -80,7 +80,7 @@ class DeliveryKeeper:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment
             )
-        self._started = self._beat_seen = now
+        self._started = self._watched_from = now
 
     def _ended(self, code: int, now: float) -> None:
         self._process = None
@@ -94,14 +94,12 @@ class DeliveryKeeper:
         self._retry_at = now + self._backoff
         self._backoff = min(self._longest_backoff_s, 2 * self._backoff)
 
+    def excuse(self, now: float) -> None:
+        """This process itself stood still until `now`, and could not see whether delivery did."""
+        self._watched_from = now
+
     def _stands_still(self, now: float) -> bool:
-        try:
-            beat = (self.run_dir / "delivery.beat").stat().st_mtime_ns
-        except FileNotFoundError:
-            beat = 0
-        if beat != self._beat:
-            self._beat, self._beat_seen = beat, now
-        return now - self._beat_seen > self._stall_s
+        return min(self._pulse.silence(now), now - self._watched_from) > self._stall_s
 
     def _neighbours_gone(self) -> bool:
         return Lock.is_free(self.run_dir / "delivery.lock") and kill_recorded(self._recorded_core())

@@ -112,11 +112,8 @@ class ReorderBuffer:
     def _join(self, said: Joined, now: float) -> None:
         launch = self._launches.setdefault(said.launch, _Launch(world=said.world))
         launch.ranks.add(said.rank)
-        member = self._members.get(said.session)
-        if member is None:
-            self._members[said.session] = _Member(launch=said.launch, joined=now, more=said.more)
-        else:
-            member.more = said.more
+        member = self._member(said.session, now)
+        member.launch, member.more = said.launch, said.more
 
     def _boot(self, now: float) -> None:
         """Nobody was heard of for a while: who is live may have a lot to say, and others are still to come."""

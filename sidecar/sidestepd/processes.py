@@ -10,8 +10,10 @@ import contextlib
 import ctypes
 import fcntl
 import json
+import math
 import os
 import signal
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -51,6 +53,45 @@ class Lock:
             return True
         finally:
             os.close(lock._descriptor)
+
+
+class Beat:
+    """Shows another process that this one is not stuck: a file whose time of change moves."""
+
+    EVERY_S = 0.2
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._next = 0.0
+        path.touch()
+
+    def __call__(self) -> None:
+        """Called wherever there is progress."""
+        if (now := time.monotonic()) >= self._next:
+            self._next = now + self.EVERY_S
+            self.path.touch()
+
+
+class Pulse:
+    """The other side of a `Beat`: for how long it has not moved."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._moved_at = -math.inf
+        self._seen = self._time_of_change()
+
+    def silence(self, now: float) -> float:
+        """Seconds at `now` (monotonic) since it was last seen to move; infinity until it does."""
+        seen = self._time_of_change()
+        if seen != self._seen:
+            self._seen, self._moved_at = seen, now
+        return now - self._moved_at
+
+    def _time_of_change(self) -> int:
+        try:
+            return self.path.stat().st_mtime_ns
+        except FileNotFoundError:
+            return 0
 
 
 def die_with_parent(parent: int) -> None:

@@ -37,6 +37,8 @@ class Session:
     state: str = "live"
     heard: float = 0.0
     hello: dict[str, Any] = field(default_factory=dict)
+    more: bool = False
+    """It had not caught up when it was heard last."""
     offered: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
 
@@ -95,7 +97,7 @@ class Roster:
         session = self.sessions.setdefault(hello.session, Session(id=hello.session))
         session.next = max(session.next, hello.first) if self._gate else hello.first
         session.stored = max(session.stored, hello.first)
-        session.state, session.heard = "live", now
+        session.state, session.heard, session.more = "live", now, hello.more
         session.hello = {
             name: getattr(hello, name)
             for name in ("rank", "world", "local_rank", "node", "pid", "launch", "attempt", "client")
@@ -124,22 +126,23 @@ class Roster:
         if frame.first < session.next and self._gate:
             self.duplicates += 1
             return Verdict.DUPLICATE
-        session.next, session.state = frame.end, "live"
+        session.next, session.state, session.more = frame.end, "live", frame.more
         return Verdict.TAKE
 
     def heartbeat(self, status: Status, now: float) -> Entry | None:
-        """Note a heartbeat; drops that are new are worth an entry."""
+        """Note a heartbeat; drops that are new, and having caught up without a frame, are worth an entry."""
         session = self.sessions.get(status.session)
         if session is None:
             return None
         session.heard = now
         if session.state == "lease":
             session.state = "live"
-        before = dict(session.dropped)
+        before = (session.more, dict(session.dropped))
+        session.more = status.more
         self._count(session, status)
-        if before == session.dropped:
+        if before == (session.more, session.dropped):
             return None
-        return Entry.of_event(EntryKind.COUNTERS, session.id, received=now, **session.counters)
+        return Entry.of_event(EntryKind.COUNTERS, session.id, received=now, more=session.more, **session.counters)
 
     def bye(self, bye: Bye, now: float) -> tuple[Verdict, Entry | None]:
         """A session's last word, taken only once all that it sent is committed."""
@@ -171,6 +174,7 @@ class Roster:
         """Nobody listened for so long: what was said meanwhile is still to be heard."""
         for session in self.live:
             session.heard += seconds
+            session.more = True
 
     def end_all(self, now: float) -> list[Entry]:
         """The command ended, and with it every lease."""

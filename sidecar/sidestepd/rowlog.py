@@ -174,6 +174,12 @@ class RowLogReader:
         """The entry of the spool up to which everything is settled."""
         return int(self._one("SELECT value FROM meta WHERE key = 'cursor'") or 0)
 
+    def newest(self) -> int:
+        """The newest entry of the spool that anything here speaks of."""
+        read_through = self.meta("ledger", {}).get("read_through", 0)
+        in_rows = self._one("SELECT max(newest) FROM row") or 0
+        return max(self.cursor(), int(read_through), int(in_rows))
+
     def meta(self, key: str, default: Any = None) -> Any:
         """A packed value that delivery wrote: 'ledger', 'state', 'exit_code', ..."""
         raw = self._one("SELECT value FROM meta WHERE key = ?", key)

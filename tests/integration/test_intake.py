@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import signal
-import sqlite3
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -26,33 +23,19 @@ from sidestep.wire import (
     encode,
 )
 from sidestepd.errors import ExitCode
-from sidestepd.spool import damage_mark
+from sidestepd.spool import EntryKind, SpoolReader
 from tests.support.daemons import (
     DEADLINE_S,
     RawWorker,
+    Serve,
     ServedRun,
+    assert_run_whole,
     freeze,
     killed,
     logged,
     see_gone,
 )
 from tests.support.waiting import eventually
-
-Serve = Callable[..., ServedRun]
-
-
-@pytest.fixture
-def serve(tmp_path: Path) -> Iterator[Serve]:
-    made: list[ServedRun] = []
-
-    def make(*, start: bool = True, crash_at: str | None = None, **options: Any) -> ServedRun:
-        served = ServedRun(tmp_path, **options)
-        made.append(served)
-        return served.start(crash_at=crash_at) if start else served
-
-    yield make
-    for served in made:
-        served.__exit__(None, None, None)
 
 
 @pytest.fixture(scope="module")
@@ -62,12 +45,12 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServedRun]:
         yield served.start()
 
 
-def assert_whole(served: ServedRun, steps: range | list[int], *, per_step: int = 1) -> None:
-    """Every step once, in order, and the ledger knows of every record."""
-    assert list(steps) == served.steps()
-    ledger = served.ledger()
-    assert (len(steps) * per_step, 0) == (ledger.delivered, ledger.pending)
-    assert ledger.balances
+def started(served: ServedRun) -> ServedRun:
+    """When it has committed its own start: what is said now goes into a commit of its own."""
+    reader = SpoolReader(served.run_dir / "spool.db")
+    eventually(lambda: reader.first(EntryKind.BOOT), DEADLINE_S, served.log)
+    reader.close()
+    return served
 
 
 class TestLife:
@@ -81,7 +64,7 @@ class TestLife:
 
         assert served.finish(exit_code=3) == ExitCode.COMPLETE
 
-        assert_whole(served, range(4))
+        assert_run_whole(served, range(4))
         assert [3] == served.exit_codes()
 
     def test_what_a_worker_may_know_is_told(self, shared: ServedRun):
@@ -121,7 +104,7 @@ class TestLife:
         worker.log(2)
         worker.bye()
         assert served.finish() == ExitCode.COMPLETE
-        assert_whole(served, range(3))
+        assert_run_whole(served, range(3))
 
     def test_ctrl_c_is_not_for_it(self, shared: ServedRun):
         assert shared.process is not None
@@ -160,7 +143,7 @@ class TestAcknowledged:
 
     def test_a_frame_is_stored_before_it_is_acknowledged(self, serve: Serve):
         """It dies as it would commit: the worker hears nothing, and nothing is there."""
-        served = serve(crash_at="intake.commit:3")  # its own start, the HELLO, the frame
+        served = started(serve(crash_at="intake.commit:3"))  # its own start, the HELLO, the frame
         worker = served.worker()
         worker.hello()
 
@@ -174,10 +157,10 @@ class TestAcknowledged:
         worker.log(0, 1)
         worker.bye()
         assert served.finish() == ExitCode.COMPLETE
-        assert_whole(served, range(2))
+        assert_run_whole(served, range(2))
 
     def test_a_frame_that_was_stored_and_not_acknowledged_is_a_duplicate_afterwards(self, serve: Serve):
-        served = serve(crash_at="intake.committed:3")
+        served = started(serve(crash_at="intake.committed:3"))
         worker = served.worker()
         worker.hello()
 
@@ -194,7 +177,7 @@ class TestAcknowledged:
         worker.log(2)
         worker.bye()
         assert served.finish() == ExitCode.COMPLETE
-        assert_whole(served, range(3))
+        assert_run_whole(served, range(3))
 
     def test_a_gap_is_answered_with_what_is_wanted(self, shared: ServedRun):
         worker = shared.worker()
@@ -366,7 +349,7 @@ class TestClosing:
         yield served, worker
         delivery.send_signal(signal.SIGCONT)
         assert served.wait() == ExitCode.COMPLETE
-        assert_whole(served, range(1))
+        assert_run_whole(served, range(1))
 
     def test_whoever_speaks_after_it_is_refused_for_good(self, serve: Serve):
         with self.closing(serve) as (served, worker):
@@ -391,7 +374,7 @@ class TestClosing:
 
         assert served.wait() == ExitCode.COMPLETE
         assert [7] == served.exit_codes()
-        assert_whole(served, range(1))
+        assert_run_whole(served, range(1))
 
     @pytest.mark.parametrize("sink", ["jsonl", "wandb"])
     def test_delivery_that_dies_when_all_is_done_does_not_do_it_again(self, serve: Serve, sink: str):
@@ -408,7 +391,7 @@ class TestClosing:
 
         assert [4] == served.exit_codes()
         assert "delivery ended with -9" in served.log()
-        assert_whole(served, range(1))
+        assert_run_whole(served, range(1))
 
     @pytest.mark.parametrize("sink", ["jsonl", "wandb"])
     def test_delivery_that_dies_between_finishing_and_saying_so_finishes_again(self, serve: Serve, sink: str):
@@ -428,7 +411,7 @@ class TestClosing:
 
         assert served.wait() == ExitCode.COMPLETE
         assert {4} == set(served.exit_codes())
-        assert_whole(served, range(1))
+        assert_run_whole(served, range(1))
 
 
 ORPHAN = """
@@ -476,7 +459,7 @@ class TestOrphan:
             worker.bye()
             see_gone(intake)
         assert [1] == served.exit_codes()
-        assert_whole(served, range(3))
+        assert_run_whole(served, range(3))
 
     def test_does_not_wait_for_workers_that_are_gone_too(self, serve: Serve):
         """Their lease ends."""
@@ -489,197 +472,4 @@ class TestOrphan:
 
             see_gone(intake)
         assert [1] == served.exit_codes()
-        assert_whole(served, range(1))
-
-
-class TestDelivery:
-    """It is kept running, and a run that was interrupted anywhere is whole in the end."""
-
-    @contextmanager
-    def under_load(self, served: ServedRun, pause_s: float = 0.01) -> Iterator[list[int]]:
-        """A worker that logs until the block ends; what it logged is in the list then."""
-        worker, steps, over = served.worker(), list[int](), threading.Event()
-        worker.hello()
-
-        def work() -> None:
-            while not over.wait(pause_s):
-                worker.log(len(steps), len(steps) + 1)
-                steps.extend((len(steps), len(steps) + 1))
-
-        thread = threading.Thread(target=work)
-        thread.start()
-        try:
-            yield steps
-        finally:
-            over.set()
-            thread.join()
-        worker.bye()
-
-    @pytest.mark.parametrize("sink", ["jsonl", "wandb"])
-    def test_killed_is_started_again(self, serve: Serve, sink: str):
-        served = serve(sink=sink)
-        with self.under_load(served) as steps:
-            for _ in range(3):
-                delivery = served.delivery()
-                eventually(lambda: served.told().get("rows", 0) > len(steps) // 2, DEADLINE_S, served.log)
-                killed(delivery)
-                served.delivery(other_than=delivery.pid)
-            assert served.status()["delivery"]["restarts"] == 3
-
-        assert served.finish() == ExitCode.COMPLETE
-
-        assert_whole(served, steps)
-
-    def test_standing_still_is_killed(self, serve: Serve):
-        served = serve(delivery__stall_s=4.0)
-        with self.under_load(served) as steps:
-            delivery = served.delivery()
-            freeze(delivery)
-
-            served.delivery(other_than=delivery.pid)
-
-            see_gone(delivery)
-            assert "made no progress" in served.log()
-
-        assert served.finish() == ExitCode.COMPLETE
-        assert_whole(served, steps)
-
-    def test_whose_wandb_core_stands_still_is_started_again_with_another(self, serve: Serve):
-        """wandb takes rows until a buffer is full, which may be never: it is the file that does not grow."""
-        served = serve(sink="wandb", delivery__stall_s=5.0)
-        with self.under_load(served, pause_s=0.5) as steps:
-            delivery, core = served.delivery(), served.core()
-            freeze(core)
-
-            served.delivery(other_than=delivery.pid)
-
-            see_gone(core)
-            served.core(other_than=core.pid)
-
-        assert served.finish() == ExitCode.COMPLETE
-        assert_whole(served, steps)
-
-    def test_whose_wandb_core_is_killed_is_started_again_with_another(self, serve: Serve):
-        served = serve(sink="wandb")
-        with self.under_load(served) as steps:
-            delivery, core = served.delivery(), served.core()
-            killed(core)
-
-            served.delivery(other_than=delivery.pid)
-
-            served.core(other_than=core.pid)
-
-        assert served.finish() == ExitCode.COMPLETE
-        assert_whole(served, steps)
-
-    def test_drains_the_spool_while_the_run_lives(self, serve: Serve):
-        """The spool of a run of weeks stays small."""
-        served = serve(sink="wandb")
-        with self.under_load(served) as steps:
-            eventually(lambda: len(steps) > 200, DEADLINE_S, served.log)
-            most = served.frames()
-            eventually(lambda: served.frames() < len(steps) - 200, DEADLINE_S, "nothing is deleted")
-            assert most > 0
-
-        assert served.finish() == ExitCode.COMPLETE
-        assert_whole(served, steps)
-
-    def test_a_frozen_daemon_does_not_take_its_own_silence_for_its_workers(self, serve: Serve):
-        served = serve(order__lease_s=1.0)
-        worker = served.worker()
-        worker.hello()
-        assert served.process is not None
-        intake = psutil.Process(served.process.pid)
-        freeze(intake)
-        frozen = threading.Event()
-        assert not frozen.wait(2.5)  # this is what is tested: the time itself
-
-        intake.send_signal(signal.SIGCONT)
-
-        worker.log(0)
-        assert served.status()["live"] == 1
-        assert "was not heard of" not in served.log()
-
-
-class TestDamagedSpool:
-    def test_is_salvaged_under_a_running_delivery_and_what_is_lost_is_counted(self, serve: Serve):
-        served = serve(order__patience_s=60.0)
-        worker = served.worker(world=2)  # the other rank never comes, so all this waits in the spool
-        worker.hello()
-        for first in range(0, 2000, 4):
-            worker.say(worker.frame(*range(first, first + 4), first=first))
-        eventually(lambda: worker.hear(Ack).first == 2000)
-        worker.next = 2000
-        delivery = served.delivery()
-        spoil(served.run_dir / "spool.db", b"\x00 damage \x00", pages=3)
-
-        with served.kept_alive() as codes:
-            killed(delivery)  # what it has read it would not read again
-            eventually(lambda: ExitCode.DISK in codes, DEADLINE_S, served.log)
-            worker.hello()
-            worker.log(2000)
-            worker.bye()
-            assert served.finish() == ExitCode.COMPLETE
-
-        steps, ledger = served.steps(), served.ledger()
-        assert sorted(set(steps)) == steps
-        assert 2000 in steps
-        assert 2001 > len(steps) > 1500
-        assert {"spool_lost": 2001 - len(steps)} == ledger.dropped
-        assert (len(steps), 0) == (ledger.delivered, ledger.pending)
-        assert ledger.balances
-        assert not damage_mark(served.run_dir / "spool.db").exists()
-
-    def test_does_not_make_delivered_what_was_lost(self, serve: Serve):
-        """Rows that are in the run, whose frames were not deleted yet when the spool was lost, are not lost."""
-        served = serve(delivery__confirm_interval_s=600.0)
-        worker = served.worker()
-        worker.hello()
-        for first in range(0, 40, 4):
-            worker.log(*range(first, first + 4))
-        eventually(lambda: decided(served) >= 30, DEADLINE_S, served.log)
-        served.kill()
-        done = decided(served)
-        for part in served.run_dir.glob("spool.db*"):
-            part.unlink()
-        served.start()
-        worker.hello()
-        worker.log(40)
-        worker.bye()
-
-        assert served.finish() == ExitCode.COMPLETE
-
-        ledger = served.ledger()
-        assert [*range(done), 40] == served.steps()
-        assert done + 1 == ledger.delivered
-        assert 40 - done == ledger.dropped.get("spool_lost", 0)
-        assert ledger.balances
-
-
-def decided(served: ServedRun) -> int:
-    """How many rows delivery wrote down."""
-    path = served.run_dir / "delivery.db"
-    if not path.exists():
-        return 0
-    with sqlite3.connect(f"file:{path}?mode=ro", uri=True) as db:
-        try:
-            return int(db.execute("SELECT count(*) FROM row").fetchone()[0])
-        except sqlite3.OperationalError:
-            return 0
-
-
-def spoil(path: Path, data: bytes, *, pages: int) -> None:
-    """Overwrite the beginning of some pages that hold frames, behind everybody's back."""
-    with sqlite3.connect(path) as db:
-        eventually(lambda: db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0] == 0)
-        ids = [row[0] for row in db.execute("SELECT id FROM entry WHERE kind = 1 ORDER BY id")]
-        bodies = [
-            db.execute("SELECT body FROM entry WHERE id = ?", (ids[len(ids) * n // (pages + 1)],)).fetchone()[0]
-            for n in range(1, pages + 1)
-        ]
-    db.close()
-    content = path.read_bytes()
-    with path.open("r+b") as file:
-        for body in bodies:
-            file.seek(content.index(body) // 4096 * 4096)
-            file.write(data)
+        assert_run_whole(served, range(1))

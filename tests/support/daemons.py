@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -283,6 +283,18 @@ class ServedRun:
             if path.exists():
                 texts.append(f"--- {name}\n{path.read_text()[-3000:]}")
         return "\n".join(texts)
+
+
+Serve = Callable[..., ServedRun]
+"""Makes a `ServedRun` and starts it."""
+
+
+def assert_run_whole(served: ServedRun, steps: Sequence[int], *, per_step: int = 1) -> None:
+    """Every step once, in order, and the ledger knows of every record."""
+    assert list(steps) == served.steps()
+    ledger = served.ledger()
+    assert (len(steps) * per_step, 0) == (ledger.delivered, ledger.pending)
+    assert ledger.balances
 
 
 class RawWorker:

@@ -114,6 +114,16 @@ class TestGreeting:
 
         assert [Frame] == kinds(worker.says(0.1))
 
+    def test_who_said_that_there_was_more_says_at_once_when_there_was_not(self):
+        """The daemon had it all; its rows wait for this session until it is heard."""
+        worker = open_worker(records=2)
+        worker.says(0.0)
+        worker.dialogue.interrupted()
+
+        worker.welcomed(1.0, first=2, boot="2")
+
+        assert [Status(session=SESSION, offered=2)] == worker.says(1.0)
+
     def test_the_daemons_wishes_are_taken_up(self):
         worker = Worker()
 

@@ -271,6 +271,18 @@ class TestNewcomers:
         assert [] == buffer.steps(now=14.9)
         assert [0] == buffer.steps(now=15.0)
 
+    def test_so_it_does_when_the_first_spoke_before_its_hello_was_read(self):
+        """A session that spoke again after its lease, or whose first HELLO was lost, belongs to its launch too."""
+        buffer = Buffer()
+        buffer.leave(0, now=0.0)
+        buffer.say(0, 0, now=1.0)
+        buffer.join(0, world=2, now=20.0)
+
+        buffer.say(0, 1, now=20.0)
+
+        assert [] == buffer.steps(now=24.9)
+        assert [0] == buffer.steps(now=25.0)
+
     def test_a_launch_that_is_complete_waits_for_nobody(self):
         buffer = Buffer()
         buffer.join(0, world=1)

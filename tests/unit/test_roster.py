@@ -280,7 +280,27 @@ class TestCounters:
 
         assert entry is not None
         assert entry.kind is EntryKind.COUNTERS
-        assert {"offered": 50, "dropped": {"a": 5}} == entry.facts
+        assert {"offered": 50, "dropped": {"a": 5}, "more": False} == entry.facts
+
+    def test_having_caught_up_without_a_frame_becomes_an_entry(self):
+        """HELLO said that there was more, and all of it was here already: nobody need wait for it."""
+        roster = roster_with()
+        roster.hello(Hello(session=ALICE, more=True), 0.0)
+
+        entry = roster.heartbeat(Status(session=ALICE, more=False), 0.0)
+
+        assert entry is not None
+        assert (EntryKind.COUNTERS, False) == (entry.kind, entry.facts["more"])
+
+    def test_after_a_pause_of_the_daemon_the_next_heartbeat_tells_who_has_caught_up(self):
+        roster = greeted()
+        roster.excuse(10.0)
+
+        entry = roster.heartbeat(Status(session=ALICE), 10.0)
+
+        assert entry is not None
+        assert entry.facts["more"] is False
+        assert roster.heartbeat(Status(session=ALICE), 11.0) is None
 
     def test_a_heartbeat_without_new_drops_becomes_none(self):
         roster = greeted()

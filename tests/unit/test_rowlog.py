@@ -218,6 +218,18 @@ class TestReader:
 
         assert (9, {"rows": 3}, "closed") == (reader.cursor(), reader.meta("ledger"), reader.meta("state"))
 
+    def test_knows_the_newest_entry_that_anything_speaks_of(self, path: Path, log: RowLog):
+        """A spool that was lost and begins anew must not give such an id again: rows hold records by it."""
+        reader = RowLogReader(path)
+        assert reader.newest() == 0
+
+        log.settle(checkpoint=Checkpoint(cursor=3))
+        assert reader.newest() == 3
+        log.settle(ledger={"read_through": 5})
+        assert reader.newest() == 5
+        append(log, row(1, entries=(2, 9)), row(2, entries=(7,)))
+        assert reader.newest() == 9
+
     def test_of_a_log_that_was_closed_reads_it(self, path: Path, log: RowLog):
         log.settle(checkpoint=Checkpoint(cursor=9))
         log.close()
