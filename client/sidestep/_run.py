@@ -53,7 +53,7 @@ class Axis:
         dicts of these, numpy scalars, and small tensors on the CPU; a value that can not be logged is left out,
         counted and said once.
         """
-        session, at, taken = self._session, None, False
+        session, at = self._session, None
         try:
             if (
                 type(data) is dict
@@ -66,15 +66,18 @@ class Axis:
                     record = packer.pack((kind, now(), number, data))
                 else:
                     record = packer.pack((kind, now(), number, data, self._stage))
-                if len(record) <= LARGE_BYTES:
+                size, outbox = len(record), session.outbox
+                if size <= LARGE_BYTES:
                     session.packers.append(packer)
-                    taken = session.outbox.offer(record)
+                    if outbox.room >= size:  # what Outbox.offer does, without the call: caches are cold here
+                        outbox.room -= size
+                        outbox.queue.append(record)
+                        if outbox.idle:
+                            session.wake()
+                        return
         except Exception:  # noqa: BLE001 - the careful way finds out what it was, counts it and says it
             pass
-        if not taken:
-            self._log_guarded(data, step, commit, at)
-        elif session.outbox.idle:
-            session.wake()
+        self._log_guarded(data, step, commit, at)
 
     def define_metric(
         self,

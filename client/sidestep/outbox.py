@@ -9,6 +9,8 @@
 
 `offer` may be called from any thread, everything else from one. There is no lock: each change of a counter is
 one statement that calls nothing, and the interpreter lets another thread in only at a call or a jump.
+`log()` does inline what `offer` does, on `room` and `queue`: threads that call it at once may overdraw the room
+by one record each.
 """
 
 from __future__ import annotations
@@ -48,13 +50,23 @@ class Outbox:
     """
 
     __slots__ = (
-        "_acknowledged", "_cut", "_dropped", "_held", "_next", "_queue", "_session", "_window",
-        "credit", "idle", "room", "shut",
+        "_acknowledged",
+        "_cut",
+        "_dropped",
+        "_held",
+        "_next",
+        "_session",
+        "_window",
+        "credit",
+        "idle",
+        "queue",
+        "room",
+        "shut",
     )  # fmt: skip
 
     def __init__(self, session: bytes, limit: int = DEFAULT_BYTES) -> None:
         self._session = session
-        self._queue: deque[bytes] = deque()
+        self.queue: deque[bytes] = deque()
         self._window: deque[Frame] = deque()
         self._next = 0  # index in the window of the frame to send next
         self._held = 0  # bytes in the window
@@ -73,7 +85,7 @@ class Outbox:
         if self.room < 0:
             self.room += size
             return False
-        self._queue.append(record)
+        self.queue.append(record)
         return True
 
     def drop(self, reason: DropReason, count: int = 1) -> None:
@@ -95,9 +107,9 @@ class Outbox:
         self._cut = self._acknowledged
         self._window.clear()
         self._next = self._held = 0
-        while self._queue:
+        while self.queue:
             self.drop(reason)
-            self._queue.popleft()
+            self.queue.popleft()
 
     def next_frame(self) -> Frame | None:
         """The frame to send now, within the credit: one to send again, or one cut from the queue."""
@@ -131,12 +143,12 @@ class Outbox:
     @property
     def end(self) -> int:
         """The sequence that the next record offered will get."""
-        return self._cut + len(self._queue)
+        return self._cut + len(self.queue)
 
     @property
     def pending(self) -> int:
         """Records taken and not acknowledged."""
-        return self._cut - self._acknowledged + len(self._queue)
+        return self._cut - self._acknowledged + len(self.queue)
 
     @property
     def dropped(self) -> dict[str, int]:
@@ -151,7 +163,7 @@ class Outbox:
     @property
     def queued(self) -> int:
         """Records not yet cut into a frame."""
-        return len(self._queue)
+        return len(self.queue)
 
     @property
     def outstanding(self) -> bool:
@@ -161,14 +173,14 @@ class Outbox:
     @property
     def more(self) -> bool:
         """Whether more waits behind what was handed out last."""
-        return self._next < len(self._window) or bool(self._queue)
+        return self._next < len(self._window) or bool(self.queue)
 
     def _cut_frame(self) -> bool:
         """Move what fits from the queue into a new frame of the window."""
         if len(self._window) >= MAX_WINDOW_FRAMES:
             return False
         limit = min(MAX_FRAME_BYTES, self.credit - self._held) if self._window else MAX_FRAME_BYTES
-        queue, first, size = self._queue, self._cut, 0
+        queue, first, size = self.queue, self._cut, 0
         records: list[bytes] = []
         while queue and len(records) < MAX_FRAME_RECORDS:
             size += len(queue[0])
