@@ -24,13 +24,12 @@ from __future__ import annotations
 import logging
 import sqlite3
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import msgpack
 
-from sidestepd.rows import Definition, Latest, Position, Row
+from sidestepd.rows import Checkpoint, Dead, Definition, Latest, Position, Row
 
 logger = logging.getLogger(__name__)
 
@@ -45,23 +44,6 @@ CREATE TABLE IF NOT EXISTS dead (
 CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value) WITHOUT ROWID;
 """
 SENT, CONFIRMED = "sent", "confirmed"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Dead:
-    """A record that could not be read: where it lies, and why in one word."""
-
-    entry: int
-    seq: int
-    reason: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Checkpoint:
-    """What is settled: everything up to entry `cursor`, whose reading had taught `fold`."""
-
-    cursor: int = 0
-    fold: bytes = b""
 
 
 class RowLog:

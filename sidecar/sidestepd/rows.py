@@ -130,3 +130,20 @@ class Row:
             restore=restore,
             positions=tuple(Position(*pair) for pair in msgpack.unpackb(positions)),
         )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dead:
+    """A record that could not be read: where it lies, and why in one word."""
+
+    entry: int
+    seq: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """What is settled: everything up to entry `cursor`, whose reading had taught `fold`."""
+
+    cursor: int = 0
+    fold: bytes = b""

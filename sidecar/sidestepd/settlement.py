@@ -17,8 +17,7 @@ from typing import Any
 
 from sidestepd.entries import Entry
 from sidestepd.resolve import Lost
-from sidestepd.rowlog import Checkpoint, Dead
-from sidestepd.rows import Position, Row
+from sidestepd.rows import Checkpoint, Dead, Position, Row
 
 MOST_SNAPSHOTS = 64
 

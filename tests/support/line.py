@@ -15,8 +15,8 @@ import msgpack
 from sidestepd.assemble import Assembler
 from sidestepd.order import ReorderBuffer
 from sidestepd.resolve import Closed, Folded, Lost, Resolver
-from sidestepd.rowlog import Checkpoint, pack_positions
-from sidestepd.rows import Bundle, Definition, Latest, Row
+from sidestepd.rowlog import pack_positions
+from sidestepd.rows import Bundle, Checkpoint, Definition, Latest, Row
 from sidestepd.rules import Rules
 from sidestepd.settlement import Settlement
 from sidestepd.spool import Entry, EntryKind

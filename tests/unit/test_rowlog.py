@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from sidestepd.rowlog import Checkpoint, Dead, RowLog, RowLogReader
-from sidestepd.rows import Definition, Latest, Position, Row
+from sidestepd.rowlog import RowLog, RowLogReader
+from sidestepd.rows import Checkpoint, Dead, Definition, Latest, Position, Row
 
 
 def row(step: int, *, entries: tuple[int, ...] = (1,), **values: Any) -> Row:
@@ -158,7 +158,8 @@ KILLED = """
 import sys
 from pathlib import Path
 from tests.unit.test_rowlog import row
-from sidestepd.rowlog import Checkpoint, RowLog
+from sidestepd.rowlog import RowLog
+from sidestepd.rows import Checkpoint
 log = RowLog(Path(sys.argv[1]))
 step = log.meta("marks", {"last": 0})["last"]
 print("started", flush=True)

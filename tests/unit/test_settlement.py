@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 
 from sidestepd.resolve import Lost
-from sidestepd.rowlog import Checkpoint, Dead
-from sidestepd.rows import Position
+from sidestepd.rows import Checkpoint, Dead, Position
 from sidestepd.settlement import MOST_SNAPSHOTS, Settlement
 from sidestepd.spool import Entry, EntryKind
 from tests.support.builders import row
