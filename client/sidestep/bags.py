@@ -25,7 +25,7 @@ class Bag(MutableMapping[str, Any]):
         vars(self).update(_session=session, _kind=kind, _entries={})
 
     def update(self, *others: Any, allow_val_change: bool | None = None, **entries: Any) -> None:  # noqa: ARG002
-        """Set entries from mappings, namespaces, dataclasses or keywords; nested dicts are merged in the run.
+        """Set entries from mappings, namespaces, dataclasses or keywords; a nested dict replaces the one before.
 
         `allow_val_change` is wandb's, and always true here.
         """

@@ -14,11 +14,11 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
-from sidestepd.reduce import reduce_parts
-from sidestepd.rows import MAIN_AXIS, Bundle, Definition, Latest, Position, Row
+from sidestepd.reduce import is_number, reduce_parts
+from sidestepd.rows import MAIN_AXIS, Aggregate, Bundle, Definition, Latest, Position, Row
 from sidestepd.rules import Rules
 
 OWN_PREFIX = "sidestep/"
@@ -54,6 +54,8 @@ class Assembler:
         """The highest step of each axis that is in a row."""
         self.latest: dict[str, Latest] = {}
         self.defined: dict[str, Definition] = {}
+        self._defined_as_of: dict[str, int] = {}
+        self._aggregates: dict[str, Aggregate] = {}
         self._patience = patience
         self._max_wait = max_wait
         self._window = window
@@ -194,6 +196,8 @@ class Assembler:
         )
         self.conflicts += sum(it.conflicts for it in drafts)
         self.remember(row)
+        if self.rules.summarized:
+            self._aggregate(values)
         return row
 
     # What is remembered of rows
@@ -223,14 +227,38 @@ class Assembler:
         return changed
 
     def new_definitions(self, rows: Iterable[Row]) -> list[Definition]:
-        """Definitions for the names that these rows are the first to hold."""
+        """Definitions for the names that these rows are the first to hold since anything was declared."""
         new: list[Definition] = []
         for row in rows:
             for name in _leaves(row.values):
-                if name not in self.defined:
-                    self.defined[name] = self._definition(name, row)
-                    new.append(self.defined[name])
+                if self._defined_as_of.get(name) != self.rules.version:
+                    self._defined_as_of[name] = self.rules.version
+                    definition = self._definition(name, row)
+                    if self.defined.get(name) != definition:
+                        self.defined[name] = definition
+                        new.append(definition)
         return new
+
+    def _aggregate(self, values: Mapping[str, Any]) -> None:
+        for name, value in values.items():
+            if self.rules.of_made(name).summary is None or not is_number(value):
+                continue
+            if name in self._aggregates:
+                self._aggregates[name].add(value)
+            else:
+                self._aggregates[name] = Aggregate.of(value)
+
+    def newest(self) -> dict[str, Any]:
+        """The newest value of each name, but for those of which something else was declared to be shown."""
+        return {name: it.value for name, it in self.latest.items() if self._summary_of(name) is None}
+
+    def aggregated(self) -> dict[str, dict[str, float]]:
+        """What was declared to be shown of names instead of their newest values, over all rows of all lives."""
+        shown = {name: it.shown(self._summary_of(name) or "") for name, it in self._aggregates.items()}
+        return {name: values for name, values in shown.items() if values}
+
+    def _summary_of(self, name: str) -> str | None:
+        return self.defined[name].summary if name in self.defined else None
 
     def _definition(self, name: str, row: Row) -> Definition:
         rule = self.rules.of_made(name)
@@ -253,6 +281,7 @@ class Assembler:
             "interval": self._interval,
             "main_at": self._main_at,
             "released": self.released,
+            "aggregates": {name: list(astuple(it)) for name, it in self._aggregates.items()},
         }
 
     def restore(self, marks: Mapping[str, Any]) -> None:
@@ -261,6 +290,7 @@ class Assembler:
         self.late_rows, self.conflicts = marks["late_rows"], marks["conflicts"]
         self._interval, self._main_at = marks["interval"], marks["main_at"]
         self.released = dict(marks["released"])
+        self._aggregates = {name: Aggregate(*values) for name, values in marks["aggregates"].items()}
         self._forgotten = dict(self.released)
 
 
@@ -276,6 +306,8 @@ def _axis_of(name: str, axes: Collection[str]) -> str:
 def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
     """The names wandb shows: those inside nested dicts are joined by dots."""
     for name, value in values.items():
+        if not name:
+            continue  # wandb knows no such name
         if isinstance(value, dict) and value:
             yield from _leaves(value, f"{prefix}{name}.")
         else:

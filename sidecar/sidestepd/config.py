@@ -55,6 +55,13 @@ class RunOptions(Section):
             raise ValueError("must be letters, digits and any of _ . = + @ -, and start with a letter, digit or _")
         return value
 
+    @field_validator("project")
+    @classmethod
+    def _is_a_project_to_wandb(cls, value: str | None) -> str | None:
+        if value is not None and (len(value) > 128 or any(sign in value for sign in "/\\#?%:")):
+            raise ValueError("must have at most 128 characters, and none of / \\ # ? % :")
+        return value
+
     @field_validator("tags", mode="before")
     @classmethod
     def _split_at_commas(cls, value: object) -> object:

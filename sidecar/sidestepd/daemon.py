@@ -102,7 +102,7 @@ class Daemon:
         deadline = time.monotonic() + STUCK_AFTER_S
         while self.tend() and not self._control.close_run(exit_code):
             if time.monotonic() > deadline:
-                raise Incomplete(f"the daemon does not answer; {self._log} says why")
+                raise Incomplete(f"the daemon does not answer; the logs in {self._log.parent} say why")
             self.pause(_TICK_S)
 
     def wait_closed(self, progress: Progress) -> None:
@@ -115,7 +115,9 @@ class Daemon:
             if report:
                 progress(report.ledger.pending)
             if time.monotonic() > deadline:
-                raise Incomplete(f"nothing moved for {STUCK_AFTER_S:.0f} s; {self._log} says why")
+                raise Incomplete(
+                    f"nothing moved for {STUCK_AFTER_S:.0f} s; the logs in {self._log.parent} say why"
+                )
             self.pause(_TICK_S)
 
     def stop(self) -> None:

@@ -116,10 +116,8 @@ class Delivery:
         definitions = self.rowlog.definitions()
         self.assembler.defined.update({definition.name: definition for definition in definitions})
         self.sink.define(definitions)
+        self.sink.summary(self.assembler.newest())
         self._tell_config()
-        latest = {name: latest.value for name, latest in self.assembler.latest.items()}
-        if latest:
-            self.sink.summary(latest)
 
     def _resend(self, held: Confirmed) -> None:
         """Confirm the rows that the run holds, and write the others verbatim."""
@@ -255,7 +253,7 @@ class Delivery:
             "sidestep/late_rows": self.assembler.late_rows,
             "sidestep/dropped": sum(self.ledger()["dropped"].values()),
         }
-        self.sink.summary({**self._set_by_workers(), **totals})
+        self.sink.summary({**self.assembler.aggregated(), **self._set_by_workers(), **totals})
 
     # Confirming
 
@@ -332,8 +330,16 @@ def settle_facts(run: Mapping[str, Any], config: Config, said: Mapping[str, Any]
     facts = {}
     for name in ("project", "entity", "name", "group", "job_type", "tags", "notes"):
         given = config.source(f"run.{name}").startswith("-")
-        facts[name] = run.get(name) if given else said.get(name) or run.get(name)
+        facts[name] = run.get(name) if given else _named(name, said) or run.get(name)
     return {name: value for name, value in facts.items() if value}
+
+
+def _named(name: str, said: Mapping[str, Any]) -> Any:
+    """What `init()` calls the run, if it is of a kind that wandb takes."""
+    value = said.get(name)
+    if name == "tags":
+        return [tag for tag in value if isinstance(tag, str) and tag] if isinstance(value, list) else None
+    return value if isinstance(value, str) else None
 
 
 def wait_for_facts(

@@ -82,7 +82,7 @@ def _shares(speakers: Sequence[_Speaker]) -> dict[str, list[_Share]]:
 
 
 def _reduced(name: str, shares: Sequence[_Share], operations: Sequence[str]) -> dict[str, Any]:
-    reducible = _are(_is_number, shares) or _are(_is_dict, shares)
+    reducible = _are(is_number, shares) or _are(_is_dict, shares)
     values: dict[str, Any] = {}
     for operation in operations:
         if operation == "per_rank":
@@ -105,7 +105,7 @@ def _apply(operation: str, shares: Sequence[_Share]) -> Any:
         for key, value in share.value.items():
             inner.setdefault(str(key), []).append(_Share(value, share.speaker))
     return {
-        key: _apply(operation, values) if _are(_is_number, values) or _are(_is_dict, values) else values[0].value
+        key: _apply(operation, values) if _are(is_number, values) or _are(_is_dict, values) else values[0].value
         for key, values in inner.items()
     }
 
@@ -119,7 +119,8 @@ def _is_dict(value: Any) -> bool:
     return isinstance(value, dict)
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether a value can be reckoned with; a bool can not."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
@@ -135,7 +136,7 @@ def _mean(shares: Sequence[_Share]) -> float:
 def _weighted_mean(shares: Sequence[_Share], weight: str) -> float:
     """The mean by another metric of the same rank's; by 1 where that is missing or no number."""
     weights = [share.speaker.values.get(weight, 1) for share in shares]
-    weights = [value if _is_number(value) else 1 for value in weights]
+    weights = [value if is_number(value) else 1 for value in weights]
     total = sum(weights)
     if not total:
         return math.nan

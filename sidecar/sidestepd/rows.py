@@ -97,6 +97,39 @@ class Latest:
         return cls(axis=axis, step=step, time=time, value=value)
 
 
+@dataclass(slots=True)
+class Aggregate:
+    """What a summary may show of a name's rows. wandb counts it anew in each life of its own, so we do too."""
+
+    least: float
+    most: float
+    total: float
+    count: int
+    first: float
+    last: float
+
+    @classmethod
+    def of(cls, value: float) -> Aggregate:
+        """Of one row."""
+        return cls(value, value, value, 1, value, value)
+
+    def add(self, value: float) -> None:
+        """And another one."""
+        self.least, self.most = min(self.least, value), max(self.most, value)
+        self.total, self.count, self.last = self.total + value, self.count + 1, value
+
+    def shown(self, summary: str) -> dict[str, float]:
+        """By the operations that a definition names."""
+        known = {
+            "min": self.least,
+            "max": self.most,
+            "mean": self.total / self.count,
+            "first": self.first,
+            "last": self.last,
+        }
+        return {name: known[name] for name in summary.split(",") if name in known}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
     """One call to a sink, decided.

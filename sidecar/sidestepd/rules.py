@@ -19,6 +19,8 @@ from sidestepd.rows import MAIN_AXIS
 
 T = TypeVar("T")
 
+SUMMARIES = frozenset({"min", "max", "mean", "first", "last", "none"})
+"""What wandb makes of a name's rows for the summary."""
 OPERATIONS = frozenset({"mean", "min", "max", "sum", "std", "count", "first", "last", "argmax_rank", "per_rank"})
 _MADE = re.compile(rf"(?P<name>.+)(\.late|\.({'|'.join(sorted(OPERATIONS))}|mean:.+)|/rank\d+)", re.DOTALL)
 """The names that the daemon makes of a name."""
@@ -52,14 +54,22 @@ def rule_from(data: Mapping[str, Any], stage: str | None = None) -> Rule:
     step_metric = data.get("step_metric")
     if step_metric is not None and not isinstance(step_metric, str):
         raise ValueError(f"define_metric({pattern!r:.80}): step_metric must be a name")
-    hidden, summary = data.get("hidden"), data.get("summary")
+    hidden = data.get("hidden")
     return Rule(
         pattern=prefix + pattern,
         step_metric=prefix + step_metric if step_metric and step_metric != MAIN_AXIS else step_metric,
         reduce=operations(data.get("reduce"), prefix),
-        summary=summary if isinstance(summary, str) else None,
+        summary=_summary(data.get("summary"), data.get("goal")),
         hidden=hidden if isinstance(hidden, bool) else None,
     )
+
+
+def _summary(summary: object, goal: object) -> str | None:
+    """The operations that wandb knows; "best" is what `goal` makes of it."""
+    best = {"minimize": "min", "maximize": "max"}.get(goal if isinstance(goal, str) else "", "")
+    names = summary.split(",") if isinstance(summary, str) else []
+    known = [best if name == "best" else name for name in (name.strip() for name in names)]
+    return ",".join(name for name in dict.fromkeys(known) if name in SUMMARIES) or None
 
 
 def operations(reduce: str | Sequence[str] | None, prefix: str = "") -> tuple[str, ...] | None:
@@ -81,6 +91,10 @@ class Rules:
         self._rules: dict[str, Rule] = {}
         self._answers: dict[str, Rule] = {}
         self.step_metrics: set[str] = set()
+        self.summarized = False
+        """Whether anything was declared of anybody's summary."""
+        self.version = 0
+        """Another one after each declaration that said something new."""
         for rule in configured:
             self.declare(rule)
 
@@ -98,6 +112,8 @@ class Rules:
             return
         self._rules[rule.pattern] = rule
         self._answers.clear()
+        self.version += 1
+        self.summarized = self.summarized or rule.summary is not None
         if rule.step_metric:
             self.step_metrics.add(rule.step_metric)
 

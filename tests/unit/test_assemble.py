@@ -372,6 +372,36 @@ class TestTheSummary:
         assert {} == it.take_changed()
 
 
+class TestSummary:
+    def test_shows_the_newest_values_and_what_was_declared_instead(self):
+        it = assembler(
+            Rule(pattern="acc", summary="min,max,mean,first,last"), Rule(pattern="junk", summary="none")
+        )
+
+        rows = add(
+            it, *(main(step, {"acc": acc, "loss": -acc, "junk": acc}) for step, acc in enumerate((5, 9, 1)))
+        )
+        it.new_definitions(rows)
+
+        assert {"global_step": 2, "loss": -1} == it.newest()
+        assert {"acc": {"min": 1, "max": 9, "mean": 5, "first": 5, "last": 1}} == it.aggregated()
+
+    def test_is_the_same_in_the_next_life_which_counts_no_row_twice(self):
+        rule = Rule(pattern="acc", summary="mean")
+        it = assembler(rule)
+        rows = add(it, *(main(step, {"acc": step}) for step in range(4)))
+        again = assembler(rule)
+        again.restore(msgpack.unpackb(msgpack.packb(it.marks())))
+        again.latest.update(it.latest)
+        for decided in rows:
+            again.remember(decided)
+
+        again.new_definitions(add(again, main(4, {"acc": 4})))
+
+        assert {"global_step": 4} == again.newest()
+        assert {"acc": {"mean": 2}} == again.aggregated()
+
+
 class TestDefinitions:
     def names(self, it: Assembler, *bundles: Bundle) -> dict[str, Definition]:
         return {
@@ -395,6 +425,18 @@ class TestDefinitions:
         assert {
             "global_step": None, "eval/step": None, "loss": "global_step", "eval/acc": "eval/step"
         } == {name: definition.step_metric for name, definition in definitions.items()}  # fmt: skip
+
+    def test_a_name_declared_after_its_first_row_is_defined_again(self):
+        it = assembler()
+        self.names(it, main(5, {"val/loss": 1}))
+        it.rules.declare(Rule(pattern="val/*", step_metric="epoch", summary="min"))
+
+        again = self.names(it, main(6, {"val/loss": 1}))
+
+        assert {"val/loss": Definition(name="val/loss", step_metric="epoch", summary="min")} == again
+
+    def test_a_name_of_no_characters_is_none(self):
+        assert {"global_step", "ok"} == self.names(assembler(), main(5, {"": 1, "ok": 2})).keys()
 
     def test_what_was_declared_is_in_it(self):
         it = assembler(Rule(pattern="val/*", step_metric="epoch", summary="max", hidden=True))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgpack
 import pytest
 
@@ -120,13 +122,28 @@ class TestReadingDeclarations:
             "name": "v/*",
             "step_metric": "epoch",
             "reduce": ["mean", "max"],
-            "summary": "best",
+            "summary": "min,max",
             "hidden": True,
         }
 
         assert (
-            Rule(pattern="v/*", step_metric="epoch", reduce=("mean", "max"), summary="best", hidden=True)
+            Rule(pattern="v/*", step_metric="epoch", reduce=("mean", "max"), summary="min,max", hidden=True)
         ) == rule_from(said)
+
+    @pytest.mark.parametrize(
+        ("said", "meant"),
+        [
+            ({"summary": "best", "goal": "minimize"}, "min"),
+            ({"summary": "best", "goal": "maximize"}, "max"),
+            ({"summary": "best"}, None),
+            ({"summary": "last, bogus"}, "last"),
+            ({"summary": "bogus"}, None),
+            ({"summary": 5}, None),
+        ],
+    )
+    def test_only_what_wandb_knows_is_asked_for_the_summary(self, said: dict[str, Any], meant: str | None):
+        """wandb raises at what it does not know, and a script's slip is no reason to be without its rows."""
+        assert meant == rule_from({"name": "loss", **said}).summary
 
     def test_what_is_said_through_a_stage_speaks_of_its_names(self):
         """Its metrics, its axis metric and its weights lie under the stage."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 FLUSH_INTERVAL_S = 1.0
 """How often wandb-core writes what it has into its file."""
+_REFUSED = (wandb.errors.Error, TypeError, ValueError)
+"""What wandb raises when it does not like a value; pydantic's errors are ValueErrors."""
 _BROKEN = (ConnectionError, wandb.errors.CommError, wandb.errors.UsageError, OSError)
 
 
@@ -38,6 +40,7 @@ class WandbSink:
         self._file = Path()
         self._reader = wandb_log.LogReader(self._file)
         self._offsets: dict[str, int] = {}
+        self._defined: set[str] = set()
 
     def open(self, run: RunFacts, bookmark: Mapping[str, Any]) -> Confirmed:
         """Read what earlier segments hold, then begin a new one."""
@@ -54,22 +57,31 @@ class WandbSink:
     def define(self, definitions: Iterable[Definition]) -> None:
         """Exact names only: a name with a `*` in it would be a pattern to wandb, and is left alone."""
         for it in definitions:
-            if "*" not in it.name:
-                self._open_run.define_metric(
-                    it.name,
-                    step_metric=it.step_metric,
-                    step_sync=False,
-                    hidden=it.hidden,
-                    summary=it.summary,
-                )
+            if it.name and "*" not in it.name:
+                self._define(it)
+
+    def _define(self, it: Definition) -> None:
+        try:
+            self._open_run.define_metric(
+                it.name,
+                step_metric=it.step_metric,
+                step_sync=False,
+                hidden=it.hidden,
+                summary=it.summary,
+                overwrite=it.name in self._defined or None,
+            )
+        except _REFUSED as error:
+            logger.warning("wandb refuses the definition of %.80r: %s", it.name, error)
+        self._defined.add(it.name)
 
     def config(self, values: Mapping[str, Any]) -> None:
         """Later values replace earlier ones."""
-        self._open_run.config.update(dict(values), allow_val_change=True)  # type: ignore[no-untyped-call]
+        run = self._open_run
+        _each(values, lambda some: run.config.update(some, allow_val_change=True))  # type: ignore[no-untyped-call]
 
     def summary(self, values: Mapping[str, Any]) -> None:
         """Beside what wandb derives from the rows."""
-        self._open_run.summary.update(dict(values))
+        _each(values, self._open_run.summary.update)
 
     def write(self, row: Row) -> None:
         """One call."""
@@ -140,20 +152,29 @@ def _init(run: RunFacts) -> wandb.Run:
         x_transaction_log_flush_interval=FLUSH_INTERVAL_S,
         init_timeout=30,
     )
+    named = {"project": run.project, "entity": run.entity, "name": run.name}
+    for names in ({**named, **run.options}, named, {}):
+        try:
+            return wandb.init(
+                id=run.id, dir=run.directory, mode="offline", reinit="create_new", settings=settings, **names
+            )
+        except OSError as error:
+            raise Fatal(f"wandb can not open the run: {error}") from error
+        except _REFUSED as error:  # what a run is called is no reason to be without it
+            logger.warning("wandb refuses to open the run with %s: %s", ", ".join(names) or "no names", error)
+    raise Fatal("wandb can not open the run; the lines before say why")
+
+
+def _each(values: Mapping[str, Any], tell: Callable[[dict[str, Any]], object]) -> None:
+    """Tell all at once, or if wandb refuses that, one by one, without those that it refuses."""
     try:
-        return wandb.init(
-            id=run.id,
-            dir=run.directory,
-            mode="offline",
-            project=run.project,
-            entity=run.entity,
-            name=run.name,
-            reinit="create_new",
-            settings=settings,
-            **run.options,
-        )
-    except (wandb.errors.Error, OSError) as error:
-        raise Fatal(f"wandb can not open the run: {error}") from error
+        tell(dict(values))
+    except _REFUSED:
+        for name, value in values.items():
+            try:
+                tell({name: value})
+            except _REFUSED as error:
+                logger.warning("wandb refuses %.80r: %s", name, error)
 
 
 def _wait_for_free_name(folder: Path) -> None:
