@@ -91,7 +91,7 @@ class Delivery:
         self._now = 0.0
         self._last_ready = 0.0
         self._last_confirm = 0.0
-        self._progress_at = time.monotonic()
+        self._progress_at = self._looked_at = time.monotonic()
         self._config_told: dict[str, Any] = {}
         self._summary_told: dict[str, Any] = {}
 
@@ -137,7 +137,7 @@ class Delivery:
         """Until the run is told to finish."""
         while self.exit_code is None:
             self.beat()
-            intake_is_well = self.intake.silence(time.monotonic()) < INTAKE_SILENT_S  # asked before reading
+            intake_is_well = self._intake_is_well()  # asked before reading
             entries = self.spool.read(self.read_through, READ_LIMIT)
             for entry in entries:
                 self._take(entry)
@@ -151,6 +151,14 @@ class Delivery:
                 self._confirm()
             if not entries and self.exit_code is None:
                 time.sleep(self.config.delivery.poll_interval_s)
+
+    def _intake_is_well(self) -> bool:
+        """Whether intake commits; after this process stood still, only what it shows from then on counts."""
+        now = time.monotonic()
+        pause, self._looked_at = now - self._looked_at, now
+        if pause > INTAKE_SILENT_S:
+            self.intake = Pulse(self.intake.path)
+        return self.intake.silence(now) < INTAKE_SILENT_S
 
     def finish(self) -> None:
         """Everything that waits leaves; the run is finished, and seen to be whole."""
