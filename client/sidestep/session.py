@@ -77,6 +77,11 @@ class Refusal(Exception):
 class Session:
     """One life of a process. The object outlives a fork; its id, outbox and sender do not."""
 
+    __slots__ = (
+        "__weakref__", "_keywords", "_lock", "dormant", "exit_code", "finished", "id", "identity", "names",
+        "notices", "on_finish", "outbox", "packers", "sender", "settings", "silent", "steps", "values_refused",
+    )  # fmt: skip
+
     def __init__(
         self,
         *,

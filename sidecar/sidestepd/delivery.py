@@ -25,12 +25,12 @@ from typing import Any
 import msgpack
 
 from sidestepd.assemble import Assembler
-from sidestepd.clock import Clock, SpoolClock
+from sidestepd.clock import Clock, Horizon
 from sidestepd.config import Config
 from sidestepd.crashpoints import crash_point
 from sidestepd.errors import ExitCode, Fatal, SpoolDamaged
 from sidestepd.order import ReorderBuffer
-from sidestepd.processes import Beat, Lock, Pulse, die_with_parent, read_json, write_json
+from sidestepd.processes import Beat, Lock, die_with_parent, read_json, write_json
 from sidestepd.resolve import Closed, Folded, Lost, Resolver
 from sidestepd.rowlog import SENT, RowLog
 from sidestepd.rows import Bundle, Row
@@ -45,8 +45,6 @@ READ_LIMIT = 500
 """Entries taken from the spool at once."""
 READY_STRIDE_S = 0.02
 """While catching up, how far spool time may move before rows are let go."""
-INTAKE_SILENT_S = 1.0
-"""Time stands still for rows while intake commits nothing for so long: what workers say does not get here."""
 NICENESS = 10
 """Delivery and its wandb-core give way to the training: the spool waits, a training step does not."""
 CLOSE_DEADLINE_S = 30.0
@@ -63,14 +61,12 @@ class Delivery:
         sink: Sink,
         config: Config,
         *,
-        clock: Clock,
+        horizon: Clock,
         beat: Callable[[], None],
-        intake: Pulse,
     ) -> None:
         order = config.order
         self.config = config
-        self.spool, self.rowlog, self.sink, self.clock, self.beat = spool, rowlog, sink, clock, beat
-        self.intake = intake
+        self.spool, self.rowlog, self.sink, self.horizon, self.beat = spool, rowlog, sink, horizon, beat
         rules = Rules(Rule(pattern=name, reduce=operations(reduce)) for name, reduce in config.reduce.items())
         self.marks: dict[str, Any] = rowlog.meta("marks", {})
         self.resolver = Resolver(rules)
@@ -91,7 +87,7 @@ class Delivery:
         self._now = 0.0
         self._last_ready = 0.0
         self._last_confirm = 0.0
-        self._progress_at = self._looked_at = time.monotonic()
+        self._progress_at = time.monotonic()
         self._config_told: dict[str, Any] = {}
         self._summary_told: dict[str, Any] = {}
 
@@ -137,28 +133,20 @@ class Delivery:
         """Until the run is told to finish."""
         while self.exit_code is None:
             self.beat()
-            intake_is_well = self._intake_is_well()  # asked before reading
+            horizon = self.horizon()  # asked before reading
             entries = self.spool.read(self.read_through, READ_LIMIT)
             for entry in entries:
                 self._take(entry)
                 if self._now - self._last_ready >= READY_STRIDE_S:
                     self._let_go()
-            if len(entries) < READ_LIMIT and intake_is_well:
-                self._now = max(self._now, self.clock())
+            if len(entries) < READ_LIMIT:
+                self._now = max(self._now, horizon)
             self._let_go()
             self._tell_config()
-            if self.clock() - self._last_confirm >= self.config.delivery.confirm_interval_s:
+            if time.monotonic() - self._last_confirm >= self.config.delivery.confirm_interval_s:
                 self._confirm()
             if not entries and self.exit_code is None:
                 time.sleep(self.config.delivery.poll_interval_s)
-
-    def _intake_is_well(self) -> bool:
-        """Whether intake commits; after this process stood still, only what it shows from then on counts."""
-        now = time.monotonic()
-        pause, self._looked_at = now - self._looked_at, now
-        if pause > INTAKE_SILENT_S:
-            self.intake = Pulse(self.intake.path)
-        return self.intake.silence(now) < INTAKE_SILENT_S
 
     def finish(self) -> None:
         """Everything that waits leaves; the run is finished, and seen to be whole."""
@@ -273,7 +261,7 @@ class Delivery:
             self.settlement.snapshot(self.read_through, self._fold())
         crash_point("delivery.settle")
         self._settle(confirmed)
-        self._last_confirm = self.clock()
+        self._last_confirm = time.monotonic()
 
     def _see_progress(self, confirmed: Confirmed) -> None:
         """A sink that takes rows for ever and holds none stands still, though this process does not."""
@@ -388,9 +376,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run = read_json(directory / "run.json") | {"dir": str(directory)}
     sink = make_sink(config.sink.kind)  # importing wandb takes its time, best while workers import theirs
     facts = wait_for_facts(spool, rowlog, run, config, beat)
-    clock = SpoolClock(spool.clock_offset())
-    intake = Pulse(directory / "intake.beat")
-    delivery = Delivery(spool, rowlog, sink, config, clock=clock, beat=beat, intake=intake)
+    horizon = Horizon(directory / "horizon")
+    delivery = Delivery(spool, rowlog, sink, config, horizon=horizon, beat=beat)
     delivery.start(facts, lambda about: write_json(directory / "about.json", about))
     delivery.serve()
     delivery.finish()

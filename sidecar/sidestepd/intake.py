@@ -44,12 +44,12 @@ from sidestep.wire import (
     encode,
     session_of,
 )
-from sidestepd.clock import Clock, SpoolClock
+from sidestepd.clock import Clock, Horizon, SpoolClock
 from sidestepd.config import Config
 from sidestepd.crashpoints import crash_point
 from sidestepd.errors import AlreadyRunning, ExitCode, SpoolDamaged, SpoolError
 from sidestepd.keeper import DeliveryKeeper
-from sidestepd.processes import Beat, Lock, read_json
+from sidestepd.processes import Lock, read_json
 from sidestepd.roster import Roster, Verdict
 from sidestepd.rowlog import RowLogReader
 from sidestepd.spool import Entry, EntryKind, Spool, damage_mark
@@ -98,15 +98,15 @@ class Intake:
         self._inbox.set()
         self._writer = ThreadPoolExecutor(1, "spool")
         self._parent = os.getppid()
-        self._beat = Beat(run_dir / "intake.beat")
+        self._horizon = Horizon(run_dir / "horizon")
         self._committing = False
-        self._awake_at = time.monotonic()
+        self._awake_at = clock()
         self._cursor = 0
 
     async def serve(self) -> int:
         """Until the run is complete, or this process is told to stop; returns its exit code."""
         logger.info("boot %s serves %s", self.boot, self.run_dir)
-        self._write(Entry.of_event(EntryKind.BOOT, received=self.clock(), boot=self.boot))
+        self._write(Entry.of_event(EntryKind.BOOT, received=self._now(), boot=self.boot))
         loops = [asyncio.create_task(loop()) for loop in (self._receive, self._commit, self._watch)]
         try:
             done, _ = await asyncio.wait(loops, return_when=asyncio.FIRST_COMPLETED)
@@ -132,7 +132,6 @@ class Intake:
         while True:
             await self._inbox.wait()
             self._inbox.clear()
-            self._notice_pause()
             for _ in range(MOST_AT_ONCE):
                 try:
                     route, *parts = self.socket.recv_multipart(zmq.DONTWAIT)
@@ -170,7 +169,7 @@ class Intake:
         if self.closing:
             self._refuse(route, hello.session, "closed", "the run is being finished", final=True)
             return
-        self._write(self.roster.hello(hello, self.clock()))
+        self._write(self.roster.hello(hello, self._now()))
         self._routes[hello.session] = route
         self._touched.add(hello.session)
         session = self.roster.sessions[hello.session]
@@ -188,9 +187,10 @@ class Intake:
     def _on_frame(self, route: bytes, frame: Frame) -> None:
         if self._is_stranger(route, frame.session):
             return
-        match self.roster.frame(frame, self.clock()):
+        now = self._now()
+        match self.roster.frame(frame, now):
             case Verdict.TAKE:
-                self._write(Entry.of_frame(frame, received=self.clock()))
+                self._write(Entry.of_frame(frame, received=now))
                 self._touched.add(frame.session)
                 self._acknowledge.add(frame.session)
             case Verdict.DUPLICATE:
@@ -204,7 +204,7 @@ class Intake:
         if status.session == NO_SESSION:
             self._send(route, Status(info=self._report()))
         elif not self._is_stranger(route, status.session):
-            entry = self.roster.heartbeat(status, self.clock())
+            entry = self.roster.heartbeat(status, self._now())
             self._touched.add(status.session)
             self._something.set()
             if entry is not None:
@@ -213,7 +213,7 @@ class Intake:
     def _on_bye(self, route: bytes, bye: Bye) -> None:
         if self._is_stranger(route, bye.session):
             return
-        verdict, entry = self.roster.bye(bye, self.clock())
+        verdict, entry = self.roster.bye(bye, self._now())
         if verdict is Verdict.GAP:
             session = self.roster.sessions[bye.session]
             self._refuse(route, bye.session, "bye_early", "not everything before this BYE is here")
@@ -238,10 +238,10 @@ class Intake:
     def _close(self, exit_code: int) -> None:
         """The command ended: who did not say BYE will not speak again."""
         self.closing = True
-        for entry in self.roster.end_all(self.clock()):
+        for entry in self.roster.end_all(self._now()):
             self._write(entry)
             self._touched.add(entry.session)
-        self._write(Entry.of_event(EntryKind.CLOSE, received=self.clock(), exit_code=exit_code))
+        self._write(Entry.of_event(EntryKind.CLOSE, received=self._now(), exit_code=exit_code))
 
     def _is_stranger(self, route: bytes, session: bytes) -> bool:
         """Refuse who is not known on this connection, or comes after the run was closed."""
@@ -282,7 +282,7 @@ class Intake:
 
     async def _commit_once(self) -> None:
         """Write what came in one transaction, then make good on it."""
-        self._notice_pause()
+        now = self._now()
         entries, self._entries = self._entries, []
         replies, self._replies = self._replies, []
         touched, self._touched = self._touched, set()
@@ -294,8 +294,7 @@ class Intake:
             loop = asyncio.get_running_loop()
             await loop.run_in_executor(self._writer, self.spool.commit, entries, sessions)
             self._committing = False
-            if not self._notice_pause():
-                self._beat()
+            self._horizon.move(now)
             crash_point("intake.committed")
         for session in sessions:
             self.roster.sessions[session.id].stored = session.next
@@ -318,13 +317,13 @@ class Intake:
     async def _watch(self) -> None:
         next_delete = 0.0
         while self.exit_code is None:
-            self._notice_pause()
+            now = self._now()
             if not self._committing and not self._entries:
-                self._beat()
+                self._horizon.move(now)
             if damage_mark(self.spool.path).exists():
                 raise SpoolDamaged(self.spool.path, "delivery can not read it")
             self.keeper.tend(time.monotonic())
-            for entry in self.roster.expire(self.clock()):
+            for entry in self.roster.expire(self._now()):
                 logger.warning("session %s was not heard of for its lease", entry.session.hex()[:8])
                 self._write(entry)
                 self._touched.add(entry.session)
@@ -338,20 +337,20 @@ class Intake:
                 next_delete = time.monotonic() + DELETE_INTERVAL_S
             await asyncio.sleep(WATCH_INTERVAL_S)
 
-    def _notice_pause(self) -> bool:
-        """Whether this process stood still until now.
+    def _now(self) -> float:
+        """The time: the only way to read it here, so that no entry is from after a pause that nobody noticed.
 
-        Then it is as after a start: nobody was heard of, and all may have more. The spool says so before
-        anything else shows that intake is there again, since delivery's time goes on with that.
+        If this process stood still until now, it is as after a start: nobody was heard of, and all may have more.
+        The spool says so before anything that comes later.
         """
-        now = time.monotonic()
+        now = self.clock()
         pause, self._awake_at = now - self._awake_at, now
         if pause > FROZEN_S:
             logger.warning("this process stood still for %.1f s", pause)
             self.roster.excuse(pause)
-            self.keeper.excuse(now)
-            self._write(Entry.of_event(EntryKind.BOOT, received=self.clock(), boot=self.boot))
-        return pause > FROZEN_S
+            self.keeper.excuse(time.monotonic())
+            self._write(Entry.of_event(EntryKind.BOOT, received=now, boot=self.boot))
+        return now
 
     def _facts(self) -> dict[str, Any]:
         """What a worker may know of the run."""
@@ -408,7 +407,6 @@ async def serve(run_dir: Path) -> int:
     run = read_json(run_dir / "run.json")
     spool = Spool(run_dir / "spool.db", above=RowLogReader(run_dir / "delivery.db").newest())
     clock = SpoolClock.starting_after(spool.latest())
-    spool.set_clock(clock.offset)
     roster = Roster(
         spool.sessions(),
         lease=config.order.lease_s,

@@ -12,7 +12,7 @@
 Tables of `spool.db`:
     entry(id, kind, session, first, count, more, crc, received, seal, body)   frames, and what happened to sessions
     session(id, next, state, heard, hello, counters, seal)                    as of the newest commit
-    meta(key, value)                                                          'clock': offset of the spool's clock
+    meta(key, value)                                                          'opened': the file takes writes
 """
 
 from __future__ import annotations
@@ -101,11 +101,6 @@ class Spool:
                 "DELETE FROM entry WHERE id <= ? AND kind != ?", (last, EntryKind.CLOSE)
             ).rowcount
 
-    def set_clock(self, offset: float) -> None:
-        """Publish the offset of this life's clock."""
-        with self._writing():
-            self._db.execute("INSERT OR REPLACE INTO meta VALUES ('clock', ?)", (offset,))
-
     def sessions(self) -> list[StoredSession]:
         """Every session that ever spoke."""
         return _sessions(self._db)
@@ -176,12 +171,6 @@ class SpoolReader:
         """Every session that ever spoke, as of the newest commit."""
         with self._reading():
             return _sessions(self._db)
-
-    def clock_offset(self) -> float:
-        """What intake published for this life."""
-        with self._reading():
-            row = self._db.execute("SELECT value FROM meta WHERE key = 'clock'").fetchone()
-            return float(row[0]) if row else 0.0
 
     def close(self) -> None:
         """Let go of the file."""

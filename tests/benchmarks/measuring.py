@@ -12,10 +12,10 @@ import platform
 import statistics
 import time
 from array import array
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from itertools import cycle, islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +34,13 @@ def nothing(data: dict[str, float]) -> None:
     """The control: a call that costs what calling costs."""
 
 
-def scalars(count: int = 10, variants: int = 64) -> list[dict[str, float]]:
-    """Dicts of `count` scalars each, with names and values as a training has them."""
-    return [
-        {f"train/metric_{index}": (variant + 1) / (index + 3) for index in range(count)}
-        for variant in range(variants)
-    ]
+NAMES = tuple(f"train/metric_{index}" for index in range(10))
+
+
+def scalars() -> Iterator[dict[str, float]]:
+    """Dicts as a training makes them for each call: the names are constants of its code, dict and values new."""
+    for call in count(1):
+        yield {name: call / (index + 3) for index, name in enumerate(NAMES)}
 
 
 # Distributions
@@ -50,6 +51,7 @@ class Distribution:
     """How long calls took, in microseconds."""
 
     calls: int
+    p25: float
     p50: float
     p99: float
     p999: float
@@ -65,6 +67,7 @@ class Distribution:
 
         return cls(
             calls=len(ordered),
+            p25=quantile(0.25),
             p50=quantile(0.5),
             p99=quantile(0.99),
             p999=quantile(0.999),
@@ -77,23 +80,22 @@ class Distribution:
         return self.p999 if self.calls >= 20_000 else self.p99
 
 
-def time_calls(call: Call, payloads: Sequence[dict[str, float]], count: int) -> array[int]:
+def time_calls(call: Call, count: int) -> array[int]:
     """Nanoseconds of each of `count` calls, one right after the other."""
     now, times = time.perf_counter_ns, array("q")
-    for data in islice(cycle(payloads), count):
+    for data in islice(scalars(), count):
         before = now()
         call(data)
         times.append(now() - before)
     return times
 
 
-def time_calls_between(
-    call: Call, payloads: Sequence[dict[str, float]], count: int, step: Callable[[], object]
-) -> array[int]:
+def time_calls_between(call: Call, count: int, step: Callable[[], object]) -> array[int]:
     """Nanoseconds of each of `count` calls, each after a training step that took the caches for itself."""
-    now, times = time.perf_counter_ns, array("q")
-    for data in islice(cycle(payloads), count):
+    now, times, payloads = time.perf_counter_ns, array("q"), scalars()
+    for _ in range(count):
         step()
+        data = next(payloads)
         before = now()
         call(data)
         times.append(now() - before)
@@ -101,13 +103,14 @@ def time_calls_between(
 
 
 def time_alternating(
-    call: Call, control: Call, payloads: Sequence[dict[str, float]], count: int, step: Callable[[], object]
+    call: Call, control: Call, count: int, step: Callable[[], object]
 ) -> tuple[array[int], array[int]]:
     """Nanoseconds of `count` calls of each, in turns after a step, so that both meet the same noise."""
-    now, times, controls = time.perf_counter_ns, array("q"), array("q")
-    for index, data in enumerate(islice(cycle(payloads), count)):
+    now, times, controls, payloads = time.perf_counter_ns, array("q"), array("q"), scalars()
+    for index in range(count):
         for timed, into in ((call, times), (control, controls))[:: 1 if index % 2 else -1]:
             step()
+            data = next(payloads)
             before = now()
             timed(data)
             into.append(now() - before)
@@ -159,7 +162,6 @@ class Slowdown:
 
 def measure_slowdown(
     call: Call,
-    payloads: Sequence[dict[str, float]],
     step: Callable[[], object],
     *,
     pairs: int,
@@ -175,18 +177,19 @@ def measure_slowdown(
         taken = {}
         for logs in (True, False)[:: 1 if pair % 2 else -1]:
             settle()
-            taken[logs] = _time_block(call if logs else nothing, payloads, step, steps)
+            taken[logs] = _time_block(call if logs else nothing, step, steps)
         ratios.append(taken[True] / taken[False])
         controls.append(taken[False] / steps / 1000)
     return Slowdown.of(ratios, statistics.median(controls))
 
 
-def _time_block(call: Call, payloads: Sequence[dict[str, float]], step: Callable[[], object], steps: int) -> int:
+def _time_block(call: Call, step: Callable[[], object], steps: int) -> int:
+    payloads = scalars()
     _warm_up(step)
     before = time.perf_counter_ns()
-    for data in islice(cycle(payloads), steps):
+    for _ in range(steps):
         step()
-        call(data)
+        call(next(payloads))
     return time.perf_counter_ns() - before
 
 

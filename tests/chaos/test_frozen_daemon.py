@@ -18,7 +18,6 @@ pytestmark = pytest.mark.chaos
 PAUSE_S = 2 * QUICK["order.patience_s"]
 
 
-@pytest.mark.nightly
 @pytest.mark.parametrize("frozen", [("intake",), ("intake", "delivery", "core")], ids=["intake", "all of it"])
 def test_makes_nothing_late(tmp_path: Path, frozen: tuple[str, ...]):
     """Ranks that send what piled up do not send it at once; until each was heard, rows wait for it."""

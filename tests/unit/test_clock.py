@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
-from sidestepd.clock import SpoolClock
+from sidestepd.clock import Horizon, SpoolClock
 
 
 class TestSpoolClock:
@@ -28,9 +29,21 @@ class TestSpoolClock:
 
         assert sorted(told) == told
 
-    def test_is_the_same_for_whoever_knows_its_offset(self):
+
+class TestHorizon:
+    def test_is_at_the_beginning_of_time_before_anybody_moved_it(self, tmp_path: Path):
+        assert 0.0 == Horizon(tmp_path / "horizon")()
+
+    def test_tells_another_process_what_it_was_moved_to(self, tmp_path: Path):
+        Horizon(tmp_path / "horizon").move(1_700_000_000.125)
+
+        assert 1_700_000_000.125 == Horizon(tmp_path / "horizon")()
+
+    def test_is_where_intake_said_however_long_ago_that_is(self, tmp_path: Path):
+        """Written late, by a process that stood still between looking at its clock and writing."""
         clock = SpoolClock.starting_after(0.0)
+        horizon = Horizon(tmp_path / "horizon")
 
-        first, second, third = clock(), SpoolClock(clock.offset)(), clock()
+        horizon.move(clock() - 4.0)
 
-        assert first <= second <= third
+        assert horizon() < clock() - 3.9

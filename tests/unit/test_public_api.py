@@ -27,6 +27,7 @@ def daemon(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeDaemon]:
             monkeypatch.setenv(name, value)
         monkeypatch.setattr(_current, "_run", None)
         monkeypatch.setattr(_current, "_notices", Notices())
+        monkeypatch.setattr(sidestep, "log", _current.log)
         yield made
         sidestep.finish(timeout=0.0)
 
@@ -182,6 +183,17 @@ class TestInit:
         assert daemon.sessions == {}
         assert "fake" == run.id
         daemon.thaw()
+
+    def test_makes_log_the_runs_own_and_leaves_the_one_imported_before_working(self, daemon: FakeDaemon):
+        before = sidestep.log
+
+        run = sidestep.init()
+        sidestep.log({"a": 1})
+        before({"a": 2})
+        run.flush()
+
+        assert sidestep.log == run.log
+        assert [{"a": 1}, {"a": 2}] == [it.data for it in daemon.records if it.kind in (Kind.LOG, Kind.COUNTED)]
 
     def test_a_second_one_returns_the_same_run(self, daemon: FakeDaemon, caplog: pytest.LogCaptureFixture):
         first = sidestep.init()

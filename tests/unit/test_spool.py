@@ -313,7 +313,6 @@ class TestReader:
             lambda reader: reader.read(0, EVERYTHING),
             lambda reader: reader.first(EntryKind.CLOSE),
             lambda reader: reader.sessions(),
-            lambda reader: reader.clock_offset(),
             lambda reader: reader.records_after(0),
         ],
     )
