@@ -60,6 +60,8 @@ class Dialogue:
         self._gap = (-1, 0.0)
         self.phase = Phase.GREETING
         self.flush_interval_s = flush_interval_s or 0.02
+        self.sample_interval_s = 0.0
+        """How often the daemon wants samples; 0 for never."""
         self.run: Mapping[str, Any] = {}
         self.reconnects = 0
         self.trouble: Refuse | None = None
@@ -143,6 +145,7 @@ class Dialogue:
         if self._said_more and not self._outbox.pending:
             self._heartbeat_at = now  # all that there was is there already: nobody need wait for it
         self.flush_interval_s = self._own_flush_interval_s or welcome.flush_interval_s
+        self.sample_interval_s = welcome.sample_interval_s
         self.run = {**self.run, **welcome.run}
         self._hello_wait = HELLO_AGAIN_S[0]
         self._bye_at = self._ask_at = 0.0

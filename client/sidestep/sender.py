@@ -14,7 +14,7 @@ import select
 import socket as sockets
 import threading
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from math import ceil
 from time import monotonic
 from typing import Any
@@ -63,6 +63,7 @@ class Sender:
         notices: Notices,
         *,
         flush_interval_s: float | None = None,
+        sample: Callable[[], None] | None = None,
     ) -> None:
         self._address = address
         self._outbox = outbox
@@ -76,6 +77,8 @@ class Sender:
         self._last_record = (0, 0.0)
         self._listen_at = 0.0
         self._held_up = False
+        self._sample = sample
+        self._sample_at = 0.0
         self.failures = 0
         self._thread = threading.Thread(target=self._main, name="sidestep-sender", daemon=True)
 
@@ -153,6 +156,8 @@ class Sender:
     def _turn(self, link: _Link) -> None:
         self._wait(link)
         now = monotonic()
+        if self._sample is not None and now >= self._sample_at:
+            self._take_sample(self._sample, now)
         if self._attentive(link, now):
             self._listen_at = now + LISTEN_S
             link.look()
@@ -163,6 +168,13 @@ class Sender:
         else:
             self._dialogue.interrupted()
         self._settle()
+
+    def _take_sample(self, sample: Callable[[], None], now: float) -> None:
+        """What is read of this process's own devices goes out with the rest."""
+        interval = self._dialogue.sample_interval_s
+        self._sample_at = now + (interval or LONGEST_SLEEP_S)
+        if interval and not self._dialogue.leaving:
+            sample()
 
     def _wait(self, link: _Link) -> None:
         """Sleep until there is something to do, and no more often than the training loop can bear."""

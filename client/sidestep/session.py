@@ -25,13 +25,14 @@ from typing import TYPE_CHECKING, Any
 from msgpack import Packer
 
 from sidestep._version import __version__
+from sidestep.allocator import Allocator
 from sidestep.errors import SidestepError, UnsupportedValue
 from sidestep.notices import Notices, say
 from sidestep.outbox import DropReason, Outbox
 from sidestep.ranks import Identity
 from sidestep.settings import WorkerSettings
 from sidestep.steps import Steps
-from sidestep.wire import MAX_RECORD_BYTES, Hello, Kind
+from sidestep.wire import MAX_RECORD_BYTES, WORKER, Hello, Kind
 
 if TYPE_CHECKING:
     from sidestep.sender import Sender
@@ -79,7 +80,8 @@ class Session:
 
     __slots__ = (
         "__weakref__", "_keywords", "_lock", "dormant", "exit_code", "finished", "id", "identity", "names",
-        "notices", "on_finish", "outbox", "packers", "sender", "settings", "silent", "steps", "values_refused",
+        "notices", "on_finish", "outbox", "packers", "role", "sender", "settings", "silent", "steps",
+        "values_refused",
     )  # fmt: skip
 
     def __init__(
@@ -90,11 +92,13 @@ class Session:
         keywords: Mapping[str, Any],
         notices: Notices,
         silent: bool = False,
+        role: str = WORKER,
     ) -> None:
         self.settings = settings
         self.identity = identity
         self.notices = notices
         self.silent = silent
+        self.role = role
         self.packers: list[Packer]
         self.names: set[str] = set()  # that log() has looked at and found good
         self.on_finish: Callable[[], None] = lambda: None
@@ -274,7 +278,21 @@ class Session:
             self.outbox,
             self.notices,
             flush_interval_s=self.settings.flush_interval_s,
+            sample=self._sampler(),
         )
+
+    def _sampler(self) -> Callable[[], None] | None:
+        """What the sender does whenever the daemon wants samples; a sampler's own session has other ways."""
+        if self.role != WORKER:
+            return None
+        allocator = Allocator(sys.modules, os.environ)
+
+        def sample() -> None:
+            for reading in allocator.read():
+                if self.outbox.shut is None:
+                    self.send(Kind.SAMPLES, reading)
+
+        return sample
 
     def _hello(self) -> Hello:
         who = self.identity
@@ -290,6 +308,7 @@ class Session:
             run=self.settings.run_id,
             client=f"sidestep {__version__} python {platform.python_version()}",
             settings=self._keywords,
+            role=self.role,
         )
 
     def _whose_fault(self, timeout: float) -> str:

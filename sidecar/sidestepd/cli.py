@@ -48,6 +48,8 @@ _OPTIONS = {
     "--dir": "run.dir",
     "--sink": "sink.kind",
     "--patience": "order.patience_s",
+    "--samplers": "samplers.enabled",
+    "--sample-interval": "samplers.interval_s",
 }
 _OUR_CODES = f"""\
   {ExitCode.COMPLETE:>3}  the run is complete

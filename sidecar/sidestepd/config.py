@@ -146,6 +146,41 @@ class SinkOptions(Section):
     )
 
 
+class SamplerOptions(Section):
+    """What is read of the machine beside the training. sidestepd/samplers/NAMES.md lists every name."""
+
+    enabled: bool = Field(default=True, description="Read the machine at all: on or off.")
+    gpu: bool = Field(default=True, description="NVIDIA GPUs, where there are any.")
+    host: bool = Field(default=True, description="CPU, memory, disks, network.")
+    own: bool = Field(default=True, description="What sidestep itself uses and holds.")
+    torch: bool = Field(default=True, description="torch's allocator, in every worker that uses CUDA.")
+    history: bool = Field(
+        default=True, description="The newest samples go into the rows too, and not only to the System tab."
+    )
+    interval_s: float = Field(default=5.0, ge=0.5, lt=3600, description="How often most is read.")
+    slow_interval_s: float = Field(
+        default=30.0, ge=0.5, lt=3600, description="How often what changes seldom, or costs more, is read."
+    )
+    paths: tuple[str, ...] = Field(
+        default=(), description="Further paths whose disks are watched; in the environment separated by commas."
+    )
+    samples_metric: str | None = Field(
+        default=None, description="The metric that counts the training's samples so far, for the energy of each."
+    )
+
+    @property
+    def torch_interval_s(self) -> float:
+        """How often workers shall tell of torch's allocator; 0 for never."""
+        return self.interval_s if self.enabled and self.torch else 0.0
+
+    @field_validator("paths", mode="before")
+    @classmethod
+    def _split_at_commas(cls, value: object) -> object:
+        if isinstance(value, str):
+            return tuple(path.strip() for path in value.split(",") if path.strip())
+        return value
+
+
 class UnsafeOptions(Section):
     """Guards that a control experiment switches off to show that tests would notice; never for real runs."""
 
@@ -161,6 +196,7 @@ class Config(Section):
     intake: IntakeOptions = Field(default_factory=IntakeOptions)
     delivery: DeliveryOptions = Field(default_factory=DeliveryOptions)
     sink: SinkOptions = Field(default_factory=SinkOptions)
+    samplers: SamplerOptions = Field(default_factory=SamplerOptions)
     reduce: dict[str, str | list[str]] = Field(
         default_factory=dict,
         description="How values of several ranks become one, by name or pattern; the first match counts.",

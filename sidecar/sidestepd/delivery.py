@@ -33,8 +33,9 @@ from sidestepd.order import ReorderBuffer
 from sidestepd.processes import Beat, Lock, die_with_parent, read_json, write_json
 from sidestepd.resolve import Closed, Folded, Lost, Resolver
 from sidestepd.rowlog import SENT, RowLog
-from sidestepd.rows import Bundle, Row
+from sidestepd.rows import Alert, Bundle, Row, Sampled
 from sidestepd.rules import Rule, Rules, operations
+from sidestepd.samples import Samples, first_ranks
 from sidestepd.settlement import Settlement
 from sidestepd.sinks import Confirmed, RunFacts, Sink, make_sink, write_all
 from sidestepd.spool import Entry, EntryKind, SpoolReader
@@ -78,6 +79,12 @@ class Delivery:
         self.assembler = Assembler(
             rules, patience=order.patience_s, max_wait=order.max_wait_s, window=order.late_window_rows
         )
+        self.samples = Samples(
+            history=config.samplers.history,
+            interval_s=config.samplers.interval_s,
+            samples_metric=config.samplers.samples_metric,
+            streamed=rowlog.meta("streamed", None),
+        )
         self.checkpoint = rowlog.checkpoint()
         self.read_through = self.checkpoint.cursor
         self.settlement = Settlement(rowlog.meta("counts", {}), cursor=self.read_through)
@@ -102,6 +109,8 @@ class Delivery:
             self.exit_code = fold["exit_code"]
         if self.marks:
             self.assembler.restore(self.marks)
+            if "samples" in self.marks:
+                self.samples.restore(self.marks["samples"])
         self.assembler.latest.update(self.rowlog.latest())
         held = self.sink.open(run, self.rowlog.meta("bookmark", {}))
         opened(self.sink.about())
@@ -141,6 +150,7 @@ class Delivery:
                     self._let_go()
             if len(entries) < READ_LIMIT:
                 self._now = max(self._now, horizon)
+            self._tell_samples()
             self._let_go()
             self._tell_config()
             if time.monotonic() - self._last_confirm >= self.config.delivery.confirm_interval_s:
@@ -188,6 +198,13 @@ class Delivery:
                     self.settlement.settle(said.position.entry)
                 case Closed():
                     self.exit_code = said.exit_code
+                case Sampled():
+                    self.samples.meet(first_ranks(self.resolver.sessions.values()))
+                    self.samples.hear(said)
+                    self.settlement.settle(said.position.entry)
+                case Alert():
+                    self.samples.alert(said)
+                    self.settlement.settle(said.position.entry)
                 case _:
                     self.order.hear(said, self._now)
 
@@ -206,9 +223,11 @@ class Delivery:
         """Write rows down, then out."""
         size = self.config.delivery.batch_rows
         definitions = self.assembler.new_definitions(rows)
+        rows = self.samples.into(rows)
         if rows and self.config.unsafe.row_log:
             crash_point("delivery.decide")
-            self.rowlog.append(rows, marks=self.assembler.marks(), definitions=definitions)
+            marks = {**self.assembler.marks(), "samples": self.samples.state()}
+            self.rowlog.append(rows, marks=marks, definitions=definitions)
         if rows:
             crash_point("delivery.decided")
         for row in rows:
@@ -222,6 +241,18 @@ class Delivery:
             logger.warning("row %d was rejected: %s", rejected.row.step, rejected.reason)
             self.settlement.reject(rejected.row.step, rejected.reason)
         crash_point("delivery.written")
+
+    def _tell_samples(self) -> None:
+        """Send samples and alerts out, once at most: that they are sent is written down before they are."""
+        samples, alerts = self.samples.take()
+        if samples or alerts:
+            self.rowlog.settle(streamed=list(self.samples.streamed))
+            crash_point("delivery.stream")
+        for sample in samples:
+            self.sink.sample(sample)
+        for alert in alerts:
+            logger.warning("alert: %s: %s", alert.title, alert.text)
+            self.sink.alert(alert)
 
     def _tell_config(self) -> None:
         """Send what workers set of the configuration and the summary since this was done last."""

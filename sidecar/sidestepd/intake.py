@@ -52,6 +52,7 @@ from sidestepd.keeper import DeliveryKeeper
 from sidestepd.processes import Lock, read_json
 from sidestepd.roster import Roster, Verdict
 from sidestepd.rowlog import RowLogReader
+from sidestepd.samplers.keeper import SamplersKeeper
 from sidestepd.spool import Entry, EntryKind, Spool, damage_mark
 
 logger = logging.getLogger("sidestepd.intake")
@@ -75,6 +76,7 @@ class Intake:
         spool: Spool,
         roster: Roster,
         keeper: DeliveryKeeper,
+        samplers: SamplersKeeper,
         *,
         config: Config,
         run: dict[str, Any],
@@ -82,6 +84,7 @@ class Intake:
         clock: Clock,
     ) -> None:
         self.socket, self.spool, self.roster, self.keeper = socket, spool, roster, keeper
+        self.samplers = samplers
         self.config, self.run, self.run_dir, self.clock = config, run, run_dir, clock
         self.boot = uuid.uuid4().hex
         self.rowlog = RowLogReader(run_dir / "delivery.db")
@@ -180,6 +183,7 @@ class Intake:
             credit=self.config.intake.credit_bytes,
             flush_interval_s=self.config.intake.flush_interval_s,
             heartbeat_s=self.config.intake.heartbeat_s,
+            sample_interval_s=self.config.samplers.torch_interval_s,
             run=self._facts(),
         )
         self._replies.append((route, welcome))
@@ -231,6 +235,8 @@ class Intake:
             self._send(route, answer)
             return
         if not self.closing:
+            if not self.samplers.ended(time.monotonic()):
+                return  # the supervisor asks again, when their last words are here
             self._close(ask.close)
         self._replies.append((route, answer))
         self._something.set()
@@ -323,19 +329,25 @@ class Intake:
             if damage_mark(self.spool.path).exists():
                 raise SpoolDamaged(self.spool.path, "delivery can not read it")
             self.keeper.tend(time.monotonic())
+            if self.roster.workers and not self.closing:
+                self.samplers.tend(time.monotonic())
             for entry in self.roster.expire(self._now()):
                 logger.warning("session %s was not heard of for its lease", entry.session.hex()[:8])
                 self._write(entry)
                 self._touched.add(entry.session)
             if self.keeper.done:
                 self.exit_code = ExitCode.COMPLETE
-            if os.getppid() != self._parent and not self.closing and not self.roster.live:
+            if self._is_orphan() and self.samplers.ended(time.monotonic()):
                 logger.warning("whoever started this daemon is gone, and so are its workers: closing the run")
                 self._close(CLOSED_BY_ORPHAN)
             if time.monotonic() >= next_delete:
                 await self._delete_settled()
                 next_delete = time.monotonic() + DELETE_INTERVAL_S
             await asyncio.sleep(WATCH_INTERVAL_S)
+
+    def _is_orphan(self) -> bool:
+        """Whoever started this process is gone, and so are its workers."""
+        return os.getppid() != self._parent and not self.closing and not self.roster.live
 
     def _now(self) -> float:
         """The time: the only way to read it here, so that no entry is from after a pause that nobody noticed.
@@ -364,13 +376,14 @@ class Intake:
             "boot": self.boot,
             "pid": os.getpid(),
             "closing": self.closing,
-            "sessions": len(self.roster.sessions),
+            "sessions": len(self.roster.workers),
             "live": len(self.roster.live),
             "duplicates": self.roster.duplicates,
             "gaps": self.roster.gaps,
             "malformed": self.malformed,
             "salvaged": self.spool.salvaged,
             "delivery": {"pid": self.keeper.pid, "restarts": self.keeper.restarts},
+            "samplers": {"pid": self.samplers.pid, "restarts": self.samplers.restarts},
         }
 
 
@@ -414,14 +427,16 @@ async def serve(run_dir: Path) -> int:
         duplicate_gate=config.unsafe.duplicate_gate,
     )
     keeper = DeliveryKeeper(run_dir, stall_s=config.delivery.stall_s, backoff_s=config.delivery.backoff_s)
+    samplers = SamplersKeeper(run_dir, enabled=config.samplers.enabled, backoff_s=config.delivery.backoff_s)
     context = zmq.Context()
     socket = bind(run["address"], context)
-    intake = Intake(socket, spool, roster, keeper, config=config, run=run, run_dir=run_dir, clock=clock)
+    intake = Intake(socket, spool, roster, keeper, samplers, config=config, run=run, run_dir=run_dir, clock=clock)
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGTERM, intake.stop)
     try:
         return await intake.serve()
     finally:
+        samplers.kill()
         keeper.kill()
         context.destroy(linger=100)
         spool.close()

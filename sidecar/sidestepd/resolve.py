@@ -18,10 +18,11 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from sidestep.wire import Kind, Record, Undecodable, decode_records
+from sidestep.wire import WORKER, Kind, Record, Undecodable, decode_records
 from sidestepd.entries import Entry, EntryKind
-from sidestepd.rows import MAIN_AXIS, Part, Position
+from sidestepd.rows import MAIN_AXIS, Alert, Part, Position, Sampled
 from sidestepd.rules import Rules, rule_from
+from sidestepd.samples import alert_from, sampled_from
 
 LOWEST_STEP, HIGHEST_STEP = 0, 2**62
 
@@ -34,6 +35,8 @@ class SessionFacts:
     world: int = 1
     node: str = ""
     launch: str = ""
+    local_rank: int = 0
+    role: str = WORKER
     next: int = 0
     ended: str | None = None
     """"bye" or "lease", until it speaks again."""
@@ -44,6 +47,11 @@ class SessionFacts:
     lost: int = 0
     """Records that were acknowledged and are in no entry: a spool was damaged or lost."""
     axis_values: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_worker(self) -> bool:
+        """Whether it is a rank. A sampler is none: order never hears of it."""
+        return self.role == WORKER
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,7 +109,7 @@ class Folded:
     position: Position
 
 
-Said = Joined | Left | Heard | Booted | Closed | Lost | Folded | Part
+Said = Joined | Left | Heard | Booted | Closed | Lost | Folded | Part | Sampled | Alert
 
 
 class Resolver:
@@ -135,10 +143,11 @@ class Resolver:
                 session.ended = "bye" if entry.kind is EntryKind.BYE else "lease"
                 if entry.kind is EntryKind.BYE:
                     session.final = entry.first
-                yield Left(entry.session)
+                if session.is_worker:
+                    yield Left(entry.session)
             case EntryKind.COUNTERS:
                 self._counters(entry)
-                if "more" in entry.facts:
+                if "more" in entry.facts and self._session(entry.session).is_worker:
                     yield Heard(session=entry.session, more=bool(entry.facts["more"]))
             case EntryKind.BOOT:
                 yield Booted()
@@ -151,18 +160,22 @@ class Resolver:
     def _hello(self, entry: Entry) -> Iterator[Said]:
         facts, session = entry.facts, self._session(entry.session)
         if not session.launch:  # it is new, or its first HELLO went down with a spool
+            session.role = facts.get("role", WORKER)
             session.rank, session.world = facts["rank"], facts["world"]
-            session.node, session.launch = facts["node"], self._launch(facts["launch"], facts["rank"])
+            session.local_rank = facts.get("local_rank", 0)
+            launch = self._launch(facts["launch"], facts["rank"]) if session.is_worker else session.role
+            session.node, session.launch = facts["node"], launch
         self._counters(entry)
         session.ended = None
         yield from self._skip_to(entry.first, session, entry)
-        yield Joined(
-            session=entry.session,
-            rank=session.rank,
-            world=session.world,
-            launch=session.launch,
-            more=bool(facts.get("more")),
-        )
+        if session.is_worker:
+            yield Joined(
+                session=entry.session,
+                rank=session.rank,
+                world=session.world,
+                launch=session.launch,
+                more=bool(facts.get("more")),
+            )
 
     def _launch(self, name: str, rank: int) -> str:
         """The launch a new session belongs to: a rank seen again after its BYE opens a new one."""
@@ -199,7 +212,7 @@ class Resolver:
         session.next = max(session.next, entry.first + entry.count)
         if not entry.whole:
             yield self._lose(Position(entry.id, entry.first), entry.count, "corrupt")
-            yield Heard(session=entry.session, more=entry.more)
+            yield from self._heard(session, entry)
             return
         for seq, record in enumerate(decode_records(entry.body, entry.count), entry.first):
             position = Position(entry.id, seq)
@@ -207,7 +220,11 @@ class Resolver:
                 yield self._lose(position, 1, record.reason)
             else:
                 yield from self._record(entry.session, session, record, position, used)
-        yield Heard(session=entry.session, more=entry.more)
+        yield from self._heard(session, entry)
+
+    def _heard(self, session: SessionFacts, entry: Entry) -> Iterator[Heard]:
+        if session.is_worker:
+            yield Heard(session=entry.session, more=entry.more)
 
     def _record(
         self,
@@ -234,8 +251,22 @@ class Resolver:
                 except ValueError:
                     yield self._lose(position, 1, "definition")
                     return
+            case Kind.SAMPLES | Kind.ALERT:
+                yield self._beside(id_, session, record, position)
+                return
         self.folded += 1
         yield Folded(position)
+
+    def _beside(
+        self, id_: bytes, session: SessionFacts, record: Record, position: Position
+    ) -> Sampled | Alert | Lost:
+        """What takes no part in the order of steps. It goes out at once, and counts as delivered then."""
+        read = sampled_from if record.kind is Kind.SAMPLES else alert_from
+        said = read(record, position, id_, session.node)
+        if said is None:
+            return self._lose(position, 1, record.kind.name.lower())
+        self.folded += 1
+        return said
 
     def _configure(self, rank: int, data: Mapping[str, Any]) -> None:
         for name, value in data.items():

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from sidestep.wire import Bye, Frame, Hello, Status
+from sidestep.wire import WORKER, Bye, Frame, Hello, Status
 from sidestepd.entries import Entry, EntryKind, StoredSession
 
 
@@ -41,6 +41,11 @@ class Session:
     """It had not caught up when it was heard last."""
     offered: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def is_worker(self) -> bool:
+        """Whether it is a rank, and not a sampler."""
+        return bool(self.hello.get("role", WORKER) == WORKER)
 
     @property
     def counters(self) -> dict[str, Any]:
@@ -85,7 +90,16 @@ class Roster:
 
     @property
     def live(self) -> list[Session]:
-        """Sessions that may speak."""
+        """Workers that may speak: while there are any, the run goes on."""
+        return [session for session in self._speaking if session.is_worker]
+
+    @property
+    def workers(self) -> list[Session]:
+        """Every session of a rank."""
+        return [session for session in self.sessions.values() if session.is_worker]
+
+    @property
+    def _speaking(self) -> list[Session]:
         return [session for session in self.sessions.values() if session.state == "live"]
 
     def wanted(self, session: Session) -> int:
@@ -100,7 +114,7 @@ class Roster:
         session.state, session.heard, session.more = "live", now, hello.more
         session.hello = {
             name: getattr(hello, name)
-            for name in ("rank", "world", "local_rank", "node", "pid", "launch", "attempt", "client")
+            for name in ("rank", "world", "local_rank", "node", "pid", "launch", "attempt", "client", "role")
         }
         self._count(session, hello)
         return Entry.of_event(
@@ -168,17 +182,17 @@ class Roster:
 
     def expire(self, now: float) -> list[Entry]:
         """The leases that ended by `now`."""
-        return [self._end(session, now) for session in self.live if now >= session.heard + self.lease]
+        return [self._end(session, now) for session in self._speaking if now >= session.heard + self.lease]
 
     def excuse(self, seconds: float) -> None:
         """Nobody listened for so long: what was said meanwhile is still to be heard."""
-        for session in self.live:
+        for session in self._speaking:
             session.heard += seconds
             session.more = True
 
     def end_all(self, now: float) -> list[Entry]:
         """The command ended, and with it every lease."""
-        return [self._end(session, now) for session in self.live]
+        return [self._end(session, now) for session in self._speaking]
 
     def _end(self, session: Session, now: float) -> Entry:
         session.state = "lease"

@@ -39,6 +39,44 @@ class Part:
     used: bool = False
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampled:
+    """What a session read of its machine at `time`, by names of ours.
+
+    With `ordinal`, which is CUDA's number in that process, they are of one GPU, and its part of the names is left
+    out; `device` is its UUID, `visible` what CUDA_VISIBLE_DEVICES said. `gpus` maps UUIDs to the numbers of GPUs.
+    """
+
+    position: Position
+    session: bytes
+    node: str
+    time: float
+    values: Mapping[str, float]
+    ordinal: int | None = None
+    device: str | None = None
+    visible: str | None = None
+    gpus: Mapping[str, int] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Alert:
+    """Something that people should hear of now; `level` is INFO, WARN or ERROR."""
+
+    position: Position
+    title: str
+    text: str
+    level: str = "WARN"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """What was read of one node at `time`, by full names, for the sink's stream of system metrics."""
+
+    time: float
+    node: str
+    values: Mapping[str, float]
+
+
 Cause = Literal["passed", "patience", "forced", "closing", "late"]
 
 

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from sidestep.wire import WORKER
 from sidestepd.processes import Lock, read_json
 from sidestepd.rowlog import RowLogReader
 from sidestepd.rundir import RunFile
@@ -54,6 +55,7 @@ class SessionReport:
     offered: int
     acknowledged: int
     dropped: Mapping[str, int]
+    role: str = WORKER
 
     @property
     def missing(self) -> int:
@@ -80,12 +82,12 @@ class Report:
     @property
     def ranks(self) -> int:
         """How many ranks spoke."""
-        return len({session.rank for session in self.sessions})
+        return len({session.rank for session in self.sessions if session.role == WORKER})
 
     @property
     def lost_sessions(self) -> int:
         """How many workers ended without a word."""
-        return sum(session.state == "lost" for session in self.sessions)
+        return sum(session.state == "lost" and session.role == WORKER for session in self.sessions)
 
     def to_json(self) -> dict[str, Any]:
         """As plain values, with the sums that the fields leave to the reader."""
@@ -163,6 +165,7 @@ def _session(stored: StoredSession, state: str) -> SessionReport:
         offered=max(stored.counters.get("offered", 0), stored.next + sum(dropped.values())),
         acknowledged=stored.next,
         dropped=dropped,
+        role=stored.hello.get("role", WORKER),
     )
 
 

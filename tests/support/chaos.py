@@ -26,6 +26,7 @@ from tests.support.waiting import eventually
 DEADLINE_S = 120.0
 ROOT = Path(__file__).resolve().parents[2]
 QUICK = {"order.patience_s": 2.0, "delivery.confirm_interval_s": 0.5, "delivery.backoff_s": 0.5}
+QUICK["samplers.enabled"] = False  # what is sampled has tests of its own
 
 
 @dataclass(frozen=True, slots=True)

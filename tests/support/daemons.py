@@ -61,15 +61,37 @@ class HeldRow:
     values: Mapping[str, Any]
 
 
+@dataclass(frozen=True, slots=True)
+class StreamedSample:
+    """What the stream holds of one moment on one node."""
+
+    time: float
+    node: str
+    values: Mapping[str, float]
+
+
+def _streamed(stats: Any) -> StreamedSample:
+    pairs = [(item.key.partition("/l:"), json.loads(item.value_json)) for item in stats.item]
+    return StreamedSample(
+        time=stats.timestamp.ToNanoseconds() / 1e9,
+        node=pairs[0][0][2],
+        values={name: value for (name, _, _), value in pairs},
+    )
+
+
 class ServedRun:
     """A run directory, and the intake process that serves it while it is started.
 
     `sink` is its kind; other options are named `section__option`.
     """
 
-    def __init__(self, base: Path, *, sink: str = "jsonl", **options: Any) -> None:
+    def __init__(
+        self, base: Path, *, sink: str = "jsonl", environment: Mapping[str, str] | None = None, **options: Any
+    ) -> None:
+        self.environment = dict(environment or {})
         overrides = {name.replace("__", "."): value for name, value in options.items()}
         quick = {"order.patience_s": 1.0, "delivery.confirm_interval_s": 0.2, "delivery.backoff_s": 0.5}
+        quick["samplers.enabled"] = False  # what is sampled has tests of its own
         config = Config.load(
             environ={},
             overrides={**quick, "sink.kind": sink, "run.dir": str(base), "run.id": "tested", **overrides},
@@ -98,6 +120,7 @@ class ServedRun:
     def start(self, *, crash_at: str | None = None, ready: bool = True) -> Self:
         """Start intake; `crash_at` names the crash point at which it, or its delivery, dies."""
         environment = {k: v for k, v in os.environ.items() if not k.startswith(("SIDESTEP_", "WANDB_"))}
+        environment |= self.environment
         if crash_at:
             environment["SIDESTEP_CRASH_AT"] = crash_at
         self.starts += 1
@@ -141,7 +164,7 @@ class ServedRun:
     def finish(self, exit_code: int = 0) -> int:
         """Have the run finished; returns the exit code of intake."""
         with self.tool() as tool:
-            tool.ask(RunInfo(close=exit_code), RunInfo)
+            tool.ask(RunInfo(close=exit_code), RunInfo)  # asks again while the samplers have their last word
         return self.wait()
 
     @contextlib.contextmanager
@@ -196,6 +219,40 @@ class ServedRun:
                 if isinstance(answer, Status):
                     return answer.info
         raise AssertionError(f"intake does not answer:\n{self.log()}")
+
+    def samplers(self, *, other_than: int | None = None) -> psutil.Process:
+        """The samplers' process; another one than the pid `other_than`."""
+
+        def found() -> psutil.Process | None:
+            pid = self.status()["samplers"]["pid"]
+            with contextlib.suppress(psutil.NoSuchProcess):
+                return None if pid in (None, other_than) else psutil.Process(pid)
+            return None
+
+        return eventually(found, DEADLINE_S, lambda: f"no samplers:\n{self.log()}")
+
+    def stream(self) -> list[StreamedSample]:
+        """Every sample in the run's stream of system metrics, by the sink's names."""
+        if self.sink == "jsonl":
+            lines = [line for line in _lines(self.run_dir) if "system" in line]
+            return [StreamedSample(line["_timestamp"], line["node"], line["system"]) for line in lines]
+        found = []
+        for path in wandb_log.segments(self.run_dir / "wandb"):
+            for record in wandb_log.records(path):
+                if record.HasField("stats"):
+                    found.append(_streamed(record.stats))
+        return found
+
+    def alerts(self) -> list[str]:
+        """The titles of all alerts."""
+        if self.sink == "jsonl":
+            return [line["alert"]["title"] for line in _lines(self.run_dir) if "alert" in line]
+        return [
+            record.alert.title
+            for path in wandb_log.segments(self.run_dir / "wandb")
+            for record in wandb_log.records(path)
+            if record.HasField("alert")
+        ]
 
     def delivery(self, *, other_than: int | None = None) -> psutil.Process:
         """Delivery, when it has opened the run; another one than the pid `other_than`."""
@@ -278,7 +335,7 @@ class ServedRun:
     def log(self) -> str:
         """The end of what the processes wrote."""
         texts = []
-        for name in ("intake.log", "delivery.log"):
+        for name in ("intake.log", "delivery.log", "samplers.log"):
             path = self.run_dir / "logs" / name
             if path.exists():
                 texts.append(f"--- {name}\n{path.read_text()[-3000:]}")

@@ -85,7 +85,7 @@ STEPPED = st.builds(
 )
 STEPLESS = st.builds(
     Record,
-    kind=st.sampled_from([Kind.CONFIG, Kind.SUMMARY, Kind.DEFINE]),
+    kind=st.sampled_from([Kind.CONFIG, Kind.SUMMARY, Kind.DEFINE, Kind.SAMPLES, Kind.ALERT]),
     time=TIMES,
     step=st.none(),
     data=DATA,
@@ -139,7 +139,7 @@ class TestUndecodable:
             ("shape", b"\x80"),
             ("shape", b"\xc0"),
             ("shape", packed(0, 1.5, 5, {})),
-            ("shape", packed(6, 1.5, 5, {})),
+            ("shape", packed(99, 1.5, 5, {})),
             ("shape", packed(True, 1.5, 5, {})),
             ("shape", packed(1.0, 1.5, 5, {})),
             ("shape", packed([], 1.5, 5, {})),

@@ -25,6 +25,7 @@ from sidestep.wire import (
     MAX_NAME_CHARS,
     MAX_TEXT_CHARS,
     NO_SESSION,
+    SAMPLER,
     VERSION,
     Ack,
     Bye,
@@ -66,6 +67,24 @@ RECORDS = [
         step=None,
         data={"name": "loss", "step_metric": None, "reduce": "mean", "summary": "min", "hidden": False},
     ),
+    Record(
+        kind=Kind.SAMPLES,
+        time=1700000004.0,
+        step=None,
+        data={"values": {"memory_allocated": 2**30}, "ordinal": 0, "device": "GPU-1f", "visible": "0,1"},
+    ),
+    Record(
+        kind=Kind.SAMPLES,
+        time=1700000005.0,
+        step=None,
+        data={"values": {"system/gpu0/utilization": 93.0}, "gpus": {"GPU-1f": 0}},
+    ),
+    Record(
+        kind=Kind.ALERT,
+        time=1700000006.0,
+        step=None,
+        data={"title": "GPU 0 is lost", "text": "Reset it.", "level": "ERROR"},
+    ),
 ]
 BODY = b"".join(map(encode_record, RECORDS))
 
@@ -86,6 +105,7 @@ MESSAGES: dict[str, Message] = {
         offered=50,
         dropped={"outbox_full": 2},
         settings={"project": "digits", "tags": ["a", "b"]},
+        role=SAMPLER,
     ),
     "welcome": Welcome(
         session=SESSION,
@@ -94,6 +114,7 @@ MESSAGES: dict[str, Message] = {
         credit=1 << 20,
         flush_interval_s=0.02,
         heartbeat_s=5.0,
+        sample_interval_s=5.0,
         run={"id": "abc123", "dir": "/runs/abc123"},
     ),
     "frame": Frame(session=SESSION, first=41, count=len(RECORDS), body=BODY, crc=checksum(BODY), more=True),

@@ -12,6 +12,8 @@ from sidestep.wire.limits import (
     VERSION,
 )
 from sidestep.wire.messages import (
+    SAMPLER,
+    WORKER,
     Ack,
     Bye,
     Control,
@@ -36,7 +38,9 @@ __all__ = [
     "MAX_RECORD_BYTES",
     "MAX_TEXT_CHARS",
     "NO_SESSION",
+    "SAMPLER",
     "VERSION",
+    "WORKER",
     "Ack",
     "Bye",
     "Control",

@@ -38,6 +38,9 @@ from sidestep.wire.limits import (
 )
 from sidestep.wire.plain import dump, ends, is_plain, load
 
+WORKER, SAMPLER = "worker", "sampler"
+"""What a session is."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Frame:
@@ -66,7 +69,8 @@ class Hello:
     """A worker introduces itself, at first and after every interruption.
 
     `first` is its first unacknowledged sequence. `settings` are wandb's keywords of `init()`. `offered` and
-    `dropped` are the worker's counters so far: records, and records by reason.
+    `dropped` are the worker's counters so far: records, and records by reason. `role` is WORKER, or SAMPLER for
+    one that reads the machine and is no rank: nothing waits for it.
     """
 
     session: bytes
@@ -84,13 +88,17 @@ class Hello:
     offered: int = 0
     dropped: Mapping[str, int] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
+    role: str = WORKER
 
     TYPE: ClassVar = MessageType.HELLO
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Welcome:
-    """The daemon's answer: `first` is the sequence it wants next, `credit` bytes may be unacknowledged."""
+    """The daemon's answer: `first` is the sequence it wants next, `credit` bytes may be unacknowledged.
+
+    `sample_interval_s` is how often it wants to hear of torch's allocator; 0 for never.
+    """
 
     session: bytes
     first: int
@@ -98,6 +106,7 @@ class Welcome:
     credit: int = 0
     flush_interval_s: float = 0.02
     heartbeat_s: float = 5.0
+    sample_interval_s: float = 0.0
     run: Mapping[str, Any] = field(default_factory=dict)
 
     TYPE: ClassVar = MessageType.WELCOME
@@ -327,6 +336,10 @@ def _is_interval(value: Any) -> bool:
     return type(value) in (int, float) and 0 < value < 3600
 
 
+def _is_interval_or_zero(value: Any) -> bool:
+    return (type(value) in (int, float) and value == 0) or _is_interval(value)
+
+
 def _is_map(value: Any) -> bool:
     return isinstance(value, dict) and all(isinstance(key, str) for key in value) and is_plain(value)
 
@@ -343,7 +356,7 @@ _COUNTERS = {"offered": _is_count, "dropped": _is_counts}
 _CHECKS: Mapping[type[Control], Mapping[str, Callable[[Any], bool]]] = {
     Hello: {
         **dict.fromkeys(("rank", "world", "local_rank", "pid", "attempt"), _is_count),
-        **dict.fromkeys(("node", "launch", "client"), _is_name),
+        **dict.fromkeys(("node", "launch", "client", "role"), _is_name),
         "run": _is_name_or_none,
         "settings": _is_map,
         **_COUNTERS,
@@ -353,6 +366,7 @@ _CHECKS: Mapping[type[Control], Mapping[str, Callable[[Any], bool]]] = {
         "credit": _is_count,
         "flush_interval_s": _is_interval,
         "heartbeat_s": _is_interval,
+        "sample_interval_s": _is_interval_or_zero,
         "run": _is_map,
     },
     Ack: {"credit": _is_count},

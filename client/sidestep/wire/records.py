@@ -32,6 +32,10 @@ class Kind(IntEnum):
     CONFIG = 3
     SUMMARY = 4
     DEFINE = 5
+    SAMPLES = 6
+    """What was read of the machine at that time. It has no step and moves none."""
+    ALERT = 7
+    """Something that people should hear of now."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

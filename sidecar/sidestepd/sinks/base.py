@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from sidestepd.errors import Reject, Retry
-from sidestepd.rows import Definition, Row
+from sidestepd.rows import Alert, Definition, Row, Sample
 
 LONGEST_WAIT_S = 30.0
 
@@ -61,6 +61,14 @@ class Sink(Protocol):
 
     def write(self, row: Row) -> None:
         """Write one row, with a `step` above every earlier one's. Raises Retry, Reject or Fatal."""
+        ...
+
+    def sample(self, sample: Sample) -> None:
+        """Add to the run's stream of system metrics, at the sample's own time. Raises Fatal."""
+        ...
+
+    def alert(self, alert: Alert) -> None:
+        """Tell people now. Raises Fatal."""
         ...
 
     def confirm(self) -> Confirmed:

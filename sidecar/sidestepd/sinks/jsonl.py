@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from sidestepd.errors import Fatal
-from sidestepd.rows import Definition, Row
+from sidestepd.rows import Alert, Definition, Row, Sample
 from sidestepd.sinks.base import Confirmed, RunFacts
 
 FILE_NAME = "rows.jsonl"
@@ -62,6 +62,14 @@ class JsonlSink:
         """One line with `_step` and `_timestamp`, as in wandb's history."""
         self._append({"_step": row.step, "_timestamp": row.time, **row.values})
         self._written.append(row.step)
+
+    def sample(self, sample: Sample) -> None:
+        """One line."""
+        self._append({"system": dict(sample.values), "node": sample.node, "_timestamp": sample.time})
+
+    def alert(self, alert: Alert) -> None:
+        """One line."""
+        self._append({"alert": {"title": alert.title, "text": alert.text, "level": alert.level}})
 
     def confirm(self) -> Confirmed:
         """Sync the file."""

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import time
@@ -17,9 +18,11 @@ from typing import Any
 
 import psutil
 import wandb
+from wandb.proto import wandb_internal_pb2 as pb
 
 from sidestepd.errors import Fatal, Reject
-from sidestepd.rows import Definition, Row
+from sidestepd.rows import Alert, Definition, Row, Sample
+from sidestepd.samplers.names import look_up
 from sidestepd.sinks import wandb_log
 from sidestepd.sinks.base import Confirmed, RunFacts
 
@@ -97,6 +100,29 @@ class WandbSink:
             raise Reject("unloggable", str(error)) from error
         except _BROKEN as error:
             raise Fatal(f"wandb-core is gone: {error!r}") from error
+
+    def sample(self, sample: Sample) -> None:
+        """One record of system metrics, as wandb's own monitor writes them; that one is off."""
+        stats = pb.StatsRecord(stats_type=pb.StatsRecord.StatsType.SYSTEM)  # type: ignore[attr-defined]
+        stats.timestamp.FromNanoseconds(round(sample.time * 1e9))
+        for name, value in sample.values.items():
+            known = look_up(name)
+            if known is not None:
+                key = f"{known.stream_name}/l:{sample.node}"
+                stats.item.add(key=key, value_json=json.dumps(value * known.metric.scale))
+        try:
+            self._open_run._interface._publish(pb.Record(stats=stats))  # type: ignore
+        except _BROKEN as error:
+            raise Fatal(f"wandb-core is gone: {error!r}") from error
+
+    def alert(self, alert: Alert) -> None:
+        """As a user's script would."""
+        try:
+            self._open_run.alert(alert.title, alert.text, alert.level, wait_duration=0)
+        except _BROKEN as error:
+            raise Fatal(f"wandb-core is gone: {error!r}") from error
+        except _REFUSED as error:
+            logger.warning("wandb refuses the alert %.80r: %s", alert.title, error)
 
     def confirm(self) -> Confirmed:
         """Read what the file has got since the last time, then sync it: so what was read is on the disk."""

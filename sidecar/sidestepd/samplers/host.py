@@ -1,0 +1,261 @@
+"""The machine: CPU, memory and its limits, swap, disks, network, pressure, descriptors.
+
+- `/proc` and `/sys` are arguments, so that a test can make the machine that it wants
+- what a machine does not have is left out; what can not be read is a gap in that alone
+- counters are told as growth per second; a counter that went back tells nothing once
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import psutil
+
+from sidestepd.samplers.base import Rates, Reading
+
+PROC, SYS, SHM = Path("/proc"), Path("/sys"), Path("/dev/shm")
+SECTOR_BYTES = 512
+NO_LIMIT = 2**60
+"""What cgroup v1 says for no limit is near 2^63."""
+IB_WORD_BYTES = 4
+"""InfiniBand counts its data in words."""
+_LOOPBACK = "lo"
+
+
+class HostSampler:
+    """Everything of this machine but its GPUs. `home` is the run's directory, `paths` are further disks."""
+
+    def __init__(
+        self,
+        home: Path,
+        *,
+        paths: list[Path] | None = None,
+        proc: Path = PROC,
+        sys: Path = SYS,
+        shm: Path = SHM,
+    ) -> None:
+        self._proc, self._sys, self._shm = proc, sys, shm
+        self._disks = {"disk/": home, **{f"disk/{_word(path)}/": path for path in paths or []}}
+        self._rates = Rates()
+        self._cpu: list[tuple[float, float, float]] = []
+        """Of all cores, then of each: seconds in all, idle, waiting for I/O."""
+        self._network_began: tuple[float, float] | None = None
+        psutil.PROCFS_PATH = str(proc)
+        self._read_cpu()
+
+    def read(self, now: float) -> Reading:
+        """What there is now."""
+        sources: tuple[Callable[[float], Mapping[str, float]], ...] = (
+            self._of_cpu,
+            self._of_memory,
+            self._of_disks,
+            self._of_shm,
+            self._of_network,
+            self._of_infiniband,
+            self._of_pressure,
+            self._of_files,
+        )
+        values: dict[str, float] = {}
+        for source in sources:
+            try:
+                values |= source(now)
+            except (OSError, ValueError, IndexError, KeyError, psutil.Error, RuntimeError):
+                continue
+        return Reading(values={f"system/{name}": value for name, value in values.items()})
+
+    def rest(self, seconds: float) -> Reading:
+        """A machine tells nothing by itself."""
+        time.sleep(seconds)
+        return Reading()
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+    # CPU and memory
+
+    def _read_cpu(self) -> list[tuple[float, float, float]]:
+        before, self._cpu = self._cpu, []
+        try:
+            times = [psutil.cpu_times(), *psutil.cpu_times(percpu=True)]
+        except (OSError, ValueError, IndexError):
+            return []
+        for it in times:
+            # A guest's time is in the user's too.
+            total = sum(it) - getattr(it, "guest", 0.0) - getattr(it, "guest_nice", 0.0)
+            iowait = getattr(it, "iowait", 0.0)
+            self._cpu.append((total, it.idle + iowait, iowait))
+        return before
+
+    def _of_cpu(self, _: float) -> Mapping[str, float]:
+        before = self._read_cpu()
+        shares = []
+        for (total, idle, iowait), (total0, idle0, iowait0) in zip(self._cpu, before, strict=False):
+            passed = total - total0
+            if passed > 0:
+                shares.append((100 * (1 - (idle - idle0) / passed), 100 * (iowait - iowait0) / passed))
+        values = {"cpu/load1": float((self._proc / "loadavg").read_text().split()[0])}
+        if shares:
+            values["cpu/percent"], values["cpu/iowait_percent"] = (_percent(share) for share in shares[0])
+            values["cpu/max_core_percent"] = _percent(max(busy for busy, _ in shares[1:] or shares))
+        return values
+
+    def _of_memory(self, _: float) -> Mapping[str, float]:
+        memory, swap = psutil.virtual_memory(), psutil.swap_memory()
+        values = {
+            "memory/percent": memory.percent,
+            "memory/used_bytes": memory.used,
+            "memory/available_bytes": memory.available,
+            "swap/percent": swap.percent,
+            "swap/used_bytes": swap.used,
+        }
+        limits = [group for group in self._memory_groups() if group[1] < min(memory.total, NO_LIMIT)]
+        if limits:
+            used, limit = max(limits, key=lambda group: group[0] / group[1])
+            values |= {"memory/cgroup_used_bytes": used, "memory/cgroup_limit_bytes": limit}
+            values["memory/percent"] = max(memory.percent, 100 * used / limit)
+        return values
+
+    def _memory_groups(self) -> Iterator[tuple[int, int]]:
+        """Use and limit of this process's cgroup and of those above it, in either version."""
+        for line in (self._proc / "self" / "cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            root = self._sys / "fs" / "cgroup"
+            if controllers == "":
+                yield from _groups(_first(root / "unified", root), path, _used_v2)
+            elif "memory" in controllers.split(","):
+                yield from _groups(_first(root / "memory", root), path, _used_v1)
+
+    # Disks
+
+    def _of_disks(self, now: float) -> Mapping[str, float]:
+        values: dict[str, float] = {}
+        counters = self._disk_counters()
+        for prefix, path in self._disks.items():
+            try:
+                usage, device = psutil.disk_usage(str(path)), path.stat().st_dev
+            except OSError:
+                continue
+            values |= {f"{prefix}percent": usage.percent, f"{prefix}free_bytes": usage.free}
+            moved = counters.get((os.major(device), os.minor(device))) or _total(counters)
+            for name, sectors in zip(("read", "written"), moved, strict=True):
+                rate = self._rates.per_s(f"{prefix}{name}", sectors * SECTOR_BYTES, now)
+                if rate is not None:
+                    values[f"{prefix}{name}_bytes_per_s"] = rate
+        return values
+
+    def _disk_counters(self) -> dict[tuple[int, int], tuple[int, int]]:
+        """Sectors read and written by device number; partitions beside their disks."""
+        try:
+            lines = (self._proc / "diskstats").read_text().splitlines()
+        except OSError:
+            return {}
+        words = [line.split() for line in lines]
+        return {(int(it[0]), int(it[1])): (int(it[5]), int(it[9])) for it in words if len(it) > 9}
+
+    def _of_shm(self, _: float) -> Mapping[str, float]:
+        usage = psutil.disk_usage(str(self._shm))
+        return {"shm/percent": usage.percent, "shm/used_bytes": usage.used}
+
+    # Network
+
+    def _of_network(self, now: float) -> Mapping[str, float]:
+        received = sent = 0
+        for line in (self._proc / "net" / "dev").read_text().splitlines()[2:]:
+            name, _, counters = line.partition(":")
+            if name.strip() != _LOOPBACK and len(words := counters.split()) > 8:
+                received, sent = received + int(words[0]), sent + int(words[8])
+        if self._network_began is None or received < self._network_began[0] or sent < self._network_began[1]:
+            self._network_began = (received, sent)
+        values: dict[str, float] = {
+            "network/received_bytes": received - self._network_began[0],
+            "network/sent_bytes": sent - self._network_began[1],
+        }
+        return values | self._growth({"network/received": received, "network/sent": sent}, now)
+
+    def _of_infiniband(self, now: float) -> Mapping[str, float]:
+        counters: dict[str, int] = {}
+        for device in sorted((self._sys / "class" / "infiniband").iterdir()):
+            for name, file in (("sent", "port_xmit_data"), ("received", "port_rcv_data")):
+                words = [int(path.read_text()) for path in device.glob(f"ports/*/counters/{file}")]
+                if words:
+                    counters[f"infiniband/{_word(device.name)}/{name}"] = sum(words) * IB_WORD_BYTES
+        return self._growth(counters, now)
+
+    def _growth(self, counters: Mapping[str, int], now: float) -> dict[str, float]:
+        rates = {name: self._rates.per_s(name, counter, now) for name, counter in counters.items()}
+        return {f"{name}_bytes_per_s": rate for name, rate in rates.items() if rate is not None}
+
+    # What is short
+
+    def _of_pressure(self, _: float) -> Mapping[str, float]:
+        values: dict[str, float] = {}
+        for name in ("cpu", "memory", "io"):
+            path = self._proc / "pressure" / name
+            for line in path.read_text().splitlines() if path.exists() else ():
+                kind, average = line.split()[:2]
+                if kind == "some":
+                    values[f"pressure/{name}_percent"] = float(average.partition("=")[2])
+                elif name != "cpu":  # a whole machine is never short of all CPU
+                    values[f"pressure/{name}_full_percent"] = float(average.partition("=")[2])
+        return values
+
+    def _of_files(self, _: float) -> Mapping[str, float]:
+        used, free, most = map(int, (self._proc / "sys" / "fs" / "file-nr").read_text().split())
+        return {"files/open": used - free, "files/percent": 100 * (used - free) / most}
+
+
+def _groups(root: Path, path: str, used: Callable[[Path], tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """A cgroup and those above it. In a container its own is at the root, whatever the path says."""
+    folder = root / path.lstrip("/")
+    if ".." in folder.parts or not folder.exists():
+        folder = root
+    while True:
+        try:
+            yield used(folder)
+        except (OSError, ValueError):
+            pass
+        if folder == root:
+            return
+        folder = folder.parent
+
+
+def _used_v2(folder: Path) -> tuple[int, int]:
+    limit = (folder / "memory.max").read_text().strip()
+    return _active(folder, "memory.current"), NO_LIMIT if limit == "max" else int(limit)
+
+
+def _used_v1(folder: Path) -> tuple[int, int]:
+    return _active(folder, "memory.usage_in_bytes"), int((folder / "memory.limit_in_bytes").read_text())
+
+
+def _active(folder: Path, file: str) -> int:
+    """Without the page cache that the kernel gives back when it is asked for memory."""
+    used, inactive = int((folder / file).read_text()), 0
+    for line in (folder / "memory.stat").read_text().splitlines():
+        name, _, value = line.partition(" ")
+        if name == "total_inactive_file" or (name == "inactive_file" and not inactive):
+            inactive = int(value)
+    return max(used - inactive, 0)
+
+
+def _first(*paths: Path) -> Path:
+    return next((path for path in paths if path.exists()), paths[-1])
+
+
+def _total(counters: Mapping[tuple[int, int], tuple[int, int]]) -> tuple[int, int]:
+    """Over all whole disks: where a path lies on none of them (an overlay, a network), this is nearest."""
+    disks = [moved for (major, minor), moved in counters.items() if major not in (1, 7) and minor % 16 == 0]
+    return sum(read for read, _ in disks), sum(written for _, written in disks)
+
+
+def _word(path: Path | str) -> str:
+    """A path as a part of a name."""
+    return re.sub(r"[^\w.-]+", "_", str(path)).strip("_") or "root"
+
+
+def _percent(value: float) -> float:
+    return min(max(value, 0.0), 100.0)

@@ -1,0 +1,87 @@
+"""What sidestep itself holds and uses: its spool, its lag, its losses, its processes.
+
+- read from the run's files and the processes' counters; nobody is asked, so nobody is kept from work
+- its processes are intake, which is this one's parent, and everything below it
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import psutil
+
+from sidestepd.rowlog import RowLogReader
+from sidestepd.samplers.base import Rates, Reading
+
+
+class OwnSampler:
+    """One run's daemon. `pid` is its intake's."""
+
+    def __init__(self, run_dir: Path, *, pid: int | None = None, clock: Callable[[], float] = time.time) -> None:
+        self._run_dir = run_dir
+        self._pid = os.getppid() if pid is None else pid
+        self._clock = clock
+        self._rowlog = RowLogReader(run_dir / "delivery.db")
+        self._rates = Rates()
+        self._seconds: dict[int, float] = {}
+        """CPU time by process, of those that ended too."""
+
+    def read(self, now: float) -> Reading:
+        """What there is now."""
+        values: dict[str, float] = {"spool_bytes": self._spool_bytes()}
+        for source in (self._of_delivery, lambda: self._of_processes(now)):
+            try:
+                values |= source()
+            except (OSError, sqlite3.Error, psutil.Error):
+                continue
+        return Reading(values={f"sidestep/{name}": value for name, value in values.items()})
+
+    def rest(self, seconds: float) -> Reading:
+        """It tells nothing by itself."""
+        time.sleep(seconds)
+        return Reading()
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+    def _spool_bytes(self) -> int:
+        return sum(path.stat().st_size for path in self._run_dir.glob("spool.db*") if path.exists())
+
+    def _of_delivery(self) -> Mapping[str, float]:
+        ledger = self._rowlog.meta("ledger", {})
+        if not ledger:
+            return {}
+        return {
+            "lag_s": self._lag_s(ledger["read_through"]),
+            "waiting_rows": ledger["waiting"],
+            "late_rows": ledger["late_rows"],
+            "dropped": sum(ledger["dropped"].values()),
+        }
+
+    def _lag_s(self, read_through: int) -> float:
+        """How long the oldest entry that delivery has not told of reading has lain in the spool."""
+        spool = sqlite3.connect(f"file:{self._run_dir / 'spool.db'}?mode=ro", uri=True)
+        try:
+            query = "SELECT received FROM entry WHERE id > ? ORDER BY id LIMIT 1"
+            oldest = spool.execute(query, (read_through,)).fetchone()
+        finally:
+            spool.close()
+        return max(self._clock() - oldest[0], 0.0) if oldest else 0.0
+
+    def _of_processes(self, now: float) -> Mapping[str, float]:
+        memory = 0
+        intake = psutil.Process(self._pid)
+        for process in (intake, *intake.children(recursive=True)):
+            try:
+                with process.oneshot():
+                    memory += process.memory_info().rss
+                    times = process.cpu_times()
+                self._seconds[process.pid] = times.user + times.system
+            except psutil.NoSuchProcess:
+                continue
+        rate = self._rates.per_s("cpu", sum(self._seconds.values()), now)
+        return {"memory_bytes": memory} | ({} if rate is None else {"cpu_percent": 100 * rate})

@@ -1,0 +1,318 @@
+"""Samples of the machine: out to the sink's stream at once, and the newest of each name into the next row.
+
+- the stream gets every sample once at most: how far it was told is written down before it is told
+- a sample never makes a row and never moves a step; what is superseded before a row comes was in the stream
+- rows take the short list only, and with more than `MANY_NODES` nodes its aggregates
+- what a row took, and what energy and idle time came to, is committed with the row
+- no I/O and no clock here
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from statistics import fmean
+from typing import Any
+
+from sidestep.wire import Record
+from sidestepd.rows import MAIN_AXIS, Alert, Position, Row, Sample, Sampled
+from sidestepd.samplers.names import look_up, on_node
+from sidestepd.samplers.visible import device_number
+
+MANY_NODES = 4
+"""With more nodes, rows hold aggregates over all of them."""
+FRESH_S = 60.0
+"""A value that is older is not of the present: a worker that is gone, a node that went silent."""
+LEVELS = ("INFO", "WARN", "ERROR")
+_START = Position(0, -1)
+_OPERATIONS: Mapping[str, Callable[[list[float]], float]] = {"mean": fmean, "min": min, "max": max, "sum": sum}
+
+
+def sampled_from(record: Record, position: Position, session: bytes, node: str) -> Sampled | None:
+    """What a record of samples says; None if it says nothing that can be understood."""
+    values, gpus = record.data.get("values"), record.data.get("gpus")
+    ordinal, device, visible = (record.data.get(name) for name in ("ordinal", "device", "visible"))
+    if values is None or not _is_table(values) or not (gpus is None or _is_table(gpus)):
+        return None
+    if not (ordinal is None or (type(ordinal) is int and 0 <= ordinal < 1024)):
+        return None
+    if not all(it is None or isinstance(it, str) for it in (device, visible)):
+        return None
+    return Sampled(
+        position=position,
+        session=session,
+        node=node,
+        time=record.time,
+        values=values,
+        ordinal=ordinal,
+        device=device,
+        visible=visible,
+        gpus=None if gpus is None else {uuid: int(number) for uuid, number in gpus.items()},
+    )
+
+
+def alert_from(record: Record, position: Position, session: bytes, node: str) -> Alert | None:  # noqa: ARG001
+    """What a record of an alert says, likewise."""
+    title, text, level = (record.data.get(name) for name in ("title", "text", "level"))
+    if not isinstance(title, str) or not isinstance(text, str) or level not in LEVELS:
+        return None
+    return Alert(position=position, title=title, text=text, level=level)
+
+
+def _is_table(values: Any) -> bool:
+    return isinstance(values, dict) and all(
+        isinstance(name, str) and type(value) in (int, float) and math.isfinite(value)
+        for name, value in values.items()
+    )
+
+
+@dataclass(slots=True)
+class _Meter:
+    """What one GPU has used since it was first heard of."""
+
+    counter: float | None = None
+    """Its energy counter, as heard last."""
+    energy_j: float = 0.0
+    idle_s: float = 0.0
+    heard: float | None = None
+    """When its utilization was heard last."""
+    told_j: float = 0.0
+    """`energy_j` as of the last row that took it."""
+
+
+class Samples:
+    """Between what is read of the machines and where it goes."""
+
+    def __init__(
+        self,
+        *,
+        history: bool = True,
+        interval_s: float = 5.0,
+        samples_metric: str | None = None,
+        streamed: Sequence[int] | None = None,
+    ) -> None:
+        self.streamed = Position(*streamed) if streamed else _START
+        """Up to here the stream was told."""
+        self._history = history
+        self._interval_s = interval_s
+        self._samples_metric = samples_metric
+        self._merged = _START
+        self._heard = _START
+        self._stream: list[Sample] = []
+        self._alerts: list[Alert] = []
+        self._pending: dict[tuple[str, str], float] = {}
+        """By node and name, what no row has taken."""
+        self._newest: dict[tuple[str, str], tuple[float, float]] = {}
+        """By node and name, when it was read and what."""
+        self._torch: dict[tuple[str, int], dict[bytes, tuple[float, Mapping[str, float]]]] = {}
+        self._nodes: dict[str, int] = {}
+        self._gpus: dict[str, dict[str, int]] = {}
+        self._used: dict[str, set[int]] = {}
+        """The GPUs of each node that workers are known to use."""
+        self._meters: dict[str, dict[int, _Meter]] = {}
+        self._row_at: tuple[int, float | None] | None = None
+        """The main step of the last row that took samples, and how many training samples it told of."""
+
+    # Hearing
+
+    def meet(self, nodes: Mapping[str, int]) -> None:
+        """Number the nodes that are new, in the order of their lowest ranks; a number once given stays."""
+        for node in sorted(nodes.keys() - self._nodes.keys(), key=lambda node: (nodes[node], node)):
+            self._nodes[node] = len(self._nodes)
+
+    def alert(self, alert: Alert) -> None:
+        """Something that people should hear of."""
+        if alert.position > self.streamed:
+            self._alerts.append(alert)
+
+    def hear(self, said: Sampled) -> None:
+        """Take in what was read."""
+        self.meet({said.node: len(self._nodes)} if said.node not in self._nodes else {})
+        self._heard = max(self._heard, said.position)
+        if said.gpus is not None:
+            self._gpus[said.node] = dict(said.gpus)
+        values = self._of_worker(said) if said.ordinal is not None else self._of_machine(said)
+        values = {name: value for name, value in values.items() if look_up(name) is not None}
+        if not values:
+            return
+        if said.position > self.streamed:
+            self._stream.append(Sample(time=said.time, node=said.node, values=values))
+        new = said.position > self._merged
+        for name, value in values.items():
+            if _is_short(name):
+                self._newest[said.node, name] = (said.time, value)
+                if new and self._history:
+                    self._pending[said.node, name] = value
+        if new:
+            self._measure(said.node, said.time, values)
+
+    def _of_worker(self, said: Sampled) -> dict[str, float]:
+        """A process's part of one GPU, by full names; several processes of one GPU add up."""
+        number = device_number(
+            ordinal=said.ordinal or 0,
+            device=said.device,
+            visible=said.visible,
+            gpus=self._gpus.get(said.node, {}),
+        )
+        self._used.setdefault(said.node, set()).add(number)
+        shares = self._torch.setdefault((said.node, number), {})
+        shares[said.session] = (said.time, said.values)
+        for session, (time, _) in list(shares.items()):
+            if time < said.time - FRESH_S:
+                del shares[session]
+        total: dict[str, float] = {}
+        for _, values in shares.values():
+            for name, value in values.items():
+                total[f"system/gpu{number}/{name}"] = total.get(f"system/gpu{number}/{name}", 0) + value
+        return total
+
+    def _of_machine(self, said: Sampled) -> dict[str, float]:
+        """A sampler's values; what torch calls allocated is NVML's used memory where no worker tells better."""
+        values = dict(said.values)
+        for name, value in said.values.items():
+            known = look_up(name)
+            if known is None or "i" not in known.words:
+                continue
+            number = int(known.words["i"])
+            if "r" in known.words:
+                self._used.setdefault(said.node, set()).add(number)
+            if name.endswith(f"gpu{number}/memory_used_bytes") and not self._torch_tells(said, number):
+                values[f"system/gpu{number}/memory_allocated"] = value
+                values[f"system/gpu{number}/memory_reserved"] = value
+        return values
+
+    def _torch_tells(self, said: Sampled, number: int) -> bool:
+        shares = self._torch.get((said.node, number), {})
+        return any(time >= said.time - FRESH_S for time, _ in shares.values())
+
+    # Energy and idle time
+
+    def _measure(self, node: str, time: float, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            known = look_up(name)
+            if known is None or known.metric.name not in (_ENERGY, _UTILIZATION):
+                continue
+            meter = self._meters.setdefault(node, {}).setdefault(int(known.words["i"]), _Meter())
+            if known.metric.name == _ENERGY:
+                if meter.counter is not None and value >= meter.counter:  # less: the driver was loaded anew
+                    meter.energy_j += value - meter.counter
+                meter.counter = value
+            else:
+                if meter.heard is not None and 0 < time - meter.heard <= 3 * self._interval_s:
+                    meter.idle_s += (time - meter.heard) * (1 - min(value, 100) / 100)
+                meter.heard = time
+
+    def _of_run(self) -> list[_Meter]:
+        """The meters of the GPUs that the run uses, or of all while that is not known."""
+        meters = {(node, number): it for node, gpus in self._meters.items() for number, it in gpus.items()}
+        used = {(node, number) for node, numbers in self._used.items() for number in numbers}
+        return [it for key, it in meters.items() if not used & meters.keys() or key in used]
+
+    def _derived(self, row: Row) -> dict[str, float]:
+        meters = self._of_run()
+        if not meters:
+            return {}
+        energy, idle = sum(it.energy_j for it in meters), sum(it.idle_s for it in meters)
+        derived = {"system/gpu_idle_s": idle}
+        if any(it.counter is not None for it in meters):
+            derived["system/energy_j"] = energy
+        step = row.places.get(MAIN_AXIS)
+        if step is None:
+            return derived
+        spent = sum(it.energy_j - it.told_j for it in meters)
+        count = row.values.get(self._samples_metric) if self._samples_metric else None
+        count = float(count) if isinstance(count, (int, float)) and math.isfinite(count) else None
+        if self._row_at is not None and "system/energy_j" in derived and spent > 0:
+            last_step, last_count = self._row_at
+            if step > last_step:
+                derived["system/energy_per_step_j"] = spent / (step - last_step)
+            if count is not None and last_count is not None and count > last_count:
+                derived["system/energy_per_sample_j"] = spent / (count - last_count)
+        for meter in (it for gpus in self._meters.values() for it in gpus.values()):
+            meter.told_j = meter.energy_j
+        self._row_at = (step, count)
+        return derived
+
+    # Going out
+
+    def take(self) -> tuple[list[Sample], list[Alert]]:
+        """What the stream is to be told now. Whoever takes it writes `streamed` down before telling."""
+        stream, self._stream = self._stream, []
+        alerts, self._alerts = self._alerts, []
+        positions = (self._heard, *(alert.position for alert in alerts))
+        self.streamed = max(self.streamed, *positions)
+        return stream, alerts
+
+    def into(self, rows: Sequence[Row]) -> list[Row]:
+        """The rows, the first that is in its order with what has been read since the last one that was."""
+        rows = list(rows)
+        for index, row in enumerate(rows):
+            if self._pending and not row.late:
+                read = {**self._take_pending(row.time), **self._derived(row)}
+                rows[index] = replace(row, values={**read, **row.values})
+        return rows
+
+    def _take_pending(self, now: float) -> dict[str, float]:
+        pending, self._pending = self._pending, {}
+        self._merged = self._heard
+        if len(self._nodes) > MANY_NODES:
+            return self._over_nodes(now)
+        if len(self._nodes) > 1:
+            return {on_node(name, self._nodes[node]): value for (node, name), value in pending.items()}
+        return {name: value for (_, name), value in pending.items()}
+
+    def _over_nodes(self, now: float) -> dict[str, float]:
+        gathered: dict[str, list[float]] = {}
+        for (_, name), (time, value) in self._newest.items():
+            known = look_up(name)
+            if known is not None and time >= now - FRESH_S:
+                for told in known.metric.node_names:
+                    gathered.setdefault(told, []).append(value)
+        return {name: _OPERATIONS[name.rpartition(".")[2]](values) for name, values in gathered.items()}
+
+    # What outlives a crash
+
+    def state(self) -> dict[str, Any]:
+        """What is committed with rows, as plain values."""
+        return {
+            "merged": list(self._merged),
+            "nodes": dict(self._nodes),
+            "gpus": dict(self._gpus),
+            "used": {node: sorted(numbers) for node, numbers in self._used.items()},
+            "meters": {
+                node: {n: [m.counter, m.energy_j, m.idle_s, m.heard, m.told_j] for n, m in gpus.items()}
+                for node, gpus in self._meters.items()
+            },
+            "row_at": None if self._row_at is None else list(self._row_at),
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take up what `state` gave."""
+        self._merged = self._heard = Position(*state["merged"])
+        self._nodes = dict(state["nodes"])
+        self._gpus = {node: dict(gpus) for node, gpus in state["gpus"].items()}
+        self._used = {node: set(numbers) for node, numbers in state["used"].items()}
+        self._meters = {
+            node: {int(number): _Meter(*values) for number, values in gpus.items()}
+            for node, gpus in state["meters"].items()
+        }
+        self._row_at = None if state["row_at"] is None else tuple(state["row_at"])
+
+
+_ENERGY, _UTILIZATION = "system/gpu{i}/energy_j", "system/gpu{i}/utilization"
+
+
+def _is_short(name: str) -> bool:
+    known = look_up(name)
+    return known is not None and known.metric.history
+
+
+def first_ranks(sessions: Iterable[Any]) -> dict[str, int]:
+    """The lowest rank of each node, of those sessions that are workers."""
+    found: dict[str, int] = {}
+    for session in sessions:
+        if session.is_worker:
+            lowest = max(session.rank - session.local_rank, 0)
+            found[session.node] = min(lowest, found.get(session.node, lowest))
+    return found
