@@ -231,6 +231,11 @@ class ServedRun:
 
         return eventually(found, DEADLINE_S, lambda: f"no samplers:\n{self.log()}")
 
+    def failures_of_samplers(self) -> int | None:
+        """How often they failed by themselves, by their log; None if they were never started."""
+        log = self.run_dir / "logs" / "samplers.log"
+        return log.read_text().count("Traceback") if log.exists() else None
+
     def stream(self) -> list[StreamedSample]:
         """Every sample in the run's stream of system metrics, by the sink's names."""
         if self.sink == "jsonl":
