@@ -21,6 +21,7 @@ from sidestepd import status
 from sidestepd.sinks import wandb_log
 
 AXES = ("global_step", "eval/step")
+SAMPLED = ("system/", "sidestep/")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -139,6 +140,8 @@ def _definitions(found: Contents) -> Iterator[str]:
         axis = "eval/step" if name.startswith("eval/") else "global_step"
         if name not in found.axes:
             yield f"{name} is not defined"
+        elif name.startswith(SAMPLED) and not found.axes[name]:
+            continue  # what is read of the machine is on no axis of the training, but on `_step`
         elif name not in AXES and found.axes[name] != axis:
             yield f"{name} is plotted against {found.axes[name] or 'nothing'}, not {axis}"
 

@@ -71,6 +71,7 @@ class FakeDaemon:
         self.credit = CREDIT
         self.flush_interval_s = 0.005
         self.heartbeat_s = 0.2
+        self.sample_interval_s = 0.0
         self.refuse: Refuse | None = None
         """Said to every HELLO instead of WELCOME."""
         self._thread: threading.Thread | None = None
@@ -222,6 +223,7 @@ class FakeDaemon:
             credit=self.credit,
             flush_interval_s=self.flush_interval_s,
             heartbeat_s=self.heartbeat_s,
+            sample_interval_s=self.sample_interval_s,
             run=self.run,
         )
 

@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 import click
 
 from sidestep.errors import SettingsError, SidestepError
+from sidestep.wire import WORKER
 from sidestepd import command, rundir, status
 from sidestepd.command import Command, Signals
 from sidestepd.config import KEYS, SECTIONS, Config, Given, variables
@@ -413,12 +414,16 @@ def _table(found: status.Report) -> str:
     ]
     lines += [f"nothing matched the declared {pattern}" for pattern in found.unmatched]
     lines += [
-        f"rank {one.rank:<4} {one.state:<5} {one.acknowledged} of {one.offered} acknowledged"
+        f"{_who(one):<9} {one.state:<5} {one.acknowledged} of {one.offered} acknowledged"
         + (f", {_by_reason(one.dropped)} dropped" if any(one.dropped.values()) else "")
         + f"   {one.node}:{one.pid}"
         for one in found.sessions
     ]
     return "\n".join(lines)
+
+
+def _who(session: status.SessionReport) -> str:
+    return f"rank {session.rank}" if session.role == WORKER else session.role
 
 
 def _equation(ledger: status.Ledger) -> str:

@@ -224,6 +224,7 @@ class Delivery:
         size = self.config.delivery.batch_rows
         definitions = self.assembler.new_definitions(rows)
         rows = self.samples.into(rows)
+        definitions += self.samples.take_definitions()
         if rows and self.config.unsafe.row_log:
             crash_point("delivery.decide")
             marks = {**self.assembler.marks(), "samples": self.samples.state()}

@@ -91,6 +91,7 @@ class Intake:
         self.exit_code: int | None = None
         self.malformed = 0
         self.closing = spool.has_close()
+        self._closing_waits: list[tuple[bytes, RunInfo]] = []
         self._routes: dict[bytes, bytes] = {}
         self._entries: list[Entry] = []
         self._replies: list[tuple[bytes, Message]] = []
@@ -236,7 +237,8 @@ class Intake:
             return
         if not self.closing:
             if not self.samplers.ended(time.monotonic()):
-                return  # the supervisor asks again, when their last words are here
+                self._closing_waits.append((route, ask))  # for their last words
+                return
             self._close(ask.close)
         self._replies.append((route, answer))
         self._something.set()
@@ -331,6 +333,10 @@ class Intake:
             self.keeper.tend(time.monotonic())
             if self.roster.workers and not self.closing:
                 self.samplers.tend(time.monotonic())
+            if self._closing_waits and self.samplers.ended(time.monotonic()):
+                waits, self._closing_waits = self._closing_waits, []
+                for route, ask in waits:
+                    self._on_run(route, ask)
             for entry in self.roster.expire(self._now()):
                 logger.warning("session %s was not heard of for its lease", entry.session.hex()[:8])
                 self._write(entry)

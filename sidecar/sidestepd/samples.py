@@ -2,6 +2,7 @@
 
 - the stream gets every sample once at most: how far it was told is written down before it is told
 - a sample never makes a row and never moves a step; what is superseded before a row comes was in the stream
+- in wandb they are plotted against `_step`, which every row has: an axis of ours may be missing where they stand
 - rows take the short list only, and with more than `MANY_NODES` nodes its aggregates
 - what a row took, and what energy and idle time came to, is committed with the row
 - no I/O and no clock here
@@ -16,7 +17,7 @@ from statistics import fmean
 from typing import Any
 
 from sidestep.wire import Record
-from sidestepd.rows import MAIN_AXIS, Alert, Position, Row, Sample, Sampled
+from sidestepd.rows import MAIN_AXIS, Alert, Definition, Position, Row, Sample, Sampled
 from sidestepd.samplers.names import look_up, on_node
 from sidestepd.samplers.visible import device_number
 
@@ -101,6 +102,8 @@ class Samples:
         self._heard = _START
         self._stream: list[Sample] = []
         self._alerts: list[Alert] = []
+        self._defined: set[str] = set()
+        self._definitions: list[Definition] = []
         self._pending: dict[tuple[str, str], float] = {}
         """By node and name, what no row has taken."""
         self._newest: dict[tuple[str, str], tuple[float, float]] = {}
@@ -250,8 +253,19 @@ class Samples:
         for index, row in enumerate(rows):
             if self._pending and not row.late:
                 read = {**self._take_pending(row.time), **self._derived(row)}
+                self._define(read.keys() - row.values.keys())
                 rows[index] = replace(row, values={**read, **row.values})
         return rows
+
+    def take_definitions(self) -> list[Definition]:
+        """The names that rows took since this was asked last and none before, in this life."""
+        definitions, self._definitions = self._definitions, []
+        return definitions
+
+    def _define(self, names: Iterable[str]) -> None:
+        new = sorted(set(names) - self._defined)
+        self._defined.update(new)
+        self._definitions += [Definition(name=name) for name in new]
 
     def _take_pending(self, now: float) -> dict[str, float]:
         pending, self._pending = self._pending, {}

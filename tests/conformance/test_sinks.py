@@ -26,7 +26,7 @@ LIFE = """
 import json, os, sys
 from pathlib import Path
 from sidestepd.errors import Reject
-from sidestepd.rows import Definition, Row
+from sidestepd.rows import Alert, Definition, Position, Row, Sample
 from sidestepd.sinks import RunFacts, make_sink
 
 sink = make_sink(sys.argv[1])
@@ -51,6 +51,11 @@ def do(name, *arguments):
             return plain(sink.confirm())
         case "define":
             return sink.define([Definition(name=name, step_metric=axis) for name, axis in arguments[0]])
+        case "sample":
+            time, node, values = arguments
+            return sink.sample(Sample(time=time, node=node, values=values))
+        case "alert":
+            return sink.alert(Alert(position=Position(1, 0), title=arguments[0], text="x", level="ERROR"))
         case "about":
             return dict(sink.about())
         case _:
@@ -171,6 +176,28 @@ def said_in(kind: str, directory: Path) -> dict[str, Any]:
     return said
 
 
+def streamed_in(kind: str, directory: Path) -> list[tuple[float, dict[str, float]]]:
+    """The stream of system metrics: each sample's time and values, by the sink's own names."""
+    if kind == "jsonl":
+        lines = [json.loads(line) for line in (directory / "rows.jsonl").read_bytes().splitlines()]
+        return [(line["_timestamp"], line["system"]) for line in lines if "system" in line]
+    found = []
+    for path in wandb_log.segments(directory / "wandb"):
+        for record in wandb_log.records(path):
+            if record.HasField("stats"):
+                values = {item.key: json.loads(item.value_json) for item in record.stats.item}
+                found.append((record.stats.timestamp.ToNanoseconds() / 1e9, values))
+    return found
+
+
+def alerts_in(kind: str, directory: Path) -> list[str]:
+    if kind == "jsonl":
+        lines = [json.loads(line) for line in (directory / "rows.jsonl").read_bytes().splitlines()]
+        return [line["alert"]["title"] for line in lines if "alert" in line]
+    segments = wandb_log.segments(directory / "wandb")
+    return [it.alert.title for path in segments for it in wandb_log.records(path) if it.HasField("alert")]
+
+
 def steps_in(kind: str, directory: Path) -> list[int]:
     return [step for step, _ in rows_in(kind, directory)]
 
@@ -205,6 +232,31 @@ class TestOneLife:
         second, _ = life.confirm_through(7)
 
         assert [[0, 1, 2], [3, 7]] == [first, second]
+
+    def test_samples_keep_their_time_and_make_no_row(self, life: Life, kind: str, tmp_path: Path):
+        life.open()
+        life.write(0)
+        life.call("sample", 1700000000.25, "n1", {"system/gpu0/utilization": 55.5, "system/cpu/percent": 3})
+        life.write(1)
+        life.close()
+
+        ours = {"system/gpu0/utilization": 55.5, "system/cpu/percent": 3}
+        theirs = {"gpu.0.gpu/l:n1": 55.5, "cpu/l:n1": 3}
+        assert [(1700000000.25, theirs if kind == "wandb" else ours)] == streamed_in(kind, tmp_path)
+        assert [0, 1] == steps_in(kind, tmp_path)
+
+    def test_samples_are_in_wandbs_units(self, tmp_path: Path):
+        with Life("wandb", tmp_path) as life:
+            life.open()
+            life.call("sample", 1.0, "n", {"system/memory/available_bytes": 3 << 20})
+            life.close()
+        assert [(1.0, {"proc.memory.availableMB/l:n": 3})] == streamed_in("wandb", tmp_path)
+
+    def test_alerts_are_told(self, life: Life, kind: str, tmp_path: Path):
+        life.open()
+        life.call("alert", "GPU 0 is lost")
+        life.close()
+        assert ["GPU 0 is lost"] == alerts_in(kind, tmp_path)
 
     def test_closing_confirms_the_rest(self, life: Life, kind: str, tmp_path: Path):
         life.open()

@@ -142,7 +142,9 @@ class TestGpus:
             wait_for(served, lambda: sampled(1, lost_at) and told(served, "GPU 1 is back"), "no return")
 
             gpus.xid(0, 79).xid(2, 31)
-            wait_for(served, lambda: told(served, "XID 79 on GPU 0") and told(served, "XID 31 on GPU 2"), "no XIDs")
+            wait_for(
+                served, lambda: told(served, "XID 79 on GPU 0") and told(served, "XID 31 on GPU 2"), "no XIDs"
+            )
 
             for number in range(3):
                 gpus.error(number, UNKNOWN)  # as in a container that lost its devices
@@ -250,7 +252,7 @@ class TestSamplers:
     def test_that_are_switched_off_are_not_there(self, serve: Serve, gpus: StubGpus) -> None:
         served = sampling(serve, gpus, samplers__enabled=False)
         with training(served):
-            wait_for(served, lambda: served.steps())
+            wait_for(served, served.steps)
         served.finish()
 
         assert served.failures_of_samplers() is None
@@ -323,7 +325,11 @@ print(json.dumps([
 ]))
 """
     done = subprocess.run(
-        [sys.executable, "-c", script], env=os.environ | gpus.environment, capture_output=True, text=True, check=True
+        [sys.executable, "-c", script],
+        env=os.environ | gpus.environment,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     found: list[list[int]] = json.loads(done.stdout)
     return found

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from sidestep.wire import Kind, Record, checksum, encode_record
+from sidestep.wire import WORKER, Kind, Record, checksum, encode_record
 from sidestepd.rows import MAIN_AXIS, Bundle, Cause, Part, Position, Row
 from sidestepd.spool import Entry, EntryKind
 
@@ -47,6 +47,16 @@ def define(name: Any, *, stage: str | None = None, **attributes: Any) -> bytes:
     return _record(Kind.DEFINE, None, {"name": name, **attributes}, stage, 1.0)
 
 
+def samples(values: Any, *, time: float = 1.0, **more: Any) -> bytes:
+    """What was read of a machine."""
+    return _record(Kind.SAMPLES, None, {"values": values, **more}, None, time)
+
+
+def alert(title: Any, text: str = "x", level: str = "WARN") -> bytes:
+    """What people should hear of."""
+    return _record(Kind.ALERT, None, {"title": title, "text": text, "level": level}, None, 1.0)
+
+
 def _record(kind: Kind, step: int | None, data: Mapping[str, Any], stage: str | None, time: float) -> bytes:
     return encode_record(Record(kind=kind, time=time, step=step, data=data, stage=stage))
 
@@ -66,12 +76,13 @@ class Tape:
     def hello(
         self, session: int, *, rank: int | None = None, world: int = 1, launch: str = "L", more: bool = False,
         first: int | None = None, offered: int = 0, dropped: Mapping[str, int] | None = None,
+        role: str = WORKER,
     ) -> Entry:  # fmt: skip
         """A session begins or comes back; by default its number is its rank."""
         first = self.next.setdefault(session, 0) if first is None else first
         self.next[session] = max(first, self.next.get(session, 0))
         rank = session if rank is None else rank
-        facts = {"rank": rank, "world": world, "node": "n0", "launch": launch, "more": more}
+        facts = {"rank": rank, "world": world, "node": "n0", "launch": launch, "more": more, "role": role}
         return self._event(EntryKind.HELLO, session, first, **facts, offered=offered, dropped=dropped or {})
 
     def say(self, session: int, *records: bytes, more: bool = False) -> Entry:

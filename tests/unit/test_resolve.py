@@ -10,10 +10,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sidestep.wire import SAMPLER
 from sidestepd.resolve import Booted, Closed, Folded, Heard, Joined, Left, Lost, Resolver, Said
-from sidestepd.rows import Part, Position
+from sidestepd.rows import Alert, Part, Position, Sampled
 from sidestepd.rules import Rule
-from tests.support.builders import Tape, config, corrupted, counted, define, log, session_id, summary
+from tests.support.builders import (
+    Tape,
+    alert,
+    config,
+    corrupted,
+    counted,
+    define,
+    log,
+    samples,
+    session_id,
+    summary,
+)
 
 
 class Reading:
@@ -405,3 +417,51 @@ class TestState:
         list(reading.resolver.read(entry))
 
         assert before == entry
+
+
+class TestSamples:
+    def test_are_said_with_their_node_and_move_no_axis(self, reading):
+        reading.tape.hello(1, rank=3)
+        reading.tape.say(1, samples({"a": 5}, time=2.5, ordinal=0, device="GPU-1"), alert("hot"))
+
+        said = reading.said()[1:]
+
+        assert [
+            Sampled(
+                position=Position(2, 0),
+                session=session_id(1),
+                node="n0",
+                time=2.5,
+                values={"a": 5},
+                ordinal=0,
+                device="GPU-1",
+            ),
+            Alert(position=Position(2, 1), title="hot", text="x", level="WARN"),
+            Heard(session=session_id(1), more=False),
+        ] == said
+        assert 2 == reading.resolver.folded
+
+    def test_that_are_none_are_lost_with_a_reason(self, reading):
+        reading.tape.hello(1)
+        reading.tape.say(1, samples("hot"), alert(3))
+        assert ["samples", "alert"] == [lost.reason for lost in reading.losses()]
+
+    def test_of_a_sampler_come_from_nobody_that_order_knows(self, reading):
+        tape = reading.tape
+        tape.hello(1, launch="L")
+        tape.hello(9, rank=0, launch="L", role=SAMPLER)
+        tape.say(9, samples({"a": 5}))
+        tape.counters(9, more=False)
+        tape.lease(9)
+        tape.hello(9, rank=0, role=SAMPLER)
+        tape.bye(9)
+
+        joined, sampled = reading.said()
+
+        assert (session_id(1), session_id(9)) == (joined.session, sampled.session)
+
+    def test_of_a_sampler_that_ended_open_no_new_launch(self, reading):
+        reading.tape.hello(9, rank=0, launch="L", role=SAMPLER)
+        reading.tape.bye(9)
+        reading.tape.hello(1, rank=0, launch="L")
+        assert ["L#0"] == [said.launch for said in reading.said()]

@@ -8,7 +8,7 @@ import msgpack
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sidestep.wire import Bye, Frame, Hello, Status, checksum
+from sidestep.wire import SAMPLER, Bye, Frame, Hello, Status, checksum
 from sidestepd.entries import Entry, EntryKind, StoredSession
 from sidestepd.roster import Roster, Session, Verdict
 
@@ -324,3 +324,22 @@ class TestCounters:
 
         assert entry is not None
         assert msgpack.unpackb(entry.body)["dropped"] == {"a": 2**63 - 1}
+
+
+class TestSamplers:
+    def test_keep_no_run_open(self):
+        roster = roster_with()
+        roster.hello(Hello(session=ALICE, role=SAMPLER), 0.0)
+
+        assert [] == roster.live == roster.workers
+        assert [ALICE] == [entry.session for entry in roster.end_all(1.0)]
+
+    def test_lose_their_lease_as_all_do(self):
+        roster = roster_with()
+        roster.hello(Hello(session=ALICE, role=SAMPLER), 0.0)
+        assert [ALICE] == [entry.session for entry in roster.expire(LEASE_S)]
+
+    def test_are_known_again_from_the_spool(self):
+        roster = roster_with()
+        roster.hello(Hello(session=ALICE, role=SAMPLER), 0.0)
+        assert [] == roster_with(alice(roster).as_stored()).workers

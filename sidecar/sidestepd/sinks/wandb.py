@@ -104,7 +104,7 @@ class WandbSink:
     def sample(self, sample: Sample) -> None:
         """One record of system metrics, as wandb's own monitor writes them; that one is off."""
         stats = pb.StatsRecord(stats_type=pb.StatsRecord.StatsType.SYSTEM)  # type: ignore[attr-defined]
-        stats.timestamp.FromNanoseconds(round(sample.time * 1e9))
+        stats.timestamp.FromNanoseconds(round(sample.time * 1e6) * 1000)
         for name, value in sample.values.items():
             known = look_up(name)
             if known is not None:
