@@ -63,7 +63,7 @@ class StubGpus:
         assert library_at.nvmlInit_v2 is not None
 
     def set(self, **figures: int) -> Self:
-        """Of all together: count, init, delay_us, counting."""
+        """Of all together: count, init, delay_us, and what `counting` and `waiting` for events answer."""
         return self._put({(name,): f"{name} {value}" for name, value in figures.items()})
 
     def gpu(self, number: int | str, **figures: int) -> Self:

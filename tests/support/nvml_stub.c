@@ -5,6 +5,8 @@
  *
  *     count N                    GPUs there are
  *     init CODE                  what nvmlInit answers
+ *     counting CODE              what nvmlDeviceGetCount answers
+ *     waiting CODE               what nvmlEventSetWait answers
  *     delay_us N                 how long each call about a GPU takes
  *     gpu I KEY VALUE            a figure of GPU I, or of all with *: util mem_util mem_used mem_total mem_reserved temp
  *                                mem_temp power_mw limit_mw energy_mj sm memclk reasons fan pstate pcie_gen pcie_width
@@ -303,6 +305,7 @@ int nvmlDeviceRegisterEvents(const Device *it, u64 types, void *set) { ASK(it) r
 int nvmlEventSetWait_v2(void *set, Event *out, u32 timeout_ms) {
     for (u32 waited = 0;; waited += 10) {
         if (!refs) return UNINITIALIZED;
+        if (global("waiting", 0)) return (int)global("waiting", 0);
         for (int i = 0; i < MOST; i++) {
             char key[40];
             u64 code = 0, number = 0;

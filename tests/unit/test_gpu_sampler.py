@@ -214,6 +214,17 @@ class TestEvents:
         assert ({"system/gpu1/xid": 79}, ["XID 79 on GPU 1"]) == (told.values, titles(told))
         assert "ERROR" == told.notices[0].level
 
+    def test_are_listened_for_anew_after_a_failure(self, gpus: StubGpus, sampler: GpuSampler) -> None:
+        gpus.set(count=2, waiting=LOST)
+        sampler.read(0.0)
+        assert not sampler.rest(0.01)
+        gpus.set(waiting=0).xid(1, 79)
+        assert not sampler.rest(0.01)
+
+        sampler.read(30.0)  # with the slow list
+
+        assert ["XID 79 on GPU 1"] == titles(sampler.rest(1.0))
+
     def test_that_come_again_are_counted_and_not_told_again(self, gpus: StubGpus, sampler: GpuSampler) -> None:
         gpus.set(count=1)
         sampler.read(0.0)

@@ -114,6 +114,8 @@ class GpuSampler:
         self._count: int | None = None
         self._rates = Rates()
         self._events: Any = None
+        self._deaf = False
+        """Waiting for events failed: one GPU may have spoilt it for all."""
         self._xid_told: dict[tuple[int, int], float] = {}
         self._up = False
         self._told: int | None = None
@@ -131,6 +133,8 @@ class GpuSampler:
             if slow:
                 self._slow_at = now + self._slow_interval_s
                 self._recount(now, reading)
+                if self._deaf:
+                    self._listen()
             answered = [self._read_gpu(gpu, slow, now, reading) for gpu in self._gpus]
             if answered and not any(answered) and not all(gpu.lost for gpu in self._gpus):
                 raise _LibraryGone(self._nvml.NVMLError(self._nvml.NVML_ERROR_UNKNOWN))
@@ -153,8 +157,9 @@ class GpuSampler:
             data = self._nvml.nvmlEventSetWait_v2(self._events, max(1, int(seconds * 1000)))
         except self._nvml.NVMLError as error:
             if error.value != self._nvml.NVML_ERROR_TIMEOUT:
-                logger.warning("no more events: %s", error)
-                self._events = None
+                logger.warning("events can not be waited for, and are asked for anew: %s", error)
+                self._forget_events()
+                self._deaf = True
                 time.sleep(seconds)
             return reading
         self._on_event(data, reading)
@@ -243,12 +248,20 @@ class GpuSampler:
             reading.notices.append(Notice(title="NVML does not answer", text=text))
 
     def _shut(self) -> None:
-        events, self._events, self._up = self._events, None, False
-        for let_go in (lambda: events and self._nvml.nvmlEventSetFree(events), self._nvml.nvmlShutdown):
-            try:
-                let_go()
-            except self._nvml.NVMLError:
-                pass  # it is gone already
+        self._up = False
+        self._forget_events()
+        try:
+            self._nvml.nvmlShutdown()
+        except self._nvml.NVMLError:
+            pass  # it is gone already
+
+    def _forget_events(self) -> None:
+        events, self._events = self._events, None
+        try:
+            if events is not None:
+                self._nvml.nvmlEventSetFree(events)
+        except self._nvml.NVMLError:
+            pass  # likewise
 
     # One GPU
 
@@ -383,6 +396,7 @@ class GpuSampler:
 
     def _listen(self) -> None:
         """Register for critical XIDs, where that is supported."""
+        self._deaf = False
         if not self._gpus:
             return
         nvml, heard = self._nvml, 0
@@ -397,7 +411,7 @@ class GpuSampler:
         except nvml.NVMLError as error:
             logger.info("NVML tells of no events: %s", error)
         if not heard:
-            self._events = None
+            self._forget_events()
 
     def _on_event(self, data: Any, reading: Reading) -> None:
         if data.eventType != self._nvml.nvmlEventTypeXidCriticalError:
