@@ -186,7 +186,7 @@ def streamed_in(kind: str, directory: Path) -> list[tuple[float, dict[str, float
         for record in wandb_log.records(path):
             if record.HasField("stats"):
                 values = {item.key: json.loads(item.value_json) for item in record.stats.item}
-                found.append((record.stats.timestamp.ToNanoseconds() / 1e9, values))
+                found.append((record.stats.timestamp.seconds + record.stats.timestamp.nanos / 1e9, values))
     return found
 
 

@@ -73,7 +73,7 @@ class StreamedSample:
 def _streamed(stats: Any) -> StreamedSample:
     pairs = [(item.key.partition("/l:"), json.loads(item.value_json)) for item in stats.item]
     return StreamedSample(
-        time=stats.timestamp.ToNanoseconds() / 1e9,
+        time=stats.timestamp.seconds + stats.timestamp.nanos / 1e9,
         node=pairs[0][0][2],
         values={name: value for (name, _, _), value in pairs},
     )
