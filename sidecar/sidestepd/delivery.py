@@ -33,7 +33,7 @@ from sidestepd.order import ReorderBuffer
 from sidestepd.processes import Beat, Lock, die_with_parent, read_json, write_json
 from sidestepd.resolve import Closed, Folded, Lost, Resolver
 from sidestepd.rowlog import SENT, RowLog
-from sidestepd.rows import Alert, Bundle, Row, Sampled
+from sidestepd.rows import Bundle, Raised, Row, Sampled
 from sidestepd.rules import Rule, Rules, operations
 from sidestepd.samples import Samples, first_ranks
 from sidestepd.settlement import Settlement
@@ -202,7 +202,7 @@ class Delivery:
                     self.samples.meet(first_ranks(self.resolver.sessions.values()))
                     self.samples.hear(said)
                     self.settlement.settle(said.position.entry)
-                case Alert():
+                case Raised():
                     self.samples.alert(said)
                     self.settlement.settle(said.position.entry)
                 case _:
@@ -253,7 +253,7 @@ class Delivery:
             self.sink.sample(sample)
         for alert in alerts:
             logger.warning("alert: %s: %s", alert.title, alert.text)
-            self.sink.alert(alert)
+            self.sink.alert(alert.title, alert.text, alert.level)
 
     def _tell_config(self) -> None:
         """Send what workers set of the configuration and the summary since this was done last."""

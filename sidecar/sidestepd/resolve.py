@@ -20,7 +20,7 @@ from typing import Any
 
 from sidestep.wire import WORKER, Kind, Record, Undecodable, decode_records
 from sidestepd.entries import Entry, EntryKind
-from sidestepd.rows import MAIN_AXIS, Alert, Part, Position, Sampled
+from sidestepd.rows import MAIN_AXIS, Part, Position, Raised, Sampled
 from sidestepd.rules import Rules, rule_from
 from sidestepd.samples import alert_from, sampled_from
 
@@ -109,7 +109,7 @@ class Folded:
     position: Position
 
 
-Said = Joined | Left | Heard | Booted | Closed | Lost | Folded | Part | Sampled | Alert
+Said = Joined | Left | Heard | Booted | Closed | Lost | Folded | Part | Sampled | Raised
 
 
 class Resolver:
@@ -259,7 +259,7 @@ class Resolver:
 
     def _beside(
         self, id_: bytes, session: SessionFacts, record: Record, position: Position
-    ) -> Sampled | Alert | Lost:
+    ) -> Sampled | Raised | Lost:
         """What takes no part in the order of steps. It goes out at once, and counts as delivered then."""
         read = sampled_from if record.kind is Kind.SAMPLES else alert_from
         said = read(record, position, id_, session.node)

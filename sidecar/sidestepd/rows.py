@@ -59,8 +59,8 @@ class Sampled:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Alert:
-    """Something that people should hear of now; `level` is INFO, WARN or ERROR."""
+class Raised:
+    """A session raised an alert, for people to hear of now; `level` is INFO, WARN or ERROR."""
 
     position: Position
     title: str

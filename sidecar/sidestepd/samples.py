@@ -17,7 +17,7 @@ from statistics import fmean
 from typing import Any
 
 from sidestep.wire import Record
-from sidestepd.rows import MAIN_AXIS, Alert, Definition, Position, Row, Sample, Sampled
+from sidestepd.rows import MAIN_AXIS, Definition, Position, Raised, Row, Sample, Sampled
 from sidestepd.samplers.names import look_up, on_node
 from sidestepd.samplers.visible import device_number
 
@@ -53,12 +53,12 @@ def sampled_from(record: Record, position: Position, session: bytes, node: str) 
     )
 
 
-def alert_from(record: Record, position: Position, session: bytes, node: str) -> Alert | None:  # noqa: ARG001
+def alert_from(record: Record, position: Position, session: bytes, node: str) -> Raised | None:  # noqa: ARG001
     """What a record of an alert says, likewise."""
     title, text, level = (record.data.get(name) for name in ("title", "text", "level"))
     if not isinstance(title, str) or not isinstance(text, str) or level not in LEVELS:
         return None
-    return Alert(position=position, title=title, text=text, level=level)
+    return Raised(position=position, title=title, text=text, level=level)
 
 
 def _is_table(values: Any) -> bool:
@@ -101,7 +101,7 @@ class Samples:
         self._merged = _START
         self._heard = _START
         self._stream: list[Sample] = []
-        self._alerts: list[Alert] = []
+        self._alerts: list[Raised] = []
         self._defined: set[str] = set()
         self._definitions: list[Definition] = []
         self._pending: dict[tuple[str, str], float] = {}
@@ -124,7 +124,7 @@ class Samples:
         for node in sorted(nodes.keys() - self._nodes.keys(), key=lambda node: (nodes[node], node)):
             self._nodes[node] = len(self._nodes)
 
-    def alert(self, alert: Alert) -> None:
+    def alert(self, alert: Raised) -> None:
         """Something that people should hear of."""
         if alert.position > self.streamed:
             self._alerts.append(alert)
@@ -239,7 +239,7 @@ class Samples:
 
     # Going out
 
-    def take(self) -> tuple[list[Sample], list[Alert]]:
+    def take(self) -> tuple[list[Sample], list[Raised]]:
         """What the stream is to be told now. Whoever takes it writes `streamed` down before telling."""
         stream, self._stream = self._stream, []
         alerts, self._alerts = self._alerts, []

@@ -26,7 +26,7 @@ LIFE = """
 import json, os, sys
 from pathlib import Path
 from sidestepd.errors import Reject
-from sidestepd.rows import Alert, Definition, Position, Row, Sample
+from sidestepd.rows import Definition, Row, Sample
 from sidestepd.sinks import RunFacts, make_sink
 
 sink = make_sink(sys.argv[1])
@@ -55,7 +55,7 @@ def do(name, *arguments):
             time, node, values = arguments
             return sink.sample(Sample(time=time, node=node, values=values))
         case "alert":
-            return sink.alert(Alert(position=Position(1, 0), title=arguments[0], text="x", level="ERROR"))
+            return sink.alert(*arguments)
         case "about":
             return dict(sink.about())
         case _:
@@ -254,7 +254,7 @@ class TestOneLife:
 
     def test_alerts_are_told(self, life: Life, kind: str, tmp_path: Path):
         life.open()
-        life.call("alert", "GPU 0 is lost")
+        life.call("alert", "GPU 0 is lost", "The others are sampled on.", "ERROR")
         life.close()
         assert ["GPU 0 is lost"] == alerts_in(kind, tmp_path)
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from sidestep.wire import SAMPLER
 from sidestepd.resolve import Booted, Closed, Folded, Heard, Joined, Left, Lost, Resolver, Said
-from sidestepd.rows import Alert, Part, Position, Sampled
+from sidestepd.rows import Part, Position, Raised, Sampled
 from sidestepd.rules import Rule
 from tests.support.builders import (
     Tape,
@@ -436,7 +436,7 @@ class TestSamples:
                 ordinal=0,
                 device="GPU-1",
             ),
-            Alert(position=Position(2, 1), title="hot", text="x", level="WARN"),
+            Raised(position=Position(2, 1), title="hot", text="x", level="WARN"),
             Heard(session=session_id(1), more=False),
         ] == said
         assert 2 == reading.resolver.folded

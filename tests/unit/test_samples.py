@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from sidestep.wire import Kind, Record
-from sidestepd.rows import Alert, Position, Row, Sample, Sampled
+from sidestepd.rows import Position, Raised, Row, Sample, Sampled
 from sidestepd.samples import FRESH_S, Samples, alert_from, first_ranks, sampled_from
 from tests.support.builders import row, session_id
 
@@ -54,7 +54,7 @@ class TestTheStream:
 
         second = Samples(streamed=first.streamed)
         second.hear(said(0, {UTILIZATION: 50.0}))
-        second.alert(Alert(position=Position(1, 0), title="t", text="x"))
+        second.alert(Raised(position=Position(1, 0), title="t", text="x"))
         second.hear(said(1, {UTILIZATION: 60.0}))
 
         assert ([Sample(time=1.0, node="n0", values={UTILIZATION: 60.0})], []) == second.take()
@@ -65,7 +65,7 @@ class TestTheStream:
         assert ([], []) == samples.take()
 
     def test_hears_alerts_once(self) -> None:
-        samples, alert = Samples(), Alert(position=Position(2, 0), title="t", text="x")
+        samples, alert = Samples(), Raised(position=Position(2, 0), title="t", text="x")
         samples.alert(alert)
         assert ([], [alert]) == samples.take()
         samples.alert(alert)

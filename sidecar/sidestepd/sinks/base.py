@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from sidestepd.errors import Reject, Retry
-from sidestepd.rows import Alert, Definition, Row, Sample
+from sidestepd.rows import Definition, Row, Sample
 
 LONGEST_WAIT_S = 30.0
 
@@ -67,8 +67,8 @@ class Sink(Protocol):
         """Add to the run's stream of system metrics, at the sample's own time. Raises Fatal."""
         ...
 
-    def alert(self, alert: Alert) -> None:
-        """Tell people now. Raises Fatal."""
+    def alert(self, title: str, text: str, level: str) -> None:
+        """Tell people something. Whoever calls tells it once, also across crashes. `level`: INFO, WARN, ERROR."""
         ...
 
     def confirm(self) -> Confirmed:

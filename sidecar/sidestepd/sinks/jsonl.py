@@ -1,7 +1,8 @@
 """Rows as lines of JSON in `rows.jsonl`, for those without wandb and for tests.
 
 A line is whole when it ends in a newline; a torn one, left by a crash, is cut off when the file is opened
-again. Config, definitions and summary are lines of their own, told apart by their only key.
+again. Config, definitions, summary and alerts are lines of their own, told apart by their only key; samples are
+told by `system`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from sidestepd.errors import Fatal
-from sidestepd.rows import Alert, Definition, Row, Sample
+from sidestepd.rows import Definition, Row, Sample
 from sidestepd.sinks.base import Confirmed, RunFacts
 
 FILE_NAME = "rows.jsonl"
@@ -67,9 +68,9 @@ class JsonlSink:
         """One line."""
         self._append({"system": dict(sample.values), "node": sample.node, "_timestamp": sample.time})
 
-    def alert(self, alert: Alert) -> None:
+    def alert(self, title: str, text: str, level: str) -> None:
         """One line."""
-        self._append({"alert": {"title": alert.title, "text": alert.text, "level": alert.level}})
+        self._append({"alert": {"title": title, "text": text, "level": level}})
 
     def confirm(self) -> Confirmed:
         """Sync the file."""

@@ -21,7 +21,7 @@ import wandb
 from wandb.proto import wandb_internal_pb2 as pb
 
 from sidestepd.errors import Fatal, Reject
-from sidestepd.rows import Alert, Definition, Row, Sample
+from sidestepd.rows import Definition, Row, Sample
 from sidestepd.samplers.names import look_up
 from sidestepd.sinks import wandb_log
 from sidestepd.sinks.base import Confirmed, RunFacts
@@ -30,6 +30,10 @@ logger = logging.getLogger(__name__)
 
 FLUSH_INTERVAL_S = 1.0
 """How often wandb-core writes what it has into its file."""
+MOST_TITLE = 63
+"""Characters that the title of an alert may have in wandb."""
+NO_WAIT_S = 0.001
+"""An alert shall not be held back because there was one of the same title; 0 would mean wandb's own minute."""
 _REFUSED = (wandb.errors.Error, TypeError, ValueError)
 """What wandb raises when it does not like a value; pydantic's errors are ValueErrors."""
 _BROKEN = (ConnectionError, wandb.errors.CommError, wandb.errors.UsageError, OSError)
@@ -115,14 +119,14 @@ class WandbSink:
         except _BROKEN as error:
             raise Fatal(f"wandb-core is gone: {error!r}") from error
 
-    def alert(self, alert: Alert) -> None:
-        """As a user's script would."""
+    def alert(self, title: str, text: str, level: str) -> None:
+        """wandb sends it by mail or chat, as the user has set up there; offline it waits for `wandb sync`."""
         try:
-            self._open_run.alert(alert.title, alert.text, alert.level, wait_duration=0)
+            self._open_run.alert(title[:MOST_TITLE], text, level, wait_duration=NO_WAIT_S)
         except _BROKEN as error:
             raise Fatal(f"wandb-core is gone: {error!r}") from error
         except _REFUSED as error:
-            logger.warning("wandb refuses the alert %.80r: %s", alert.title, error)
+            logger.warning("wandb refuses the alert %.80r: %s", title, error)
 
     def confirm(self) -> Confirmed:
         """Read what the file has got since the last time, then sync it: so what was read is on the disk."""
