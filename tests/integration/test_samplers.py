@@ -277,6 +277,22 @@ class TestSamplers:
         assert len(times) == len(set(times))
         assert_samples_are_extra(served, steps)
 
+    def test_are_in_the_stream_once_though_delivery_dies_before_it_tells(
+        self, serve: Serve, gpus: StubGpus
+    ) -> None:
+        """Each life tells once what it has read, and dies between writing that down again and telling."""
+        gpus.set(count=1)
+        served = sampling(serve, gpus, crash_at="delivery.stream:2", delivery__confirm_interval_s=30)
+
+        with training(served) as steps:
+            wait_for(served, lambda: served.status()["delivery"]["restarts"] >= 3)
+        assert served.finish() == 0
+
+        times = [it.time for it in served.stream()]
+        assert times
+        assert len(times) == len(set(times))
+        assert_samples_are_extra(served, steps)
+
 
 class TestTorchAllocators:
     """What a worker says of its own process, on the GPU that it means."""
