@@ -185,6 +185,15 @@ class TestGpus:
         assert not streamed(served, "system/gpu0/utilization")
         assert_samples_are_extra(served, steps)
 
+    def test_are_shared_by_the_ranks_whose_processes_are_on_them(self, serve: Serve, gpus: StubGpus) -> None:
+        gpus.set(count=1).process(0, os.getpid(), 3 << 30).process(0, 1, 1 << 30)
+        served = sampling(serve, gpus)
+        served.worker(rank=5, node=NODE, pid=os.getpid()).hello()
+
+        wait_for(served, lambda: 3 << 30 in streamed(served, "system/gpu0/rank5/memory_bytes"))
+
+        assert 1 in streamed(served, "system/gpu0/foreign_process_count")
+
     def test_are_those_that_nvitop_sees(self, serve: Serve, gpus: StubGpus) -> None:
         pytest.importorskip("nvitop")
         gpus.set(count=2).gpu(0, util=71, mem_used=7 << 30, temp=61).gpu(1, util=3, mem_used=1 << 30, temp=33)

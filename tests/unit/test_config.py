@@ -211,6 +211,17 @@ class TestComplaints:
             Config.load(environ={}, overrides={"order.patients_s": 1})
 
 
+class TestSamplers:
+    def test_are_switched_by_a_word_and_watch_paths_that_commas_separate(self):
+        environ = {"SIDESTEP_SAMPLERS_ENABLED": "off", "SIDESTEP_SAMPLERS_PATHS": "/scratch, /data"}
+        samplers = Config.load(environ=environ).samplers
+        assert (False, ("/scratch", "/data"), 0.0) == (samplers.enabled, samplers.paths, samplers.torch_interval_s)
+
+    def test_sample_no_faster_than_twice_a_second(self):
+        with pytest.raises(SettingsError, match="samplers.interval_s = 0.1 .from SIDESTEP_SAMPLERS_INTERVAL_S"):
+            Config.load(environ={"SIDESTEP_SAMPLERS_INTERVAL_S": "0.1"})
+
+
 class TestRunDirectoryCopy:
     def test_what_was_resolved_is_read_back_unchanged(self, tmp_path):
         path = toml_file(tmp_path, '[run]\ntags = ["a"]\n[reduce]\n"x" = ["mean", "max"]')
