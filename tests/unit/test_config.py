@@ -218,7 +218,7 @@ class TestSamplers:
         assert (False, ("/scratch", "/data"), 0.0) == (samplers.enabled, samplers.paths, samplers.torch_interval_s)
 
     def test_sample_no_faster_than_twice_a_second(self):
-        with pytest.raises(SettingsError, match="samplers.interval_s = 0.1 .from SIDESTEP_SAMPLERS_INTERVAL_S"):
+        with pytest.raises(SettingsError, match=r"samplers.interval_s = 0.1 .from SIDESTEP_SAMPLERS_INTERVAL_S"):
             Config.load(environ={"SIDESTEP_SAMPLERS_INTERVAL_S": "0.1"})
 
 
