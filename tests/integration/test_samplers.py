@@ -17,6 +17,7 @@ import psutil
 import pytest
 
 from sidestep.wire import Kind, Record, encode_record
+from sidestepd import status
 from sidestepd.samplers.names import METRICS, look_up
 from tests.support.daemons import DEADLINE_S, RawWorker, Serve, ServedRun, killed
 from tests.support.gpus import COMPILER, NO_COMPILER, StubGpus
@@ -237,6 +238,29 @@ class TestSamplers:
         served.process.kill()
 
         eventually(lambda: not samplers.is_running() or samplers.status() == psutil.STATUS_ZOMBIE, DEADLINE_S)
+
+    def test_of_an_intake_that_was_killed_are_no_lost_worker(self, serve: Serve, gpus: StubGpus) -> None:
+        gpus.set(count=1)
+        served = sampling(serve, gpus)
+        worker = served.worker(node=NODE)
+        worker.hello()
+        worker.log(0, 1)
+        wait_for(served, lambda: streamed(served, "system/gpu0/utilization"))
+
+        served.kill()
+        served.start()
+        restarted = time.time()
+        worker.hello()
+        wait_for(served, lambda: streamed(served, "system/gpu0/utilization", after=restarted))
+        worker.log(2, 3)
+        worker.bye()
+        assert served.finish() == 0
+
+        report = status.report(served.run_dir)
+        assert (0, 1, [0, 1, 2, 3]) == (report.lost_sessions, report.ranks, served.steps())
+        assert {"worker", "sampler"} == {session.role for session in report.sessions}
+        assert report.ledger.balances
+        assert 0 == report.ledger.pending
 
     def test_are_no_rank_and_hold_no_row(self, serve: Serve, gpus: StubGpus) -> None:
         """With patience beyond the test's end, a session that held the axis would keep every row."""
