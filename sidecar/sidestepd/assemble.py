@@ -14,7 +14,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import astuple, dataclass, replace
 from typing import Any
 
@@ -60,9 +60,14 @@ class Assembler:
         """The highest step of each axis and attempt that is in a row."""
         self._furthest: dict[str, tuple[int, int]] = {}
         """The newest attempt of each axis, and the highest step of that which is in a row."""
-        self.latest: dict[str, Latest] = {}
+        self._latest: dict[str, Latest] = {}
+        self._recent: dict[str, Row] = {}
+        """The newest row of each name that is not in `_latest` yet: looked at once for many rows."""
         self.defined: dict[str, Definition] = {}
         self._defined_as_of: dict[str, int] = {}
+        self._settled: set[str] = set()
+        """Names whose values are no dicts, and that were defined as of the newest declaration."""
+        self._settled_as_of = 0
         self._aggregates: dict[str, Aggregate] = {}
         self._patience = patience
         self._max_wait = max_wait
@@ -70,7 +75,7 @@ class Assembler:
         self._waiting: dict[str, _Draft] = {}
         """The newest row of each other axis, in the order in which they came."""
         self._changed: dict[str, Latest] = {}
-        self._written: OrderedDict[tuple[str, int, int], set[str]] = OrderedDict()
+        self._written: OrderedDict[tuple[str, int, int], Set[str]] = OrderedDict()
         self._forgotten: dict[tuple[str, int], int] = {}
         """The step of each axis and attempt up to which it may be unknown what was written."""
         self._main_at: float | None = None
@@ -177,9 +182,9 @@ class Assembler:
         values[f"{OWN_PREFIX}late_rows"] = self.late_rows
         return replace(self._row(draft, (), step=self.last + 1, values=values), late=True)
 
-    def _names_at(self, draft: _Draft) -> set[str]:
+    def _names_at(self, draft: _Draft) -> Set[str]:
         """The names written at a step; of a step that left the window, the names whose values may be there."""
-        written = self._written.get((draft.axis, draft.attempt, draft.step), set())
+        written: Set[str] = self._written.get((draft.axis, draft.attempt, draft.step), frozenset())
         if draft.step > self._forgotten.get((draft.axis, draft.attempt), -1):
             return written
         place = (draft.attempt, draft.step)
@@ -233,39 +238,57 @@ class Assembler:
     def remember(self, row: Row) -> None:
         """Note what a row holds, made now or in an earlier life."""
         self.last = max(self.last, row.step)
-        attempt = row.attempt
+        attempt, behind = row.attempt, False
         for axis, step in row.places.items():
             place = (axis, attempt)
+            furthest = self._furthest.get(axis, NOWHERE)
+            behind = behind or furthest > (attempt, step)
+            self._furthest[axis] = max((attempt, step), furthest)
             self.released[place] = max(step, self.released.get(place, step))
-            self._furthest[axis] = max((attempt, step), self._furthest.get(axis, NOWHERE))
-            self._written.setdefault((axis, attempt, step), set()).update(row.values)
+            before, names = self._written.get((axis, attempt, step)), row.values.keys()
+            self._written[axis, attempt, step] = names if before is None else before | names
         while len(self._written) > self._window:
             (axis, attempt, step), _ = self._written.popitem(last=False)
             self._forgotten[axis, attempt] = max(step, self._forgotten.get((axis, attempt), step))
-        for name, value in row.values.items():
-            axis = _axis_of(name, row.places)
-            new = Latest(axis=axis, attempt=row.attempt, step=row.places[axis], time=row.time, value=value)
-            self._note(name, new)
+        if behind:
+            for name in row.values:
+                self._note(name, row)
+        else:
+            self._recent.update(dict.fromkeys(row.values, row))
 
-    def _note(self, name: str, new: Latest) -> None:
-        old = self.latest.get(name)
-        if (
-            old is None
-            or old.axis != new.axis
-            or (old.attempt, old.step) <= (new.attempt, new.step)
-            or name.startswith(OWN_PREFIX)
-        ):
-            self.latest[name] = self._changed[name] = new
+    @property
+    def latest(self) -> dict[str, Latest]:
+        """The newest value of each name."""
+        for name, row in self._recent.items():
+            axis = _axis_of(name, row.places)
+            new = Latest(
+                axis=axis, attempt=row.attempt, step=row.places[axis], time=row.time, value=row.values[name]
+            )
+            self._latest[name] = self._changed[name] = new
+        self._recent = {}
+        return self._latest
+
+    def _note(self, name: str, row: Row) -> None:
+        """Take a value of a row that is behind, unless there is a newer one."""
+        axis, old = _axis_of(name, row.places), self.latest.get(name)
+        place = (row.attempt, row.places[axis])
+        if old is None or old.axis != axis or (old.attempt, old.step) <= place or name.startswith(OWN_PREFIX):
+            self._recent[name] = row
 
     def take_changed(self) -> dict[str, Latest]:
         """The newest values that changed since this was asked last."""
+        _ = self.latest
         changed, self._changed = self._changed, {}
         return changed
 
     def new_definitions(self, rows: Iterable[Row]) -> list[Definition]:
         """Definitions for the names that these rows are the first to hold since anything was declared."""
         new: list[Definition] = []
+        if self._settled_as_of != self.rules.version:
+            self._settled, self._settled_as_of = set(), self.rules.version
         for row in rows:
+            if self._settled.issuperset(row.values) and dict not in map(type, row.values.values()):
+                continue
             for name in _leaves(row.values):
                 if self._defined_as_of.get(name) != self.rules.version:
                     self._defined_as_of[name] = self.rules.version
@@ -273,6 +296,7 @@ class Assembler:
                     if self.defined.get(name) != definition:
                         self.defined[name] = definition
                         new.append(definition)
+            self._settled.update(name for name, value in row.values.items() if type(value) is not dict)
         return new
 
     def _aggregate(self, values: Mapping[str, Any]) -> None:
