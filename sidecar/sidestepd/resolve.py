@@ -20,7 +20,7 @@ from typing import Any
 
 from sidestep.wire import Kind, Record, Undecodable, decode_records
 from sidestepd.entries import Entry, EntryKind
-from sidestepd.launches import Launches
+from sidestepd.attempts import Launches
 from sidestepd.rows import MAIN_AXIS, Call, Part, Position
 from sidestepd.rules import Rules, rule_from
 
