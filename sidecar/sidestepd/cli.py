@@ -23,7 +23,7 @@ import click
 from sidestep.errors import SettingsError, SidestepError
 from sidestepd import command, rundir, status
 from sidestepd.command import Command, Signals
-from sidestepd.config import KEYS, SECTIONS, Config, Given, variables
+from sidestepd.config import SECTIONS, Config, Given, is_option, variables
 from sidestepd.control import Control
 from sidestepd.daemon import Daemon
 from sidestepd.errors import AlreadyRunning, CanNotRun, ExitCode, Incomplete
@@ -84,6 +84,12 @@ def _run_options(function: _F) -> _F:
     for add in (
         click.option("--set", "settings", multiple=True, metavar="SECTION.OPTION=VALUE", help="Any other option."),
         click.option(
+            "--reduce",
+            multiple=True,
+            metavar="NAME=OPERATION[,...]",
+            help="How values of several ranks become one, by name or pattern.",
+        ),
+        click.option(
             "--config", metavar="FILE", type=click.Path(path_type=Path), help="A TOML file with options."
         ),
         *(
@@ -124,7 +130,7 @@ def main() -> None:
 )
 @_run_options
 @click.argument("words", metavar="-- CMD...", nargs=-1, type=click.UNPROCESSED, required=True)
-def run(words: tuple[str, ...], config: Path | None, settings: tuple[str, ...], **options: str | None) -> None:
+def run(words: tuple[str, ...], config: Path | None, settings: tuple[str, ...], **options: Any) -> None:
     """Run a command whose workers all log into one run.
 
     \b
@@ -151,7 +157,7 @@ def serve(
     grace_s: float,
     config: Path | None,
     settings: tuple[str, ...],
-    **options: str | None,
+    **options: Any,
 ) -> None:
     """Serve one run in the foreground, until SIGTERM or SIGINT.
 
@@ -454,7 +460,7 @@ def _say_in_terminal(text: str) -> None:
 # Options
 
 
-def _overrides(options: Mapping[str, str | None], settings: Sequence[str]) -> dict[str, Given]:
+def _overrides(options: Mapping[str, Any], settings: Sequence[str]) -> dict[str, Given]:
     """What the command line says, with the option's own name as its source."""
     given = {
         key: Given(options[_parameter(key)], flag)
@@ -463,9 +469,14 @@ def _overrides(options: Mapping[str, str | None], settings: Sequence[str]) -> di
     }
     for setting in settings:
         key, equals, value = setting.partition("=")
-        if not equals or key not in KEYS:
+        if not equals or not is_option(key):
             raise click.BadParameter(f"{setting}: say SECTION.OPTION=VALUE; see deploy/sidestepd.toml")
         given[key] = Given(value, f"--set {key}")
+    for reduction in options["reduce"] or ():
+        name, equals, operations = reduction.rpartition("=")
+        if not equals or not name:
+            raise click.BadParameter(f"{reduction}: say NAME=OPERATION, such as 'train/*=max'")
+        given[f"reduce.{name}"] = Given(operations, "--reduce")
     return given
 
 
