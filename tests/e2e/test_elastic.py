@@ -14,10 +14,9 @@ pytestmark = pytest.mark.e2e
 
 
 def test_a_crash_and_a_resume_are_two_attempts_of_one_run(tmp_path: Path):
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1",
-        "--monitor-interval", "0.1", "-m", "tests.support.elastic", "--checkpoint", str(tmp_path / "checkpoint"),
-    ]  # fmt: skip
+    torchrun = "-m torch.distributed.run --standalone --nproc-per-node 2 --max-restarts 1 --monitor-interval 0.1"
+    program = ["-m", "tests.support.elastic", "--checkpoint", str(tmp_path / "checkpoint")]
+    command = [sys.executable, *torchrun.split(), *program]
     with Training(tmp_path, command, options={"reduce.ranks": "sum", "reduce.li*": "max"}) as run:
         assert 0 == run.wait(), run.log()
 

@@ -1,6 +1,6 @@
 """A rank that a real torchrun starts: it crashes once, goes on from its checkpoint, and says steps again.
 
-    torchrun --nproc-per-node 2 --max-restarts 1 -m tests.support.elastic --checkpoint FILE
+torchrun --nproc-per-node 2 --max-restarts 1 -m tests.support.elastic --checkpoint FILE
 """
 
 from __future__ import annotations
