@@ -76,6 +76,8 @@ class Report:
     sessions: tuple[SessionReport, ...]
     ledger: Ledger
     spool_bytes: int
+    trouble: str = ""
+    """Why nothing reaches the sink, as far as that is known."""
 
     @property
     def ranks(self) -> int:
@@ -117,6 +119,7 @@ def report(run_dir: Path) -> Report:
         sessions=sessions,
         ledger=_ledger(sessions, told, unread),
         spool_bytes=sum(path.stat().st_size for path in run_dir.glob("spool.db*")),
+        trouble="" if state == "finished" else str(read_json(run_dir / "trouble.json").get("trouble", "")),
     )
 
 
