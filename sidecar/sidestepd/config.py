@@ -146,6 +146,17 @@ class SinkOptions(Section):
     )
 
 
+class ServeOptions(Section):
+    """How `sidestep serve` keeps the runs that its workers name."""
+
+    linger_s: float = Field(
+        default=30.0, ge=0, description="A run is finished so long after its last worker left."
+    )
+    max_runs: int = Field(
+        default=32, gt=0, le=64, description="Runs open at once; workers of further ones wait for their turn."
+    )
+
+
 class UnsafeOptions(Section):
     """Guards that a control experiment switches off to show that tests would notice; never for real runs."""
 
@@ -161,6 +172,7 @@ class Config(Section):
     intake: IntakeOptions = Field(default_factory=IntakeOptions)
     delivery: DeliveryOptions = Field(default_factory=DeliveryOptions)
     sink: SinkOptions = Field(default_factory=SinkOptions)
+    serve: ServeOptions = Field(default_factory=ServeOptions)
     reduce: dict[str, str | list[str]] = Field(
         default_factory=dict,
         description="How values of several ranks become one, by name or pattern; the first match counts.",

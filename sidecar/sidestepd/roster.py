@@ -16,6 +16,9 @@ from typing import Any
 from sidestep.wire import Bye, Frame, Hello, Status
 from sidestepd.entries import Entry, EntryKind, StoredSession
 
+LOST = 1
+"""The exit code of a worker that ended without a word, as of one that an exception ended."""
+
 
 class Verdict(Enum):
     """What becomes of a frame or a BYE."""
@@ -41,6 +44,10 @@ class Session:
     """It had not caught up when it was heard last."""
     offered: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
+    began: float = 0.0
+    """When it said HELLO first."""
+    exit_code: int | None = None
+    """What its process ended with, as far as its BYE said."""
 
     @property
     def counters(self) -> dict[str, Any]:
@@ -55,7 +62,7 @@ class Session:
             state=self.state,
             heard=self.heard,
             hello=self.hello,
-            counters=self.counters,
+            counters=self.counters | {"began": self.began, "exit_code": self.exit_code},
         )
 
 
@@ -79,6 +86,8 @@ class Roster:
                 hello=dict(s.hello),
                 offered=s.counters.get("offered", 0),
                 dropped=dict(s.counters.get("dropped", {})),
+                began=s.counters.get("began", 0.0),
+                exit_code=s.counters.get("exit_code"),
             )
             for s in stored
         }
@@ -94,7 +103,7 @@ class Roster:
 
     def hello(self, hello: Hello, now: float) -> Entry:
         """A session begins or comes back. A first unacknowledged record above what is stored moves it up."""
-        session = self.sessions.setdefault(hello.session, Session(id=hello.session))
+        session = self.sessions.setdefault(hello.session, Session(id=hello.session, began=now))
         session.next = max(session.next, hello.first) if self._gate else hello.first
         session.stored = max(session.stored, hello.first)
         session.state, session.heard, session.more = "live", now, hello.more
@@ -154,7 +163,7 @@ class Roster:
             return Verdict.DUPLICATE, None
         if bye.first > session.stored:
             return Verdict.GAP, None
-        session.state = "bye"
+        session.state, session.exit_code = "bye", bye.exit_code
         self._count(session, bye)
         entry = Entry.of_event(
             EntryKind.BYE,
@@ -175,6 +184,29 @@ class Roster:
         for session in self.live:
             session.heard += seconds
             session.more = True
+
+    def lose(self, session: bytes, now: float) -> list[Entry]:
+        """The process of a session is known to be gone: nobody need wait for its lease to end."""
+        return [self._end(one, now) for one in self.live if one.id == session]
+
+    @property
+    def exit_code(self) -> int:
+        """What the run comes to by its workers: 0 if each rank's own process said BYE with 0, in its last attempt.
+
+        Else what the first of them said that did not, and 1 for one that ended without a word. A process that a
+        rank forked and left behind says nothing of the training.
+        """
+        newest: dict[str, int] = {}
+        for session in self.sessions.values():
+            launch, attempt = session.hello.get("launch", ""), session.hello.get("attempt", 0)
+            newest[launch] = max(newest.get(launch, 0), attempt)
+        own: dict[tuple[str, int], Session] = {}
+        for session in sorted(self.sessions.values(), key=lambda one: one.began):
+            launch, rank = session.hello.get("launch", ""), session.hello.get("rank", 0)
+            if session.hello.get("attempt", 0) == newest[launch]:
+                own.setdefault((launch, rank), session)
+        codes = [one.exit_code or 0 if one.state == "bye" else LOST for one in own.values()]
+        return next((code for code in codes if code), 0)
 
     def end_all(self, now: float) -> list[Entry]:
         """The command ended, and with it every lease."""

@@ -79,6 +79,8 @@ class Report:
     spool_bytes: int
     spool_damaged: bool = False
     """What is told of workers is then what delivery had read of them; the next start salvages the spool."""
+    trouble: str = ""
+    """Why nothing reaches the sink, as far as that is known."""
 
     @property
     def ranks(self) -> int:
@@ -125,6 +127,7 @@ def report(run_dir: Path) -> Report:
         ledger=_ledger(sessions, told, unread),
         spool_bytes=sum(path.stat().st_size for path in run_dir.glob("spool.db*")),
         spool_damaged=damaged,
+        trouble="" if state == "finished" else str(read_json(run_dir / "trouble.json").get("trouble", "")),
     )
 
 

@@ -115,8 +115,8 @@ def started(*words: str, **environ: str) -> Iterator[subprocess.Popen[str]]:
 
 
 def only_run(here: Path) -> Report:
-    (run_dir,) = (here / "sidestep-runs").iterdir()
-    return report(run_dir)
+    (run_file,) = here.glob("sidestep-runs/*/run.json")
+    return report(run_file.parent)
 
 
 def logged_steps(here: Path) -> list[int]:
@@ -379,7 +379,7 @@ class TestServe:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
             manager.bind(str(here / "notify"))
             manager.settimeout(WAIT_S)
-            with started("serve", NOTIFY_SOCKET=str(here / "notify")) as process:
+            with started("serve", "--id", "mine", NOTIFY_SOCKET=str(here / "notify")) as process:
                 said = [manager.recv(100)]
                 process.terminate()
                 said.append(manager.recv(100))
@@ -411,7 +411,7 @@ class TestServe:
     def test_stopped_while_a_worker_is_there_it_can_be_taken_up_again(self, here):
         address = f"ipc://{here}/daemon.sock"
         with (
-            serving(address, "--grace", "0.5", "--set", "order.lease_s=2") as process,
+            serving(address, "--id", "mine", "--grace", "0.5", "--set", "order.lease_s=2") as process,
             Control(address) as control,
         ):
             say_hello(address)
@@ -431,7 +431,7 @@ class TestServe:
 
     def test_a_run_that_was_told_to_finish_is_finished_by_taking_it_up(self, here):
         address = f"ipc://{here}/daemon.sock"
-        with serving(address) as process, Control(address) as control:
+        with serving(address, "--id", "mine") as process, Control(address) as control:
             eventually(lambda: control.close_run(5))
             stop_all(process)
 

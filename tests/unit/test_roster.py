@@ -324,3 +324,61 @@ class TestCounters:
 
         assert entry is not None
         assert msgpack.unpackb(entry.body)["dropped"] == {"a": 2**63 - 1}
+
+
+class TestExitCode:
+    """What the run comes to, by what its workers ended with."""
+
+    def roster(self) -> Roster:
+        return Roster(lease=60.0, now=0.0)
+
+    def ended(self, roster: Roster, session: bytes, code: int | None, *, at: float = 0.0, **facts: Any) -> None:
+        roster.hello(Hello(session=session, **facts), at)
+        if code is not None:
+            roster.bye(Bye(session=session, first=0, exit_code=code), at)
+        else:
+            roster.lose(session, at)
+
+    def test_all_is_well_when_everybody_said_so(self):
+        roster = self.roster()
+        for rank in range(2):
+            self.ended(roster, bytes([rank] * 16), 0, rank=rank)
+
+        assert 0 == roster.exit_code
+
+    def test_it_is_that_of_the_first_that_failed(self):
+        roster = self.roster()
+        for rank, code in enumerate((0, 3, 4)):
+            self.ended(roster, bytes([rank] * 16), code, rank=rank)
+
+        assert 3 == roster.exit_code
+
+    def test_one_that_ended_without_a_word_is_a_failure(self):
+        roster = self.roster()
+        self.ended(roster, bytes(16), None)
+
+        assert 1 == roster.exit_code
+
+    def test_a_later_attempt_makes_up_for_it(self):
+        roster = self.roster()
+        self.ended(roster, bytes(16), None, launch="L")
+        self.ended(roster, bytes([1] * 16), 0, launch="L", attempt=1)
+
+        assert 0 == roster.exit_code
+
+    def test_a_fork_that_was_left_behind_says_nothing_of_the_training(self):
+        roster = self.roster()
+        self.ended(roster, bytes([9] * 16), 0, launch="L", at=1.0)
+        self.ended(roster, bytes(16), None, launch="L", at=2.0)
+
+        assert 0 == roster.exit_code
+
+    def test_it_is_the_same_after_a_restart(self):
+        roster = self.roster()
+        self.ended(roster, bytes([9] * 16), 0, launch="L", at=1.0)
+        self.ended(roster, bytes(16), None, launch="L", at=2.0)
+        self.ended(roster, bytes([1] * 16), 5, rank=1, launch="L", at=3.0)
+
+        again = Roster([one.as_stored() for one in roster.sessions.values()], lease=60.0, now=9.0)
+
+        assert roster.exit_code == again.exit_code == 5
