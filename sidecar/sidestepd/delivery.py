@@ -1,6 +1,6 @@
 """Delivery: read the spool, put rows in order, write them down, write them out, and see them confirmed.
 
-    read ─▶ resolve ─▶ order ─▶ assemble ─▶ row log ─▶ sink ─▶ confirmed ─▶ cursor
+    read ─▶ resolve ─▶ match ─▶ order ─▶ assemble ─▶ row log ─▶ sink ─▶ confirmed ─▶ cursor
                                                                    intake deletes up to there ◀─┘
 
 - it knows nothing that is not in the spool or its own row log: killed anywhere, it goes on from both
@@ -29,6 +29,7 @@ from sidestepd.clock import Clock, Horizon
 from sidestepd.config import Config
 from sidestepd.crashpoints import crash_point
 from sidestepd.errors import ExitCode, Fatal, SpoolDamaged
+from sidestepd.match import Event, Matcher
 from sidestepd.order import ReorderBuffer
 from sidestepd.processes import Beat, Lock, die_with_parent, read_json, write_json
 from sidestepd.resolve import Closed, Folded, Lost, Resolver
@@ -70,10 +71,11 @@ class Delivery:
         rules = Rules(Rule(pattern=name, reduce=operations(reduce)) for name, reduce in config.reduce.items())
         self.marks: dict[str, Any] = rowlog.meta("marks", {})
         self.resolver = Resolver(rules)
+        self.matcher = Matcher(patience=order.patience_s, capacity=order.capacity_rows)
         self.order = ReorderBuffer(
             patience=order.patience_s,
             capacity=order.capacity_rows,
-            released=self.marks.get("released"),
+            released=self.marks.get("released", ()),
         )
         self.assembler = Assembler(
             rules, patience=order.patience_s, max_wait=order.max_wait_s, window=order.late_window_rows
@@ -99,6 +101,7 @@ class Delivery:
             fold = msgpack.unpackb(self.checkpoint.fold, strict_map_key=False)
             self.resolver.restore(fold["resolver"])
             self.order.restore(fold["order"])
+            self._hear(self.matcher.restore(fold["matcher"]))
             self.exit_code = fold["exit_code"]
         if self.marks:
             self.assembler.restore(self.marks)
@@ -150,6 +153,7 @@ class Delivery:
 
     def finish(self) -> None:
         """Everything that waits leaves; the run is finished, and seen to be whole."""
+        self._hear(self.matcher.flush())
         self._decide([*self._assemble(self.order.flush()), *self.assembler.flush()])
         self._tell_config()
         self._tell_summary()
@@ -180,7 +184,7 @@ class Delivery:
             self.resolver.dead["spool_lost"] -= kept
         if entry.kind is EntryKind.FRAME:
             self.settlement.read(entry)
-        for said in self.resolver.read(entry, self.settlement.is_used):
+        for said in self.resolver.read(entry, self.settlement.places_of):
             match said:
                 case Lost():
                     self.settlement.lose(said)
@@ -189,12 +193,17 @@ class Delivery:
                 case Closed():
                     self.exit_code = said.exit_code
                 case _:
-                    self.order.hear(said, self._now)
+                    self._hear(self.matcher.hear(said, self._now))
+
+    def _hear(self, events: Iterable[Event]) -> None:
+        for event in events:
+            self.order.hear(event, self._now)
 
     # Deciding and writing
 
     def _let_go(self) -> None:
         self._last_ready = self._now
+        self._hear(self.matcher.ready(self._now))
         rows = self._assemble(self.order.ready(self._now))
         self._decide([*rows, *self.assembler.ready(self._now)])
 
@@ -247,6 +256,9 @@ class Delivery:
         totals = {
             "sidestep/rows": self.settlement.rows + self.settlement.unconfirmed,
             "sidestep/late_rows": self.assembler.late_rows,
+            "sidestep/late_values": self.assembler.late_values,
+            "sidestep/conflicts": self.assembler.conflicts,
+            "sidestep/forced_rows": self.assembler.forced_rows,
             "sidestep/dropped": sum(self.ledger()["dropped"].values()),
         }
         self.sink.summary({**self.assembler.aggregated(), **self._set_by_workers(), **totals})
@@ -273,7 +285,12 @@ class Delivery:
 
     def _fold(self) -> bytes:
         fold: bytes = msgpack.packb(
-            {"resolver": self.resolver.state(), "order": self.order.state(), "exit_code": self.exit_code}
+            {
+                "resolver": self.resolver.state(),
+                "matcher": self.matcher.state(),
+                "order": self.order.state(),
+                "exit_code": self.exit_code,
+            }
         )
         return fold
 
@@ -307,9 +324,9 @@ class Delivery:
             "rows": self.settlement.rows,
             "last_step": self.assembler.last,
             "late_rows": self.assembler.late_rows,
-            "forced": self.order.forced,
+            "forced": self.assembler.forced_rows,
             "conflicts": self.assembler.conflicts,
-            "waiting": self.order.waiting + self.assembler.waiting,
+            "waiting": self.matcher.waiting + self.order.waiting + self.assembler.waiting,
             "unmatched": self.unmatched,
             "sessions": {
                 id_.hex(): {

@@ -2,7 +2,8 @@
 
 - per session one number is kept, the next sequence: lower is a duplicate, higher is a gap, equal is taken
 - `next` moves when a frame is taken, `stored` when the spool has committed it: only that is acknowledged
-- a session is live from HELLO until BYE or the end of its lease; one that speaks again is live again
+- a session is live from HELLO until BYE, the end of its lease, or a HELLO of its launch with a higher restart
+  count; one that speaks again is live again
 - no I/O and no clock here: callers pass `now`, and write what is returned into the spool
 """
 
@@ -211,6 +212,14 @@ class Roster:
     def end_all(self, now: float) -> list[Entry]:
         """The command ended, and with it every lease."""
         return [self._end(session, now) for session in self.live]
+
+    def supersede(self, hello: Hello, now: float) -> list[Entry]:
+        """The sessions that end because their launch was started again."""
+        return [
+            self._end(session, now)
+            for session in self.live
+            if session.hello.get("launch") == hello.launch and session.hello.get("attempt", 0) < hello.attempt
+        ]
 
     def _end(self, session: Session, now: float) -> Entry:
         session.state = "lease"

@@ -382,3 +382,19 @@ class TestExitCode:
         again = Roster([one.as_stored() for one in roster.sessions.values()], lease=60.0, now=9.0)
 
         assert roster.exit_code == again.exit_code == 5
+
+
+class TestAttempts:
+    def test_a_higher_restart_count_ends_the_older_sessions_of_its_launch(self):
+        roster = greeted()
+
+        ended = roster.supersede(Hello(session=BOB, first=0, rank=2, world=4, launch="L", attempt=1), 5.0)
+
+        assert [(EntryKind.LEASE, ALICE)] == [(entry.kind, entry.session) for entry in ended]
+        assert [] == roster.live
+
+    def test_it_ends_no_other_launch_and_none_of_its_own_attempt(self):
+        roster = greeted()
+
+        assert [] == roster.supersede(Hello(session=BOB, first=0, launch="other", attempt=1), 5.0)
+        assert [] == roster.supersede(Hello(session=BOB, first=0, launch="L"), 5.0)

@@ -149,6 +149,9 @@ class Intake:
         if self.closing:
             self._refuse(route, hello.session, "closed", "the run is being finished", final=True)
             return
+        for ended in self.roster.supersede(hello, self._now()):
+            self._write(ended)
+            self._touched.add(ended.session)
         self._write(self.roster.hello(hello, self._now()))
         self._routes[hello.session] = route
         self._touched.add(hello.session)
