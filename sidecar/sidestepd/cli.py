@@ -28,10 +28,13 @@ from sidestepd.control import Control
 from sidestepd.daemon import Daemon
 from sidestepd.errors import AlreadyRunning, CanNotRun, ExitCode, Incomplete
 from sidestepd.notify import notify
+from sidestepd.rows import Alert
 from sidestepd.rundir import RunFile
 
 _QUIET_S = 1.0
 """A drain shorter than this is not worth a line."""
+_MOST_ALERTS = 5
+"""So many are shown."""
 _STOP = (signal.SIGINT, signal.SIGTERM)
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -394,6 +397,8 @@ def _tell(found: status.Report, run_dir: Path, *, complete: bool) -> None:
         )
         for wandb_dir in sorted((run_dir / "wandb").glob("offline-run-*"))[:1]:
             _say_in_terminal(f"wandb sync {_short(wandb_dir.parent)}/offline-run-*")
+    for alert in found.troubles[:_MOST_ALERTS]:
+        _say(_alert(alert))
     lost = status.losses(found.ledger)
     if lost and complete:
         _say(f"not in the run: {lost}; `sidestep status {_short(run_dir)}` says more")
@@ -416,7 +421,18 @@ def _table(found: status.Report) -> str:
         + f"   {one.node}:{one.pid}"
         for one in found.sessions
     ]
+    last = {id(alert) for alert in found.troubles} if found.state == "running" else set()
+    lines += [
+        f"alert     {_alert(alert)}" + (" It lasts." if id(alert) in last else "")
+        for alert in found.alerts[-_MOST_ALERTS:]
+    ]
+    if len(found.alerts) > _MOST_ALERTS:
+        lines.append(f"          {len(found.alerts)} alerts in all; --json has them")
     return "\n".join(lines)
+
+
+def _alert(alert: Alert) -> str:
+    return f"{time.strftime('%H:%M:%S', time.localtime(alert.time))} {alert.text}"
 
 
 def _equation(ledger: status.Ledger) -> str:
