@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
+from math import inf
 from typing import Any
 
 from sidestepd.config import WatchOptions
@@ -34,6 +35,7 @@ MOST_NAMES = 50
 """Metrics that an alert is raised for when they are no number."""
 MOST_ALERTS = 500
 """After so many nobody reads them."""
+_HANGS = ("silent/", "stalled/")
 SKEW_STEPS = "sidestep/skew_steps"
 
 
@@ -48,7 +50,7 @@ class _Voice:
     """Nobody listened since it spoke: whether it is silent is not known."""
 
     def hear(self, now: float, *, harmless: bool) -> None:
-        """Something was said; a pause that was told as a silence is no measure for others."""
+        """Something was said; a pause in which something was wrong is no measure for later ones."""
         pause = now - self.spoke
         if pause > 0:
             self.pauses += 1
@@ -107,8 +109,10 @@ class _Told:
 
     open: dict[str, Alert] = field(default_factory=dict)
     count: int = 0
+    well_since: float = -inf
+    """Since when nobody is silent and nothing has stalled; infinity while it is so."""
     through: int = 0
-    """The entry up to which everything that is to be told of was told, in this life or an earlier one."""
+    """The entry that an earlier life had read when it told the last of these; what comes by then is not judged."""
 
 
 class Watch:
@@ -143,6 +147,8 @@ class Watch:
                 self._boot(now)
             case EntryKind.VITAL:
                 self._sense(entry)
+            case EntryKind.CLOSE:
+                self._due = 0.0  # what is not seen now is never seen
 
     def hear(self, part: Part, now: float) -> None:
         """Take in what a session said at spool time `now`."""
@@ -186,9 +192,8 @@ class Watch:
                 worker.voice.spoke = now
             launch.step = max(launch.step, part.step)
         if launch is not None:
-            told = self._told.open
-            launch.voice.hear(now, harmless=not told or f"stalled/{worker.launch}" not in told)
-            worker.voice.hear(now, harmless=not told or _about("silent", part.session) not in told)
+            launch.voice.hear(now, harmless=launch.voice.spoke >= self._told.well_since)
+            worker.voice.hear(now, harmless=worker.voice.spoke >= self._told.well_since)
 
     def _boot(self, now: float) -> None:
         for worker in self._workers.values():
@@ -202,7 +207,6 @@ class Watch:
         worker, facts = self._workers.get(entry.session), entry.facts
         if worker is None:
             return
-        self._due = 0.0
         match facts["state"]:
             case "quiet":
                 worker.quiet_since = facts["since"]
@@ -224,7 +228,7 @@ class Watch:
     def _look_at_values(self, part: Part, now: float) -> None:
         for name, value in _floats(part.values):
             if value - value != 0 and self._is_watched(name):  # NaN, or infinity
-                if part.position.entry <= self._told.through or self._names_told() >= MOST_NAMES:
+                if self._names_told() >= MOST_NAMES:
                     return
                 text = f"{_cut(name)} became {value} on rank {part.rank} at step {part.step} of {_cut(part.axis)}."
                 self._raise(f"nan/{name}", f"{_cut(name)} is {value}", text, now)
@@ -427,6 +431,8 @@ def _account(told: _Told, alert: Alert) -> None:
         told.open.pop(alert.cause, None)
     else:
         told.open[alert.cause] = alert
+    if alert.cause.startswith(_HANGS):
+        told.well_since = inf if any(cause.startswith(_HANGS) for cause in told.open) else alert.time
 
 
 def _about(what: str, session: bytes) -> str:
