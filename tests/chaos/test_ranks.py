@@ -1,4 +1,4 @@
-"""Four ranks of a real torchrun that wait for each other: one is slowed, one stopped, one killed, each named in time.
+"""Four ranks of a real torchrun that wait for each other: one is slowed, one stopped, one killed: each is named.
 
 The control run is the same training undisturbed: nobody is named.
 """

@@ -6,6 +6,7 @@ import asyncio
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -16,6 +17,10 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="the kerne
 
 def sleeper() -> subprocess.Popen[bytes]:
     return subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+
+
+def descriptors() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
 
 
 async def told_of(*processes: subprocess.Popen[bytes], kill: list[int]) -> list[bytes]:
@@ -50,10 +55,10 @@ class TestAnEnd:
             exits = Exits(asyncio.get_running_loop(), told.append)
             exits.follow(b"x", process.pid)
             exits.follow(b"x", process.pid)
-            before = len(os.listdir("/proc/self/fd"))
+            before = descriptors()
             exits.forget(b"x")
             exits.forget(b"x")
-            assert len(os.listdir("/proc/self/fd")) == before - 1
+            assert descriptors() == before - 1
             process.kill()
             process.wait()
             await asyncio.sleep(0)

@@ -170,7 +170,7 @@ class TestStragglers:
         assert -1 == own[STRAGGLER]
 
     def test_that_stay_behind_without_falling_back_further_are_none_any_more(self):
-        """Where ranks do not wait for each other, one that lost ground keeps its distance and is as fast as all."""
+        """Where ranks do not wait for each other, one that lost ground is as fast as all, so many steps behind."""
         own = last_row(free(lambda rank, step: WORK_S * (3.0 if rank == 2 and step < 20 else 1.0), steps=100))
 
         assert -1 == own[STRAGGLER]
