@@ -19,8 +19,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from sidestep.wire import Kind, Record, Undecodable, decode_records
-from sidestepd.entries import Entry, EntryKind
 from sidestepd.attempts import Launches
+from sidestepd.entries import Entry, EntryKind
 from sidestepd.rows import MAIN_AXIS, Call, Part, Position
 from sidestepd.rules import Rules, rule_from
 

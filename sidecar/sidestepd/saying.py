@@ -20,12 +20,15 @@ from sidestep.errors import SidestepError
 from sidestepd import status
 from sidestepd.errors import ExitCode
 from sidestepd.home import short
+from sidestepd.rows import Alert
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
 
 _QUIET_S = 1.0
 """A drain shorter than this is not worth a line."""
+_MOST_ALERTS = 5
+"""So many are shown."""
 
 
 def say(text: str) -> None:
@@ -102,6 +105,8 @@ def _tell(found: status.Report, run_dir: Path, *, complete: bool) -> None:
         )
         for wandb_dir in sorted((run_dir / "wandb").glob("offline-run-*"))[:1]:
             say_in_terminal(f"wandb sync {short(wandb_dir.parent)}/offline-run-*")
+    for alert in found.troubles[:_MOST_ALERTS]:
+        say(_alert(alert))
     lost = status.losses(found)
     if lost and complete:
         say(f"not in the run: {lost}; `sidestep status {short(run_dir)}` says more")
@@ -128,7 +133,18 @@ def table(found: status.Report) -> str:
         + f"   {one.node}:{one.pid}"
         for one in found.sessions
     ]
+    lasting = {id(alert) for alert in found.troubles} if found.state == "running" else set()
+    lines += [
+        f"alert     {_alert(alert)}" + (" It lasts." if id(alert) in lasting else "")
+        for alert in found.alerts[-_MOST_ALERTS:]
+    ]
+    if len(found.alerts) > _MOST_ALERTS:
+        lines.append(f"          {len(found.alerts)} alerts in all; --json has them")
     return "\n".join(lines)
+
+
+def _alert(alert: Alert) -> str:
+    return f"{time.strftime('%H:%M:%S', time.localtime(alert.time))} {alert.text}"
 
 
 def _equation(ledger: status.Ledger) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 from sidestepd.errors import SpoolDamaged
 from sidestepd.processes import Lock, read_json
 from sidestepd.rowlog import RowLogReader
+from sidestepd.rows import Alert
 from sidestepd.rundir import RunFile
 from sidestepd.spool import SpoolReader, StoredSession
 
@@ -81,6 +82,18 @@ class Report:
     """What is told of workers is then what delivery had read of them; the next start salvages the spool."""
     trouble: str = ""
     """Why nothing reaches the sink, as far as that is known."""
+    alerts: tuple[Alert, ...] = ()
+    """What people were told, in this order."""
+
+    @property
+    def troubles(self) -> list[Alert]:
+        """The alerts whose causes last, or were never seen to end."""
+        open_: dict[str, Alert] = {}
+        for alert in self.alerts:
+            open_.pop(alert.cause, None)
+            if not alert.over:
+                open_[alert.cause] = alert
+        return list(open_.values())
 
     @property
     def ranks(self) -> int:
@@ -125,6 +138,7 @@ def report(run_dir: Path) -> Report:
         unmatched=tuple(told.get("unmatched", ())),
         sessions=sessions,
         ledger=_ledger(sessions, told, unread),
+        alerts=tuple(rowlog.alerts()),
         spool_bytes=sum(path.stat().st_size for path in run_dir.glob("spool.db*")),
         spool_damaged=damaged,
         trouble="" if state == "finished" else str(read_json(run_dir / "trouble.json").get("trouble", "")),

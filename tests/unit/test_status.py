@@ -14,6 +14,7 @@ from sidestep.errors import SettingsError
 from sidestep.wire import checksum
 from sidestepd.config import Config
 from sidestepd.rowlog import RowLog
+from sidestepd.rows import Alert
 from sidestepd.rundir import RunFile, lay_out
 from sidestepd.spool import Entry, EntryKind, Spool, StoredSession
 from sidestepd.status import Ledger, Report, SessionReport, losses, report
@@ -59,6 +60,27 @@ def delivered(run_dir: Path, *, state: str | None = None, **ledger: object) -> N
     rowlog = RowLog(run_dir / "delivery.db")
     rowlog.settle(ledger=ledger, **({} if state is None else {"state": state}))
     rowlog.close()
+
+
+def alert(cause: str, *, over: bool = False) -> Alert:
+    return Alert(cause=cause, title=cause, text="because", time=1.0, over=over)
+
+
+class TestAlerts:
+    def test_are_told_with_those_whose_causes_last(self, run_dir):
+        rowlog = RowLog(run_dir / "delivery.db")
+        alerts = [alert("a"), alert("b"), alert("a", over=True), alert("c"), alert("b", over=True), alert("b")]
+        rowlog.warn(alerts, through=7)
+        rowlog.close()
+
+        found = report(run_dir)
+
+        assert alerts == list(found.alerts)
+        assert ["c", "b"] == [it.cause for it in found.troubles]
+        assert "because" == found.to_json()["alerts"][0]["text"]
+
+    def test_are_none_in_a_run_without_any(self, run_dir):
+        assert ((), []) == (report(run_dir).alerts, report(run_dir).troubles)
 
 
 class TestState:

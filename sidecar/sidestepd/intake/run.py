@@ -25,9 +25,11 @@ from sidestepd.clock import Clock, Horizon, SpoolClock
 from sidestepd.config import Config
 from sidestepd.crashpoints import crash_point
 from sidestepd.errors import ExitCode, SpoolDamaged
+from sidestepd.exits import Exits, is_here
 from sidestepd.keeper import DeliveryKeeper
+from sidestepd.listen import Listener
 from sidestepd.processes import Lock, read_json
-from sidestepd.roster import Roster, Verdict
+from sidestepd.roster import Roster, Session, Verdict
 from sidestepd.rowlog import RowLogReader
 from sidestepd.rundir import RunFile
 from sidestepd.spool import Entry, EntryKind, Spool, damage_mark
@@ -77,6 +79,8 @@ class Intake:
         self._committing = False
         self._awake_at = clock()
         self._cursor = 0
+        self.listener = Listener(heartbeat_s=config.intake.heartbeat_s)
+        self.exits: Exits | None = None
 
     @classmethod
     def open(cls, run_dir: Path, send: Send) -> Intake:
@@ -101,6 +105,9 @@ class Intake:
         """Until the run is complete, or told to stop; returns how it ended."""
         logger.info("boot %s serves %s", self.boot, self.run_dir)
         self._write(Entry.of_event(EntryKind.BOOT, received=self._now(), boot=self.boot))
+        self.exits = Exits(asyncio.get_running_loop(), self._on_exit)
+        for session in self.roster.live:
+            self._follow(session)
         loops = [asyncio.create_task(loop()) for loop in (self._commit, self._watch)]
         try:
             done, _ = await asyncio.wait(loops, return_when=asyncio.FIRST_COMPLETED)
@@ -156,6 +163,7 @@ class Intake:
         self._routes[hello.session] = route
         self._touched.add(hello.session)
         session = self.roster.sessions[hello.session]
+        self._follow(session)
         welcome = Welcome(
             session=hello.session,
             first=self.roster.wanted(session),
@@ -203,6 +211,8 @@ class Intake:
         if entry is not None:
             self._write(entry)
             self._touched.add(bye.session)
+            if self.exits is not None:
+                self.exits.forget(bye.session)
         self._replies.append((route, bye))
         self._something.set()
 
@@ -212,6 +222,8 @@ class Intake:
         """Nobody of this run will speak again: finish it. `then` is answered once that is on disk."""
         if not self.closing:
             self.closing = True
+            for entry in self.listener.close(self.roster.live, self._now()):
+                self._write(entry)
             for entry in self.roster.end_all(self._now()):
                 self._write(entry)
                 self._touched.add(entry.session)
@@ -226,6 +238,14 @@ class Intake:
             logger.warning("the process of session %s is gone", session.hex()[:8])
             self._write(entry)
             self._touched.add(session)
+
+    def _follow(self, session: Session) -> None:
+        """See the end of a worker's process, if it is on this node."""
+        if self.exits is not None and is_here(session.hello.get("node", "")):
+            self.exits.follow(session.id, session.hello.get("pid", 0))
+
+    def _on_exit(self, id_: bytes) -> None:
+        self.listener.exited(id_, self._now())
 
     def _is_stranger(self, route: bytes, session: bytes) -> bool:
         """Refuse who is not known on this connection, or comes after the run was closed."""
@@ -299,6 +319,8 @@ class Intake:
             if damage_mark(self.spool.path).exists():
                 raise SpoolDamaged(self.spool.path, "delivery can not read it")
             self.keeper.tend(time.monotonic())
+            for entry in self.listener.look(self.roster.live, self._now()):
+                self._write(entry)
             for entry in self.roster.expire(self._now()):
                 logger.warning("session %s was not heard of for its lease", entry.session.hex()[:8])
                 self._write(entry)
@@ -321,6 +343,7 @@ class Intake:
         if pause > FROZEN_S:
             logger.warning("this process stood still for %.1f s", pause)
             self.roster.excuse(pause)
+            self.listener.restart(pause)
             self.keeper.excuse(time.monotonic())
             self._write(Entry.of_event(EntryKind.BOOT, received=now, boot=self.boot))
         return now
