@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import click
 
 from sidestep.errors import SettingsError, SidestepError
-from sidestepd import command, rundir, status
+from sidestepd import collect, command, rundir, status
 from sidestepd.command import Command, Signals
 from sidestepd.config import KEYS, SECTIONS, Config, Given, variables
 from sidestepd.control import Control
@@ -187,6 +187,9 @@ def show_status(run_dir: Path | None, as_json: bool) -> None:
         return 0
 
     sys.exit(_saying_why(show))
+
+
+main.add_command(collect.command)
 
 
 # run
@@ -413,6 +416,7 @@ def _table(found: status.Report) -> str:
     lines += [
         f"rank {one.rank:<4} {one.state:<5} {one.acknowledged} of {one.offered} acknowledged"
         + (f", {_by_reason(one.dropped)} dropped" if any(one.dropped.values()) else "")
+        + (f", {one.values_refused} values left out" if one.values_refused else "")
         + f"   {one.node}:{one.pid}"
         for one in found.sessions
     ]
@@ -424,6 +428,11 @@ def _equation(ledger: status.Ledger) -> str:
         f"{ledger.offered} offered = {ledger.delivered} delivered + {_by_reason(ledger.rejected)} rejected"
         f" + {_by_reason(ledger.dropped)} dropped + {ledger.pending} pending + {ledger.unknown} unknown"
         + ("" if ledger.balances else "   DOES NOT BALANCE")
+        + (
+            f"\nvalues    {ledger.values_refused} that can not be logged were left out"
+            if ledger.values_refused
+            else ""
+        )
     )
 
 

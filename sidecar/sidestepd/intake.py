@@ -45,6 +45,7 @@ from sidestep.wire import (
     session_of,
 )
 from sidestepd.clock import Clock, Horizon, SpoolClock
+from sidestepd.collect import Collector
 from sidestepd.config import Config
 from sidestepd.crashpoints import crash_point
 from sidestepd.errors import AlreadyRunning, ExitCode, SpoolDamaged, SpoolError
@@ -85,6 +86,7 @@ class Intake:
         self.config, self.run, self.run_dir, self.clock = config, run, run_dir, clock
         self.boot = uuid.uuid4().hex
         self.rowlog = RowLogReader(run_dir / "delivery.db")
+        self.collector = Collector(run_dir, run["address"], run["id"])
         self.exit_code: int | None = None
         self.malformed = 0
         self.closing = spool.has_close()
@@ -231,6 +233,8 @@ class Intake:
             self._send(route, answer)
             return
         if not self.closing:
+            if self.collector.anything_left(time.monotonic()):
+                return  # who asks will ask again
             self._close(ask.close)
         self._replies.append((route, answer))
         self._something.set()
@@ -329,7 +333,9 @@ class Intake:
                 self._touched.add(entry.session)
             if self.keeper.done:
                 self.exit_code = ExitCode.COMPLETE
-            if os.getppid() != self._parent and not self.closing and not self.roster.live:
+            self.collector.tend(time.monotonic())
+            orphaned = os.getppid() != self._parent and not self.closing and not self.roster.live
+            if orphaned and not self.collector.anything_left(time.monotonic()):
                 logger.warning("whoever started this daemon is gone, and so are its workers: closing the run")
                 self._close(CLOSED_BY_ORPHAN)
             if time.monotonic() >= next_delete:
@@ -370,6 +376,7 @@ class Intake:
             "gaps": self.roster.gaps,
             "malformed": self.malformed,
             "salvaged": self.spool.salvaged,
+            "collected": self.collector.collected,
             "delivery": {"pid": self.keeper.pid, "restarts": self.keeper.restarts},
         }
 

@@ -41,11 +41,12 @@ class Session:
     """It had not caught up when it was heard last."""
     offered: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
+    values_refused: int = 0
 
     @property
     def counters(self) -> dict[str, Any]:
         """What the worker counted, as of when it was heard last."""
-        return {"offered": self.offered, "dropped": self.dropped}
+        return {"offered": self.offered, "dropped": self.dropped, "values_refused": self.values_refused}
 
     def as_stored(self) -> StoredSession:
         """As it goes into the spool, together with all that was taken."""
@@ -79,6 +80,7 @@ class Roster:
                 hello=dict(s.hello),
                 offered=s.counters.get("offered", 0),
                 dropped=dict(s.counters.get("dropped", {})),
+                values_refused=s.counters.get("values_refused", 0),
             )
             for s in stored
         }
@@ -186,5 +188,6 @@ class Roster:
 
     def _count(self, session: Session, said: Hello | Status | Bye) -> None:
         session.offered = max(session.offered, said.offered)
+        session.values_refused = max(session.values_refused, said.values_refused)
         for reason, count in said.dropped.items():
             session.dropped[reason] = max(session.dropped.get(reason, 0), count)

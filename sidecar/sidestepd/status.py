@@ -26,7 +26,7 @@ class Ledger:
     """What became of every record. `rejected` and `dropped` are by reason.
 
     `pending` is on its way, in a worker or in the spool; `unknown` was offered by a worker that ended without
-    a word, and never came.
+    a word, and never came. `values_refused` counts no records but values, which workers left out of theirs.
     """
 
     offered: int = 0
@@ -35,6 +35,7 @@ class Ledger:
     dropped: Mapping[str, int] = field(default_factory=dict)
     pending: int = 0
     unknown: int = 0
+    values_refused: int = 0
 
     @property
     def balances(self) -> bool:
@@ -54,6 +55,7 @@ class SessionReport:
     offered: int
     acknowledged: int
     dropped: Mapping[str, int]
+    values_refused: int = 0
 
     @property
     def missing(self) -> int:
@@ -125,6 +127,7 @@ def losses(ledger: Ledger) -> str:
     parts = [f"{count} dropped ({reason})" for reason, count in sorted(ledger.dropped.items()) if count]
     parts += [f"{count} rejected ({reason})" for reason, count in sorted(ledger.rejected.items()) if count]
     parts += [f"{ledger.unknown} of workers that ended without a word"] if ledger.unknown else []
+    parts += [f"{ledger.values_refused} values that can not be logged"] if ledger.values_refused else []
     parts += [] if ledger.balances else ["and the ledger does not balance, which is a defect: please report it"]
     return ", ".join(parts)
 
@@ -163,6 +166,7 @@ def _session(stored: StoredSession, state: str) -> SessionReport:
         offered=max(stored.counters.get("offered", 0), stored.next + sum(dropped.values())),
         acknowledged=stored.next,
         dropped=dropped,
+        values_refused=stored.counters.get("values_refused", 0),
     )
 
 
@@ -177,6 +181,7 @@ def _ledger(sessions: Iterable[SessionReport], told: Mapping[str, Any], unread: 
         dropped=dict(by_workers + unreadable),
         pending=told.get("unsettled", 0) + unread + sum(s.missing for s in sessions if s.state != "lost"),
         unknown=sum(session.missing for session in sessions if session.state == "lost"),
+        values_refused=sum(session.values_refused for session in sessions),
     )
 
 

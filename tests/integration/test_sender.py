@@ -8,6 +8,7 @@ import sys
 import textwrap
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from time import monotonic
 from typing import Any
 
@@ -31,6 +32,11 @@ MakeRun = Callable[..., Run]
 def daemon() -> Iterator[FakeDaemon]:
     with FakeDaemon() as made:
         yield made
+
+
+@pytest.fixture(autouse=True)
+def _spills_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
 
 
 @pytest.fixture
@@ -282,7 +288,7 @@ class TestTheDaemonStandsStill:
 
     def test_a_full_outbox_drops_and_counts_exactly(self, daemon: FakeDaemon, make_run: MakeRun):
         daemon.freeze()
-        run = make_run(daemon, outbox_bytes=300_000)
+        run = make_run(daemon, outbox_bytes=300_000, when_full="drop")
         text = "x" * 1000
 
         for number in range(1000):
@@ -297,7 +303,7 @@ class TestTheDaemonStandsStill:
         assert 280 <= stats.acknowledged < 300
 
     def test_there_is_room_again_afterwards(self, daemon: FakeDaemon, make_run: MakeRun):
-        run = make_run(daemon, outbox_bytes=300_000)
+        run = make_run(daemon, outbox_bytes=300_000, when_full="drop")
         with daemon.frozen():
             for _ in range(500):
                 run.log({"text": "x" * 1000})
