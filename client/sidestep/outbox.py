@@ -151,7 +151,7 @@ class Outbox:
         dropped: Mapping[str, int],
         values_refused: int,
     ) -> Outbox:
-        """What a session left on its shelf, from sequence `first` on, with its counters; nothing is added to it."""
+        """What a session left on its shelf, from sequence `first` on, with its counters. Nothing is added."""
         box = cls(session, shelf=shelf)
         box._shelved.extend(frames)
         box._acknowledged = box._shelved[0].first if box._shelved else first
@@ -231,7 +231,7 @@ class Outbox:
         return 1 - free / self._limit if self._limit else 0.0
 
     def shelve(self) -> bool:
-        """Put one more frame onto the shelf: the oldest that is not there. False if there is none, or it is full."""
+        """Put the oldest frame that is not there onto the shelf. False if there is none, or it takes no more."""
         frame = self._next_to_shelve()
         if frame is None or self._shelf is None:
             return False

@@ -293,15 +293,14 @@ class Sender:
         outbox, spill = self._outbox, self._spill
         if spill is None or outbox.in_use <= SPILL_FROM or now < self._spill_at:
             return
-        taken = outbox.shelve()
-        while taken and outbox.in_use > SPILL_TO:
-            taken = outbox.shelve()
+        while outbox.shelve() and outbox.in_use > SPILL_TO:
+            pass
         if spill.path is not None:
             spill.note(self._dialogue.status())
             self._notices.once(
                 "spill", f"{self._daemon} is away, or too slow: records wait in {spill.path} until it takes them"
             )
-        if not taken:
+        if outbox.full is not DropReason.OUTBOX_FULL:
             self._spill_at = now + SPILL_AGAIN_S
 
     def _keep(self) -> None:
