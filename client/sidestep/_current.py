@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgpack
 
-from sidestep import convert, ranks
+from sidestep import convert, exits, ranks
 from sidestep._run import Metric, Run, SilentRun
 from sidestep.bags import Bag, entries_of
 from sidestep.errors import UnsupportedValue
@@ -124,7 +124,7 @@ def _new_run(settings: WorkerSettings, keywords: Mapping[str, Any]) -> Run:
         _notices.once(
             "id", f"init(id={keywords['id']!r}): this process joins the run {settings.run_id!r} of its command"
         )
-    _watch_for_exceptions(session)
+    session.on_finish = exits.watch(session.ends_with)
     return Run(session, keywords)
 
 
@@ -173,22 +173,6 @@ def _plain_keywords(*sources: Mapping[str, Any]) -> dict[str, Any]:
 def _say_what_has_no_effect(keywords: Mapping[str, Any]) -> None:
     if names := sorted(name for name, value in keywords.items() if value and name not in HARMLESS):
         _notices.once(("init", *names), f"init({', '.join(names)}): without effect here")
-
-
-def _watch_for_exceptions(session: Session) -> None:
-    """A training that dies of an exception exits with 1, which nothing else tells an exit handler."""
-    previous: Callable[..., Any] = sys.excepthook
-
-    def note(*exception: Any) -> None:
-        session.exit_code = 1
-        previous(*exception)
-
-    def restore() -> None:
-        if sys.excepthook is note:
-            sys.excepthook = previous
-
-    sys.excepthook = note
-    session.on_finish = restore
 
 
 def _too_early(what: str) -> None:

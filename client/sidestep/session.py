@@ -5,7 +5,8 @@
 - **fork**: in the child the outbox is replaced by a closed one and the session is dormant. It costs nothing
   until something is logged, which makes it a session of its own: another id, another outbox, another thread.
   The parent's socket, thread and queued records are never touched there
-- **exit**: what is queued is flushed, in `EXIT_S` at most, in children of multiprocessing too
+- **exit**: what is queued is flushed, in `EXIT_S` at most, in children of multiprocessing too; what the daemon
+  does not take in that time stays in the spill
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from sidestep.notices import Notices, say
 from sidestep.outbox import DropReason, Outbox
 from sidestep.ranks import Identity
 from sidestep.settings import WorkerSettings
+from sidestep.spill import Spill, folders, private_folder, waiting
 from sidestep.steps import Steps
 from sidestep.wire import MAX_RECORD_BYTES, Hello, Kind
 
@@ -45,6 +47,9 @@ WHY = {
     DropReason.BAD_STEP: "this call can not be logged",
     DropReason.TOO_LARGE: "this call is too large",
     DropReason.OUTBOX_FULL: "the daemon is away, or too slow, and the outbox is full: new records are dropped",
+    DropReason.SPILL_FULL: "the daemon is away, or too slow, and the spill file is full: new records are dropped",
+    DropReason.SPILL_FAILED: "the daemon is away, or too slow, the outbox is full and there is nowhere to spill: "
+    "new records are dropped",
     DropReason.AFTER_FINISH: "log() after finish(): dropped",
     DropReason.REFUSED: "the daemon takes no more from this process: dropped",
     DropReason.INTERNAL: "a mistake in sidestep itself, please report it",
@@ -78,8 +83,8 @@ class Session:
     """One life of a process. The object outlives a fork; its id, outbox and sender do not."""
 
     __slots__ = (
-        "__weakref__", "_keywords", "_lock", "dormant", "exit_code", "finished", "id", "identity", "names",
-        "notices", "on_finish", "outbox", "packers", "sender", "settings", "silent", "steps", "values_refused",
+        "__weakref__", "_keywords", "_lock", "_spill", "dormant", "exit_code", "finished", "id", "identity",
+        "names", "notices", "on_finish", "outbox", "packers", "sender", "settings", "silent", "steps",
     )  # fmt: skip
 
     def __init__(
@@ -100,7 +105,6 @@ class Session:
         self.on_finish: Callable[[], None] = lambda: None
         self.exit_code: int | None = None  # of the process, as soon as it is known
         self.steps: dict[str | None, Steps] = {}
-        self.values_refused = 0
         self.dormant = False
         self.finished = False
         self._keywords = keywords
@@ -163,7 +167,9 @@ class Session:
         """Put a record into the outbox, or raise Refusal."""
         outbox = self.outbox
         if not outbox.offer(record):
-            raise Refusal(outbox.shut or DropReason.OUTBOX_FULL)
+            if outbox.full is DropReason.OUTBOX_FULL and self.settings.when_full == "spill":
+                self.wake()  # a sender that sleeps may be able to make room
+            raise Refusal(outbox.shut or outbox.full)
         if outbox.idle:
             self.wake()
 
@@ -177,7 +183,7 @@ class Session:
 
     def refuse_value(self, name: str, kind: type, why: str) -> None:
         """Count a value that its record goes without, and say so once for each name and type."""
-        self.values_refused += 1
+        self.outbox.values_refused += 1
         if self.settings.strict:
             raise UnsupportedValue(f"{name[:80]!r}: {why}")
         self.notices.once(("value", name, kind), f"{name[:80]!r} is left out: {why}")
@@ -186,12 +192,14 @@ class Session:
         """The ledger as it is now."""
         outbox = self.outbox
         acknowledged, pending, dropped = outbox.acknowledged, outbox.pending, outbox.dropped
+        if lost := outbox.lost:
+            acknowledged, dropped = acknowledged - lost, {**dropped, "spill_lost": lost}
         return Stats(
             offered=acknowledged + pending + sum(dropped.values()),
             acknowledged=acknowledged,
             pending=pending,
             dropped=dropped,
-            values_refused=self.values_refused,
+            values_refused=outbox.values_refused,
         )
 
     def flush(self, timeout: float) -> bool:
@@ -212,13 +220,17 @@ class Session:
             return
         confirmed = self.sender is not None and self.sender.finish(timeout, exit_code)
         if left := self.outbox.pending:
-            say(f"{left} records are not acknowledged {self._whose_fault(timeout)}")
+            say(f"{left} records are not acknowledged {self._whose_fault(timeout)}{self._where_they_are()}")
         elif self.sender is not None and not confirmed:
             say(f"everything is delivered, but the daemon did not confirm the end within {timeout:g} s")
 
     def at_exit(self) -> None:
         """What the interpreter does at its end."""
         self.finish(EXIT_S, self.exit_code)
+
+    def ends_with(self, exit_code: int) -> None:
+        """Something is about to end this process. What comes later knows better, but nothing unsays a failure."""
+        self.exit_code = exit_code or self.exit_code or 0
 
     # Fork
 
@@ -232,6 +244,8 @@ class Session:
 
     def forked(self) -> None:
         """In a child, right after the fork: touch nothing, and let `log()` find a closed outbox."""
+        if self.sender is not None:
+            self.sender.forget()
         _abandoned.append((self.sender, self.outbox))
         self.outbox = Outbox(bytes(16), 0)
         self.outbox.close(self._dormant_reason())
@@ -246,9 +260,9 @@ class Session:
         for steps in self.steps.values():
             steps.restart()
         self.id = secrets.token_bytes(16)
-        self.values_refused = 0
         self.packers = [new_packer()]
-        self.outbox = Outbox(self.id, self.settings.outbox_bytes)
+        self._spill = self._new_spill()
+        self.outbox = Outbox(self.id, self.settings.outbox_bytes, self._spill)
         self.sender = self._new_sender()
         self.dormant = False
         if self.sender is not None:
@@ -256,25 +270,62 @@ class Session:
         if not self.silent and (util := sys.modules.get("multiprocessing.util")) is not None:
             util.Finalize(None, self.at_exit, exitpriority=0)  # its children leave without atexit
 
+    def _new_spill(self) -> Spill | None:
+        if self.silent or self.settings.when_full == "drop":
+            return None
+        run_dir, notices = self.settings.run_dir, self.notices
+        return Spill(
+            self.id,
+            folders=lambda: folders(run_dir),
+            limit=self.settings.spill_bytes,
+            say=lambda text: notices.once("spill failed", text),
+        )
+
     def _new_sender(self) -> Sender | None:
         if self.silent:
             return None
-        if self.settings.address is None:
-            self.notices.once(
-                "no daemon",
-                "no daemon is known (SIDESTEP_ADDRESS is not set): nothing will be logged. "
-                "Start the training with `sidestep run -- COMMAND`",
-            )
+        address = self._find_daemon()
+        if address is None and self._spill is None:
             return None
         from sidestep.sender import Sender  # zmq comes with it, and only a process that sends needs that
 
         return Sender(
-            self.settings.address,
+            address,
             self._hello(),
             self.outbox,
             self.notices,
             flush_interval_s=self.settings.flush_interval_s,
+            spill=self._spill,
+            on_welcome=self._hand_on_what_others_left,
         )
+
+    def _find_daemon(self) -> str | None:
+        """Where the daemon listens, or None, said once, if there is none."""
+        if self.settings.address is None:
+            what = (
+                "nothing will be logged" if self._spill is None else "records are kept on disk for one to collect"
+            )
+            self.notices.once(
+                "no daemon",
+                f"no daemon is known (SIDESTEP_ADDRESS is not set): {what}. "
+                "Start the training with `sidestep run -- COMMAND`",
+            )
+        return self.settings.address
+
+    def _hand_on_what_others_left(self) -> None:
+        """Sessions of this run that ended on this node with a spill the daemon could not reach."""
+        run, address = self.settings.run_id, self.settings.address
+        if run is None or address is None or not (left := waiting(private_folder())):
+            return
+        from sidestep.collect import collect
+
+        threading.Thread(
+            target=collect,
+            args=(left, address),
+            kwargs={"run": run, "notices": self.notices},
+            name="sidestep-collect",
+            daemon=True,
+        ).start()
 
     def _hello(self) -> Hello:
         who = self.identity
@@ -293,9 +344,21 @@ class Session:
         )
 
     def _whose_fault(self, timeout: float) -> str:
-        if self.sender is None:
+        if self.settings.address is None:
             return "because no daemon is known"
         return f"by the daemon at {self.settings.address} within {timeout:g} s"
+
+    def _where_they_are(self) -> str:
+        path = self.sender.kept_in if self.sender is not None else None
+        if path is None:
+            return ""
+        if self.settings.run_dir and path.is_relative_to(self.settings.run_dir):
+            who = "the run's daemon collects them"
+        elif self.settings.run_id:
+            who = "the next worker of this run on this node hands them on, or `sidestep collect`"
+        else:
+            who = "`sidestep run -- sidestep collect --any` makes a run of them"
+        return f"; {self.outbox.shelved} of them are kept in {path}: {who}"
 
 
 def new_packer() -> Packer:

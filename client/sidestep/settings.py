@@ -15,6 +15,7 @@ from typing import Any
 from sidestep.errors import SettingsError
 from sidestep.notices import say
 from sidestep.outbox import DEFAULT_BYTES
+from sidestep.spill import DEFAULT_BYTES as SPILL_BYTES
 from sidestep.wire import MAX_RECORD_BYTES
 
 
@@ -34,6 +35,10 @@ class WorkerSettings:
     """Raise where a training run would warn and count. For tests."""
     outbox_bytes: int = DEFAULT_BYTES
     """Records kept in memory until the daemon has them on its disk."""
+    when_full: str = "spill"
+    """When the daemon is away for longer than that lasts: `spill` to a file on disk, or `drop` and count."""
+    spill_bytes: int = SPILL_BYTES
+    """What the file may hold, for each process."""
     flush_interval_s: float | None = None
     """How long records wait for company before they are sent; the daemon's wish where it is not set."""
     launch_id: str | None = None
@@ -95,6 +100,12 @@ def _flag(raw: str) -> bool:
         raise ValueError("must be true or false") from None
 
 
+def _when_full(raw: str) -> str:
+    if raw not in ("spill", "drop"):
+        raise ValueError("must be spill or drop")
+    return raw
+
+
 def _bytes(raw: str) -> int:
     try:
         value = int(raw)
@@ -120,5 +131,7 @@ def _seconds(raw: str) -> float:
 _PARSE: Mapping[str, Callable[[str], Any]] = {
     "strict": _flag,
     "outbox_bytes": _bytes,
+    "spill_bytes": _bytes,
+    "when_full": _when_full,
     "flush_interval_s": _seconds,
 }

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import click
 
 from sidestep.errors import SettingsError, SidestepError
-from sidestepd import command, rundir, running, serving, status
+from sidestepd import collect, command, rundir, running, serving, status
 from sidestepd.config import KEYS, SECTIONS, Given, variables
 from sidestepd.control import Control
 from sidestepd.errors import AlreadyRunning, CanNotRun, ExitCode, Unreachable
@@ -282,6 +282,9 @@ def show_status(run_dir: Path | None, as_json: bool) -> None:
         return 0
 
     sys.exit(_saying_why(show))
+
+
+main.add_command(collect.command)
 
 
 # Options

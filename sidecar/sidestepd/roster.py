@@ -49,11 +49,12 @@ class Session:
     """When it said HELLO first."""
     exit_code: int | None = None
     """What its process ended with, as far as its BYE said."""
+    values_refused: int = 0
 
     @property
     def counters(self) -> dict[str, Any]:
         """What the worker counted, as of when it was heard last."""
-        return {"offered": self.offered, "dropped": self.dropped}
+        return {"offered": self.offered, "dropped": self.dropped, "values_refused": self.values_refused}
 
     def as_stored(self) -> StoredSession:
         """As it goes into the spool, together with all that was taken."""
@@ -89,6 +90,7 @@ class Roster:
                 dropped=dict(s.counters.get("dropped", {})),
                 began=s.counters.get("began", 0.0),
                 exit_code=s.counters.get("exit_code"),
+                values_refused=s.counters.get("values_refused", 0),
             )
             for s in stored
         }
@@ -227,5 +229,6 @@ class Roster:
 
     def _count(self, session: Session, said: Hello | Status | Bye) -> None:
         session.offered = max(session.offered, said.offered)
+        session.values_refused = max(session.values_refused, said.values_refused)
         for reason, count in said.dropped.items():
             session.dropped[reason] = max(session.dropped.get(reason, 0), count)

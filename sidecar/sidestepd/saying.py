@@ -130,6 +130,7 @@ def table(found: status.Report) -> str:
     lines += [
         f"rank {one.rank:<4} {one.state:<5} {one.acknowledged} of {one.offered} acknowledged"
         + (f", {_by_reason(one.dropped)} dropped" if any(one.dropped.values()) else "")
+        + (f", {one.values_refused} values left out" if one.values_refused else "")
         + f"   {one.node}:{one.pid}"
         for one in found.sessions
     ]
@@ -148,10 +149,16 @@ def _alert(alert: Alert) -> str:
 
 
 def _equation(ledger: status.Ledger) -> str:
+    refused = ledger.values_refused
     return (
         f"{ledger.offered} offered = {ledger.delivered} delivered + {_by_reason(ledger.rejected)} rejected"
         f" + {_by_reason(ledger.dropped)} dropped + {ledger.pending} pending + {ledger.unknown} unknown"
         + ("" if ledger.balances else "   DOES NOT BALANCE")
+        + (
+            f"\nvalues    {refused} that can not be logged were left out"
+            if (refused := ledger.values_refused)
+            else ""
+        )
     )
 
 

@@ -442,7 +442,7 @@ class TestServe:
 
     def test_a_run_whose_spool_was_damaged_meanwhile_is_salvaged_by_taking_it_up(self, here):
         address = f"ipc://{here}/daemon.sock"
-        with serving(address) as process, Control(address) as control:
+        with serving(address, "--id", "mine") as process, Control(address) as control:
             subprocess.run(python(LOG_TEN), env=os.environ | {"SIDESTEP_ADDRESS": address}, timeout=WAIT_S)
             eventually(lambda: control.close_run(0))
             stop_all(process)

@@ -267,11 +267,11 @@ class TestCounters:
     def test_never_go_back(self):
         """Messages of two connections may overtake each other."""
         roster = greeted()
-        roster.heartbeat(Status(session=ALICE, offered=50, dropped={"a": 5, "b": 1}), 0.0)
+        roster.heartbeat(Status(session=ALICE, offered=50, dropped={"a": 5, "b": 1}, values_refused=7), 0.0)
 
         roster.heartbeat(Status(session=ALICE, offered=40, dropped={"a": 4, "c": 2}), 0.0)
 
-        assert {"offered": 50, "dropped": {"a": 5, "b": 1, "c": 2}} == alice(roster).counters
+        assert {"offered": 50, "dropped": {"a": 5, "b": 1, "c": 2}, "values_refused": 7} == alice(roster).counters
 
     def test_new_drops_become_an_entry(self):
         roster = greeted()
@@ -280,7 +280,7 @@ class TestCounters:
 
         assert entry is not None
         assert entry.kind is EntryKind.COUNTERS
-        assert {"offered": 50, "dropped": {"a": 5}, "more": False} == entry.facts
+        assert {"offered": 50, "dropped": {"a": 5}, "values_refused": 0, "more": False} == entry.facts
 
     def test_having_caught_up_without_a_frame_becomes_an_entry(self):
         """HELLO said that there was more, and all of it was here already: nobody need wait for it."""
@@ -311,11 +311,11 @@ class TestCounters:
 
     def test_are_known_to_the_next_life(self):
         roster = greeted()
-        roster.heartbeat(Status(session=ALICE, offered=50, dropped={"a": 5}), 0.0)
+        roster.heartbeat(Status(session=ALICE, offered=50, dropped={"a": 5}, values_refused=2), 0.0)
 
         again = roster_with(alice(roster).as_stored())
 
-        assert {"offered": 50, "dropped": {"a": 5}} == alice(again).counters
+        assert {"offered": 50, "dropped": {"a": 5}, "values_refused": 2} == alice(again).counters
 
     def test_fit_into_an_entry_however_large(self):
         roster = greeted()

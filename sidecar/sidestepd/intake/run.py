@@ -22,6 +22,7 @@ from typing import Any
 
 from sidestep.wire import Ack, Bye, Frame, Hello, Message, Refuse, RunInfo, Status, Welcome
 from sidestepd.clock import Clock, Horizon, SpoolClock
+from sidestepd.collect import Collector
 from sidestepd.config import Config
 from sidestepd.crashpoints import crash_point
 from sidestepd.errors import ExitCode, SpoolDamaged
@@ -64,6 +65,7 @@ class Intake:
         self.config, self.run, self.run_dir, self.clock = config, run, Path(run.dir), clock
         self.boot = uuid.uuid4().hex
         self.rowlog = RowLogReader(self.run_dir / "delivery.db")
+        self.collector = Collector(self.run_dir, run.address, run.id)
         self.exit_code: int | None = None
         self.closing = spool.has_close()
         self._lock = lock
@@ -219,8 +221,13 @@ class Intake:
     # Its end
 
     def close(self, exit_code: int, then: tuple[bytes, Message] | None = None) -> None:
-        """Nobody of this run will speak again: finish it. `then` is answered once that is on disk."""
+        """Nobody of this run will speak again: finish it. `then` is answered once that is on disk.
+
+        Nothing happens yet while something that ended workers left is still to be collected: who asks asks again.
+        """
         if not self.closing:
+            if self.collector.anything_left(time.monotonic()):
+                return
             self.closing = True
             for entry in self.listener.close(self.roster.live, self._now()):
                 self._write(entry)
@@ -327,6 +334,7 @@ class Intake:
                 self._touched.add(entry.session)
             if self.keeper.done:
                 self.exit_code = ExitCode.COMPLETE
+            self.collector.tend(time.monotonic())
             if time.monotonic() >= next_delete:
                 await self._delete_settled()
                 next_delete = time.monotonic() + DELETE_INTERVAL_S
@@ -365,6 +373,7 @@ class Intake:
             "duplicates": self.roster.duplicates,
             "gaps": self.roster.gaps,
             "salvaged": self.spool.salvaged,
+            "collected": self.collector.collected,
             "delivery": {"pid": self.keeper.pid, "restarts": self.keeper.restarts},
         }
 
