@@ -19,7 +19,7 @@ import click
 
 from sidestep.errors import SettingsError, SidestepError
 from sidestepd import collect, command, rundir, running, serving, status
-from sidestepd.config import KEYS, SECTIONS, Given, variables
+from sidestepd.config import SECTIONS, Given, is_option, variables
 from sidestepd.control import Control
 from sidestepd.errors import AlreadyRunning, CanNotRun, ExitCode, Unreachable
 from sidestepd.rundir import RunFile
@@ -94,6 +94,12 @@ def _run_options(function: _F) -> _F:
     for add in (
         click.option("--set", "settings", multiple=True, metavar="SECTION.OPTION=VALUE", help="Any other option."),
         click.option(
+            "--reduce",
+            multiple=True,
+            metavar="NAME=OPERATION[,...]",
+            help="How values of several ranks become one, by name or pattern.",
+        ),
+        click.option(
             "--config", metavar="FILE", type=click.Path(path_type=Path), help="A TOML file with options."
         ),
         *(
@@ -154,7 +160,7 @@ def run(
     context_file: Path | None,
     config: Path | None,
     settings: tuple[str, ...],
-    **options: str | None,
+    **options: Any,
 ) -> None:
     """Run a command whose workers all log into one run.
 
@@ -182,7 +188,7 @@ def serve(
     grace_s: float,
     config: Path | None,
     settings: tuple[str, ...],
-    **options: str | None,
+    **options: Any,
 ) -> None:
     """Serve the runs of whoever comes, in the foreground, until SIGTERM or SIGINT.
 
@@ -290,7 +296,7 @@ main.add_command(collect.command)
 # Options
 
 
-def _overrides(options: Mapping[str, str | None], settings: Sequence[str]) -> dict[str, Given]:
+def _overrides(options: Mapping[str, Any], settings: Sequence[str]) -> dict[str, Given]:
     """What the command line says, with the option's own name as its source."""
     given = {
         key: Given(options[_parameter(key)], flag)
@@ -299,9 +305,14 @@ def _overrides(options: Mapping[str, str | None], settings: Sequence[str]) -> di
     }
     for setting in settings:
         key, equals, value = setting.partition("=")
-        if not equals or key not in KEYS:
+        if not equals or not is_option(key):
             raise click.BadParameter(f"{setting}: say SECTION.OPTION=VALUE; see deploy/sidestepd.toml")
         given[key] = Given(value, f"--set {key}")
+    for reduction in options["reduce"] or ():
+        name, equals, operations = reduction.rpartition("=")
+        if not equals or not name:
+            raise click.BadParameter(f"{reduction}: say NAME=OPERATION, such as 'train/*=max'")
+        given[f"reduce.{name}"] = Given(operations, "--reduce")
     return given
 
 

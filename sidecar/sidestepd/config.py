@@ -15,9 +15,17 @@ import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+)
 
 from sidestep.errors import SettingsError
 from sidestepd.rules import operations
@@ -208,6 +216,19 @@ class UnsafeOptions(Section):
     row_log: bool = Field(default=True, description="Rows are written down before they are sent.")
 
 
+def _known_operations(value: str | list[str]) -> str | list[str]:
+    operations(value)
+    return value
+
+
+def _split(value: object) -> object:
+    """Several reductions in one word, as a command line has them."""
+    return value.split(",") if isinstance(value, str) and "," in value else value
+
+
+Reduction = Annotated[str | list[str], BeforeValidator(_split), AfterValidator(_known_operations)]
+
+
 class Config(Section):
     """All options, resolved."""
 
@@ -218,7 +239,7 @@ class Config(Section):
     sink: SinkOptions = Field(default_factory=SinkOptions)
     serve: ServeOptions = Field(default_factory=ServeOptions)
     watch: WatchOptions = Field(default_factory=WatchOptions)
-    reduce: dict[str, str | list[str]] = Field(
+    reduce: dict[str, Reduction] = Field(
         default_factory=dict,
         description="How values of several ranks become one, by name or pattern; the first match counts.",
     )
@@ -226,16 +247,6 @@ class Config(Section):
     sources: dict[str, str] = Field(
         default_factory=dict, description="Where each option was given, for messages and for `config.json`."
     )
-
-    @field_validator("reduce")
-    @classmethod
-    def _known_operations(cls, value: dict[str, str | list[str]]) -> dict[str, str | list[str]]:
-        for name, reduce in value.items():
-            try:
-                operations(reduce)
-            except ValueError as error:
-                raise ValueError(f"{name}: {error}") from None
-        return value
 
     @classmethod
     def load(
@@ -306,6 +317,11 @@ _WORKERS_OWN = frozenset({"SIDESTEP_RUN_DIR"})
 """Variables that look like an option and are not: this one leads workers to their run."""
 
 
+def is_option(key: str) -> bool:
+    """Whether there is such an option; what is reduced may have any name."""
+    return key in KEYS or key.startswith("reduce.")
+
+
 def variables(key: str) -> tuple[str, ...]:
     """The environment variables of an option, weakest first."""
     ours = "SIDESTEP_DIR" if key == "run.dir" else f"SIDESTEP_{key.replace('.', '_').upper()}"
@@ -332,7 +348,9 @@ def _from_file(path: Path) -> dict[str, Given]:
     given = {key: Given(value, str(path)) for key, value in _flat(tables)}
     _refuse_unknown(given, str(path))
     given = {key: one for key, one in given.items() if one.value != ""}
-    return given | ({} if reduce is None else {"reduce": Given(reduce, str(path))})
+    if reduce is not None and not isinstance(reduce, dict):
+        return given | {"reduce": Given(reduce, str(path))}
+    return given | {f"reduce.{name}": Given(value, str(path)) for name, value in (reduce or {}).items()}
 
 
 def _from_overrides(overrides: Mapping[str, object]) -> dict[str, Given]:
@@ -345,7 +363,7 @@ def _from_overrides(overrides: Mapping[str, object]) -> dict[str, Given]:
 
 
 def _refuse_unknown(keys: Iterable[str], source: str) -> None:
-    unknown = [key for key in keys if key not in KEYS]
+    unknown = [key for key in keys if not is_option(key)]
     if unknown:
         raise SettingsError(
             "\n".join(f"{source}: {key} is no option{_nearest(key, (*KEYS, 'reduce'))}" for key in unknown)

@@ -35,7 +35,7 @@ from sidestepd.processes import Beat, Lock, die_with_parent, read_json, write_js
 from sidestepd.resolve import Closed, Folded, Lost, Resolver
 from sidestepd.rowlog import SENT, RowLog
 from sidestepd.rows import Bundle, Part, Row
-from sidestepd.rules import Rule, Rules, operations
+from sidestepd.rules import Rule, Rules, Source, operations
 from sidestepd.settlement import Settlement
 from sidestepd.sinks import Confirmed, RunFacts, Sink, make_sink, write_all
 from sidestepd.spool import Entry, EntryKind, SpoolReader
@@ -69,7 +69,10 @@ class Delivery:
         order = config.order
         self.config = config
         self.spool, self.rowlog, self.sink, self.horizon, self.beat = spool, rowlog, sink, horizon, beat
-        rules = Rules(Rule(pattern=name, reduce=operations(reduce)) for name, reduce in config.reduce.items())
+        rules = Rules(
+            Rule(pattern=name, reduce=operations(reduce), source=_source(config.source(f"reduce.{name}")))
+            for name, reduce in config.reduce.items()
+        )
         self.marks: dict[str, Any] = rowlog.meta("marks", {})
         self.resolver = Resolver(rules)
         self.matcher = Matcher(patience=order.patience_s, capacity=order.capacity_rows)
@@ -361,6 +364,11 @@ class Delivery:
                 for id_, s in self.resolver.sessions.items()
             },
         }  # fmt: skip
+
+
+def _source(given: str) -> Source:
+    """Where a reduction was given: an option, or a file."""
+    return Source.COMMAND_LINE if given.startswith("-") else Source.FILE
 
 
 def settle_facts(run: Mapping[str, Any], config: Config, said: Mapping[str, Any]) -> dict[str, Any]:
