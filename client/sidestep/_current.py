@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from sidestep._run import Metric, Run, SilentRun
 from sidestep.bags import Bag, entries_of
 from sidestep.errors import UnsupportedValue
 from sidestep.notices import Notices
-from sidestep.session import EXIT_S, Session
+from sidestep.session import EXIT_S, NewCarrier, Session
 from sidestep.settings import Settings, WorkerSettings
 from sidestep.wire import MAX_CONTROL_BYTES, Kind
 
@@ -29,6 +30,9 @@ HARMLESS = frozenset({"allow_val_change", "anonymous", "force"})
 
 _notices = Notices()
 _run: Run | None = None
+_strict: bool | None = None
+_carrier: NewCarrier | None = None
+"""What takes records out of a process instead of a sender: a test's recorder."""
 
 
 def init(
@@ -67,6 +71,7 @@ def init(
         },
     )  # fmt: skip
     _say_what_has_no_effect(keywords)
+    strict = _strict if strict is None else strict
     _run = _new_run(WorkerSettings.from_env(os.environ, strict=strict), wanted)
     _run.config.update(config)
     _bind(_run)
@@ -107,6 +112,21 @@ def bag(name: str) -> Bag:
     return _run.config if name == "config" else _run.summary
 
 
+@contextmanager
+def carried_by(carrier: NewCarrier, *, strict: bool) -> Iterator[None]:
+    """Have the runs that begin inside carried by something else than a sender; the one outside is untouched."""
+    global _run, _carrier, _strict, _notices
+    package = vars(sys.modules[__package__])
+    before = _run, _carrier, _strict, _notices, package["log"]
+    _run, _carrier, _strict, _notices, package["log"] = None, carrier, strict, Notices(), log
+    try:
+        yield
+        finish()
+    finally:
+        finish(exit_code=1)  # of what an exception left unfinished
+        _run, _carrier, _strict, _notices, package["log"] = before
+
+
 def _new_run(settings: WorkerSettings, keywords: Mapping[str, Any]) -> Run:
     identity = ranks.identify(
         os.environ,
@@ -117,7 +137,14 @@ def _new_run(settings: WorkerSettings, keywords: Mapping[str, Any]) -> Run:
         launch=settings.launch_id,
     )
     disabled = "disabled" in (keywords.get("mode"), settings.mode)
-    session = Session(settings=settings, identity=identity, keywords=keywords, notices=_notices, silent=disabled)
+    session = Session(
+        settings=settings,
+        identity=identity,
+        keywords=keywords,
+        notices=_notices,
+        silent=disabled,
+        carrier=_carrier,
+    )
     if disabled:
         return SilentRun(session, {**keywords, "mode": "disabled"})
     if settings.run_id and keywords.get("id", settings.run_id) != settings.run_id:

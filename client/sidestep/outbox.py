@@ -299,7 +299,8 @@ class Outbox:
 
     def _give_up(self, end: int, reason: DropReason) -> None:
         """Count everything from the sequence `end` on as dropped."""
-        self.drop(reason, self._cut - end)
+        if count := self._cut - end:
+            self.drop(reason, count)
         self._cut = end
         while self._window and self._window[-1].end > end:
             self._held -= len(self._window.pop().body)

@@ -14,14 +14,14 @@ from __future__ import annotations
 import atexit
 import os
 import platform
-import secrets
 import sys
 import threading
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from time import time
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from msgpack import Packer
 
@@ -34,9 +34,6 @@ from sidestep.settings import WorkerSettings
 from sidestep.spill import Spill, folders, private_folder, waiting
 from sidestep.steps import Steps
 from sidestep.wire import MAX_RECORD_BYTES, Hello, Kind
-
-if TYPE_CHECKING:
-    from sidestep.sender import Sender
 
 EXIT_S = 5.0
 LARGE_BYTES = 64 * 1024
@@ -70,6 +67,37 @@ class Stats:
     """Values that were left out of records which were sent without them."""
 
 
+class Carrier(Protocol):
+    """Takes records out of a session's outbox: the sender, or what a test puts in its place."""
+
+    kept_in: Path | None
+
+    @property
+    def run(self) -> Mapping[str, Any]:
+        """What is known of the run."""
+
+    def start(self) -> None:
+        """Begin."""
+
+    def wake(self) -> None:
+        """There is something in an outbox that was idle, or no room in it."""
+
+    def flush(self, timeout: float) -> bool:
+        """Wait until all that was offered so far is acknowledged."""
+
+    def ask(self, timeout: float) -> Mapping[str, Any]:
+        """Wait for what the daemon says of the run."""
+
+    def finish(self, timeout: float, exit_code: int | None) -> bool:
+        """Deliver what is left and stop; whether that was confirmed."""
+
+    def forget(self) -> None:
+        """This is a forked child: touch nothing any more."""
+
+
+NewCarrier = Callable[[Hello, Outbox], Carrier | None]
+
+
 class Refusal(Exception):
     """A record is given up, for this reason. Never leaves this package."""
 
@@ -83,8 +111,9 @@ class Session:
     """One life of a process. The object outlives a fork; its id, outbox and sender do not."""
 
     __slots__ = (
-        "__weakref__", "_keywords", "_lock", "_spill", "dormant", "exit_code", "finished", "id", "identity",
-        "names", "notices", "on_finish", "outbox", "packers", "sender", "settings", "silent", "steps",
+        "__weakref__", "_keywords", "_lock", "_new_carrier", "_spill", "_spills", "dormant", "exit_code",
+        "finished", "id", "identity", "names", "notices", "on_finish", "outbox", "packers", "sender", "settings",
+        "silent", "steps",
     )  # fmt: skip
 
     def __init__(
@@ -95,6 +124,7 @@ class Session:
         keywords: Mapping[str, Any],
         notices: Notices,
         silent: bool = False,
+        carrier: NewCarrier | None = None,
     ) -> None:
         self.settings = settings
         self.identity = identity
@@ -108,9 +138,11 @@ class Session:
         self.dormant = False
         self.finished = False
         self._keywords = keywords
+        self._new_carrier = carrier or self._new_sender
+        self._spills = not silent and carrier is None and settings.when_full == "spill"
         self._lock = threading.Lock()
         self.outbox: Outbox
-        self.sender: Sender | None
+        self.sender: Carrier | None
         self._begin()
         if not silent:
             _living.add(self)
@@ -167,7 +199,7 @@ class Session:
         """Put a record into the outbox, or raise Refusal."""
         outbox = self.outbox
         if not outbox.offer(record):
-            if outbox.full is DropReason.OUTBOX_FULL and self.settings.when_full == "spill":
+            if self._spills and outbox.full is DropReason.OUTBOX_FULL:
                 self.wake()  # a sender that sleeps may be able to make room
             raise Refusal(outbox.shut or outbox.full)
         if outbox.idle:
@@ -259,11 +291,11 @@ class Session:
     def _begin(self) -> None:
         for steps in self.steps.values():
             steps.restart()
-        self.id = secrets.token_bytes(16)
+        self.id = os.urandom(16)  # what `secrets` does, without its import, which takes 4 MB
         self.packers = [new_packer()]
         self._spill = self._new_spill()
         self.outbox = Outbox(self.id, self.settings.outbox_bytes, self._spill)
-        self.sender = self._new_sender()
+        self.sender = None if self.silent else self._new_carrier(self._hello(), self.outbox)
         self.dormant = False
         if self.sender is not None:
             self.sender.start()
@@ -271,7 +303,7 @@ class Session:
             util.Finalize(None, self.at_exit, exitpriority=0)  # its children leave without atexit
 
     def _new_spill(self) -> Spill | None:
-        if self.silent or self.settings.when_full == "drop":
+        if not self._spills:
             return None
         run_dir, notices = self.settings.run_dir, self.notices
         return Spill(
@@ -281,9 +313,7 @@ class Session:
             say=lambda text: notices.once("spill failed", text),
         )
 
-    def _new_sender(self) -> Sender | None:
-        if self.silent:
-            return None
+    def _new_sender(self, hello: Hello, outbox: Outbox) -> Carrier | None:
         address = self._find_daemon()
         if address is None and self._spill is None:
             return None
@@ -291,8 +321,8 @@ class Session:
 
         return Sender(
             address,
-            self._hello(),
-            self.outbox,
+            hello,
+            outbox,
             self.notices,
             flush_interval_s=self.settings.flush_interval_s,
             spill=self._spill,
