@@ -14,7 +14,7 @@ import select
 import socket as sockets
 import threading
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from math import ceil
 from time import monotonic
 from typing import Any
@@ -63,8 +63,10 @@ class Sender:
         notices: Notices,
         *,
         flush_interval_s: float | None = None,
+        when_alone: Callable[[], None] = lambda: None,
     ) -> None:
         self._address = address
+        self._when_alone = when_alone  # called again and again, in this thread, while nobody answers
         self._outbox = outbox
         self._notices = notices
         self._dialogue = Dialogue(outbox, hello, jitter=random.random, flush_interval_s=flush_interval_s)
@@ -131,6 +133,7 @@ class Sender:
 
     def _main(self) -> None:
         pause = RECOVER_S[0]
+        self._when_alone()
         while not self._ended():
             try:
                 with _Link(self._address, self._bell) as link:
@@ -162,6 +165,7 @@ class Sender:
             self._speak(link)
         else:
             self._dialogue.interrupted()
+            self._when_alone()
         self._settle()
 
     def _wait(self, link: _Link) -> None:

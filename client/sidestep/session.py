@@ -28,12 +28,13 @@ from sidestep._version import __version__
 from sidestep.errors import SidestepError, UnsupportedValue
 from sidestep.notices import Notices, say
 from sidestep.outbox import DropReason, Outbox
-from sidestep.ranks import Identity
+from sidestep.ranks import Identity, is_on_one_node
 from sidestep.settings import WorkerSettings
 from sidestep.steps import Steps
 from sidestep.wire import MAX_RECORD_BYTES, Hello, Kind
 
 if TYPE_CHECKING:
+    from sidestep.autostart import Starter
     from sidestep.sender import Sender
 
 EXIT_S = 5.0
@@ -78,8 +79,9 @@ class Session:
     """One life of a process. The object outlives a fork; its id, outbox and sender do not."""
 
     __slots__ = (
-        "__weakref__", "_keywords", "_lock", "dormant", "exit_code", "finished", "id", "identity", "names",
-        "notices", "on_finish", "outbox", "packers", "sender", "settings", "silent", "steps", "values_refused",
+        "__weakref__", "_keywords", "_lock", "_starter", "dormant", "exit_code", "finished", "id", "identity",
+        "names", "notices", "on_finish", "outbox", "packers", "sender", "settings", "silent", "steps",
+        "values_refused",
     )  # fmt: skip
 
     def __init__(
@@ -104,6 +106,7 @@ class Session:
         self.dormant = False
         self.finished = False
         self._keywords = keywords
+        self._starter: Starter | None = None
         self._lock = threading.Lock()
         self.outbox: Outbox
         self.sender: Sender | None
@@ -259,12 +262,8 @@ class Session:
     def _new_sender(self) -> Sender | None:
         if self.silent:
             return None
+        when_alone = self._find_daemon()
         if self.settings.address is None:
-            self.notices.once(
-                "no daemon",
-                "no daemon is known (SIDESTEP_ADDRESS is not set): nothing will be logged. "
-                "Start the training with `sidestep run -- COMMAND`",
-            )
             return None
         from sidestep.sender import Sender  # zmq comes with it, and only a process that sends needs that
 
@@ -274,6 +273,35 @@ class Session:
             self.outbox,
             self.notices,
             flush_interval_s=self.settings.flush_interval_s,
+            when_alone=when_alone,
+        )
+
+    def _find_daemon(self) -> Callable[[], None]:
+        """Where no address was given, see to one; returns what the sender shall do while nobody answers."""
+        if self.settings.address is not None and self._starter is None:
+            return _nothing
+        found: Starter | str | None = self._starter
+        if found is None:
+            found = "autostart is off" if not self.settings.autostart else self._new_starter()
+        if isinstance(found, str):
+            self.notices.once(
+                "no daemon",
+                f"no daemon is known (SIDESTEP_ADDRESS is not set, and {found}): nothing will be logged. "
+                "Start the training with `sidestep run -- COMMAND`",
+            )
+            return _nothing
+        self._starter, self.settings = found, replace(self.settings, address=found.address)
+        return found.look
+
+    def _new_starter(self) -> Starter | str:
+        from sidestep.autostart import starter_for  # only a process that has no address needs it
+
+        folder = self._keywords.get("dir")
+        return starter_for(
+            self.identity.launch,
+            on_one_node=is_on_one_node(os.environ, self.identity.world),
+            notices=self.notices,
+            folder=folder if isinstance(folder, str) else None,
         )
 
     def _hello(self) -> Hello:
@@ -296,6 +324,10 @@ class Session:
         if self.sender is None:
             return "because no daemon is known"
         return f"by the daemon at {self.settings.address} within {timeout:g} s"
+
+
+def _nothing() -> None:
+    """A daemon of whom nothing is known but the address comes back by itself."""
 
 
 def new_packer() -> Packer:

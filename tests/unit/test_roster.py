@@ -382,3 +382,14 @@ class TestExitCode:
         again = Roster([one.as_stored() for one in roster.sessions.values()], lease=60.0, now=9.0)
 
         assert roster.exit_code == again.exit_code == 5
+
+
+class TestFullWorld:
+    def test_it_is_when_every_rank_of_every_launch_was_there(self):
+        roster = roster_with()
+        roster.hello(Hello(session=ALICE, rank=0, world=2, launch="L"), 0.0)
+        assert not roster.is_full_world
+
+        roster.hello(Hello(session=BOB, rank=1, world=2, launch="L"), 0.0)
+
+        assert roster.is_full_world
