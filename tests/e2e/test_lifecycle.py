@@ -212,6 +212,34 @@ class TestService:
         said = RowLogReader(Path(run.run.dir) / "delivery.db").meta("run")
         assert ("ours", "own", "pipeline") == (said["entity"], said["name"], said["project"])
 
+    def test_a_service_whose_supervisor_is_killed_serves_until_its_workers_left_and_tidies_up(self, here: Path):
+        with (
+            serving() as (process, address),
+            started(sys.executable, "-c", WAIT_FOR_A_WORD, SIDESTEP_ADDRESS=address, WANDB_RUN_ID="mine") as job,
+        ):
+            ready(job)
+            with Control(address) as control:
+                intake = psutil.Process((control.ask_status(5.0) or {})["pid"])
+
+            process.kill()
+            job.communicate("go on\n", timeout=WAIT_S)
+            intake.wait(WAIT_S)
+
+        run = reports(here)["mine"]
+        assert ("finished", 0, 11) == (run.state, run.run.exit_code, run.ledger.delivered)
+        assert [] == list(Path(address.removeprefix("ipc://")).parent.iterdir())
+
+    def test_the_key_to_wandb_is_written_nowhere(self, here: Path):
+        key = "0123456789abcdef0123456789abcdef01234567"
+        with serving("--set", "serve.linger_s=0", WANDB_API_KEY=key) as (process, address):
+            stage("operator", 0, SIDESTEP_ADDRESS=address, WANDB_API_KEY=key)
+            process.terminate()
+            process.communicate(timeout=WAIT_S)
+
+        files = [path for path in here.rglob("*") if path.is_file()]
+        assert len(files) > 5
+        assert [] == [path for path in files if key.encode() in path.read_bytes()]
+
 
 class TestStopAndDrain:
     def test_stop_ends_a_service_and_waits_for_it(self, here: Path):
