@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,19 @@ from sidestep.wire import MAX_CONTROL_BYTES, Kind
 
 HARMLESS = frozenset({"allow_val_change", "anonymous", "force"})
 """Keywords of wandb's that change nothing here, and that nobody misses."""
+
+VARIABLES = {
+    "id": ("WANDB_RUN_ID",),
+    "project": ("SIDESTEP_RUN_PROJECT", "WANDB_PROJECT"),
+    "entity": ("SIDESTEP_RUN_ENTITY", "WANDB_ENTITY"),
+    "name": ("SIDESTEP_RUN_NAME", "WANDB_NAME"),
+    "group": ("SIDESTEP_RUN_GROUP", "WANDB_RUN_GROUP"),
+    "job_type": ("SIDESTEP_RUN_JOB_TYPE", "WANDB_JOB_TYPE"),
+    "tags": ("SIDESTEP_RUN_TAGS", "WANDB_TAGS"),
+    "notes": ("SIDESTEP_RUN_NOTES", "WANDB_NOTES"),
+    "resume": ("WANDB_RESUME",),
+}
+"""The variables that stand for a keyword of `init()` where that is not given, the strongest first."""
 
 _notices = Notices()
 _run: Run | None = None
@@ -62,8 +76,11 @@ def init(
         if reinit not in (True, "finish_previous"):
             return _joined(_run, config)
         _run.finish()
+    entries = _entries(settings)
+    autostart = entries.pop("autostart", None)
     wanted = _plain_keywords(
-        _entries(settings),
+        _from_wandb(os.environ),
+        entries,
         keywords,
         {
             "project": project, "entity": entity, "name": name, "id": id, "group": group, "job_type": job_type,
@@ -71,8 +88,8 @@ def init(
         },
     )  # fmt: skip
     _say_what_has_no_effect(keywords)
-    strict = _strict if strict is None else strict
-    _run = _new_run(WorkerSettings.from_env(os.environ, strict=strict), wanted)
+    options = WorkerSettings.from_env(os.environ, strict=_strict if strict is None else strict)
+    _run = _new_run(options if autostart is None else replace(options, autostart=bool(autostart)), wanted)
     _run.config.update(config)
     _bind(_run)
     return _run
@@ -178,6 +195,17 @@ def _entries(settings: Settings | Mapping[str, Any] | None) -> dict[Any, Any]:
     except UnsupportedValue as error:
         _notices.once("settings", f"init(settings=...): {error}")
         return {}
+
+
+def _from_wandb(environ: Mapping[str, str]) -> dict[str, Any]:
+    """What this process's environment says of its run, which need not be the daemon's environment."""
+    found: dict[str, Any] = {}
+    for name, variables in VARIABLES.items():
+        if said := next((environ[it].strip() for it in variables if environ.get(it, "").strip()), ""):
+            if name == "id" and environ.get("SIDESTEP_RUN_ID"):
+                continue  # the run of the command that this process belongs to
+            found[name] = [tag.strip() for tag in said.split(",") if tag.strip()] if name == "tags" else said
+    return found
 
 
 def _plain_keywords(*sources: Mapping[str, Any]) -> dict[str, Any]:

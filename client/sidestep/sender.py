@@ -81,8 +81,10 @@ class Sender:
         flush_interval_s: float | None = None,
         spill: Spill | None = None,
         on_welcome: Callable[[], None] = lambda: None,
+        when_alone: Callable[[], None] = lambda: None,
     ) -> None:
         self._address = address
+        self._when_alone = when_alone  # called again and again, in this thread, while nobody answers
         self._outbox = outbox
         self._notices = notices
         self._dialogue = Dialogue(outbox, hello, jitter=random.random, flush_interval_s=flush_interval_s)
@@ -187,6 +189,7 @@ class Sender:
 
     def _main(self) -> None:
         pause = RECOVER_S[0]
+        self._when_alone()
         while not self._ended():
             try:
                 with _Link(self._address, self._bell) as link:
@@ -220,6 +223,7 @@ class Sender:
             self._speak(link)
         else:
             self._dialogue.interrupted()
+            self._when_alone()
         self._say_if_nobody_answers(now)
         self._relieve(now)
         if self._dialogue.phase is Phase.OPEN and self._on_welcome is not None:

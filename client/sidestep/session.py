@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from time import time
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from msgpack import Packer
 
@@ -29,11 +29,14 @@ from sidestep._version import __version__
 from sidestep.errors import SidestepError, UnsupportedValue
 from sidestep.notices import Notices, say
 from sidestep.outbox import DropReason, Outbox
-from sidestep.ranks import Identity
+from sidestep.ranks import Identity, is_on_one_node
 from sidestep.settings import WorkerSettings
 from sidestep.spill import Spill, folders, private_folder, waiting
 from sidestep.steps import Steps
 from sidestep.wire import MAX_RECORD_BYTES, Hello, Kind
+
+if TYPE_CHECKING:
+    from sidestep.autostart import Starter
 
 EXIT_S = 5.0
 LARGE_BYTES = 64 * 1024
@@ -111,9 +114,9 @@ class Session:
     """One life of a process. The object outlives a fork; its id, outbox and sender do not."""
 
     __slots__ = (
-        "__weakref__", "_keywords", "_lock", "_new_carrier", "_spill", "_spills", "dormant", "exit_code",
-        "finished", "id", "identity", "names", "notices", "on_finish", "outbox", "packers", "sender", "settings",
-        "silent", "steps",
+        "__weakref__", "_keywords", "_lock", "_new_carrier", "_spill", "_spills", "_starter", "dormant",
+        "exit_code", "finished", "id", "identity", "names", "notices", "on_finish", "outbox", "packers", "sender",
+        "settings", "silent", "steps",
     )  # fmt: skip
 
     def __init__(
@@ -140,6 +143,7 @@ class Session:
         self._keywords = keywords
         self._new_carrier = carrier or self._new_sender
         self._spills = not silent and carrier is None and settings.when_full == "spill"
+        self._starter: Starter | None = None
         self._lock = threading.Lock()
         self.outbox: Outbox
         self.sender: Carrier | None
@@ -314,7 +318,8 @@ class Session:
         )
 
     def _new_sender(self, hello: Hello, outbox: Outbox) -> Carrier | None:
-        address = self._find_daemon()
+        when_alone = self._find_daemon()
+        address = self.settings.address
         if address is None and self._spill is None:
             return None
         from sidestep.sender import Sender  # zmq comes with it, and only a process that sends needs that
@@ -327,20 +332,39 @@ class Session:
             flush_interval_s=self.settings.flush_interval_s,
             spill=self._spill,
             on_welcome=self._hand_on_what_others_left,
+            when_alone=when_alone,
         )
 
-    def _find_daemon(self) -> str | None:
-        """Where the daemon listens, or None, said once, if there is none."""
-        if self.settings.address is None:
+    def _find_daemon(self) -> Callable[[], None]:
+        """Where no address was given, see to one; returns what the sender shall do while nobody answers."""
+        if self.settings.address is not None and self._starter is None:
+            return _nothing
+        found: Starter | str | None = self._starter
+        if found is None:
+            found = "autostart is off" if not self.settings.autostart else self._new_starter()
+        if isinstance(found, str):
             what = (
                 "nothing will be logged" if self._spill is None else "records are kept on disk for one to collect"
             )
             self.notices.once(
                 "no daemon",
-                f"no daemon is known (SIDESTEP_ADDRESS is not set): {what}. "
+                f"no daemon is known (SIDESTEP_ADDRESS is not set, and {found}): {what}. "
                 "Start the training with `sidestep run -- COMMAND`",
             )
-        return self.settings.address
+            return _nothing
+        self._starter, self.settings = found, replace(self.settings, address=found.address)
+        return found.look
+
+    def _new_starter(self) -> Starter | str:
+        from sidestep.autostart import starter_for  # only a process that has no address needs it
+
+        folder = self._keywords.get("dir")
+        return starter_for(
+            self.identity.launch,
+            on_one_node=is_on_one_node(os.environ, self.identity.world),
+            notices=self.notices,
+            folder=folder if isinstance(folder, str) else None,
+        )
 
     def _hand_on_what_others_left(self) -> None:
         """Sessions of this run that ended on this node with a spill the daemon could not reach."""
@@ -389,6 +413,10 @@ class Session:
         else:
             who = "`sidestep run -- sidestep collect --any` makes a run of them"
         return f"; {self.outbox.shelved} of them are kept in {path}: {who}"
+
+
+def _nothing() -> None:
+    """A daemon of whom nothing is known but the address comes back by itself."""
 
 
 def new_packer() -> Packer:

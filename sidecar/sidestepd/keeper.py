@@ -29,6 +29,7 @@ HEALTHY_AFTER_S = 10.0
 DEATHS_TO_TELL = 2
 """One death is what a restart is for; so many in a row are told."""
 _LAST_WORDS_BYTES = 8192
+_LONGEST_WORDS = 300
 
 
 class DeliveryKeeper:
@@ -142,14 +143,18 @@ class DeliveryKeeper:
 
 
 def last_words(log: Path) -> str:
-    """The last line of a log that is no part of a traceback's listing, cut to what fits a line; "" if none is."""
+    """What a log ends with, on one line: its last exception if that is what it ends with; "" if it is empty."""
     try:
         with log.open("rb") as file:
             file.seek(max(0, log.stat().st_size - _LAST_WORDS_BYTES))
             lines = file.read().decode(errors="replace").splitlines()
     except OSError:
         return ""
-    return next((line.strip()[:300] for line in reversed(lines) if line.strip() and not line.startswith(" ")), "")
+    traceback = max((at for at, line in enumerate(lines) if line.startswith("Traceback ")), default=None)
+    if traceback is None:
+        return next((line.strip()[:_LONGEST_WORDS] for line in reversed(lines) if line.strip()), "")
+    error = next((at for at in range(traceback + 1, len(lines)) if not lines[at].startswith(" ")), len(lines))
+    return " ".join(" ".join(lines[error:]).split())[:_LONGEST_WORDS]
 
 
 def _said(code: int) -> str:

@@ -211,6 +211,17 @@ class Roster:
         codes = [one.exit_code or 0 if one.state == "bye" else LOST for one in own.values()]
         return next((code for code in codes if code), 0)
 
+    @property
+    def is_full_world(self) -> bool:
+        """Whether every rank of every launch that spoke was there."""
+        ranks: dict[str, set[int]] = {}
+        world: dict[str, int] = {}
+        for session in self.sessions.values():
+            launch = session.hello.get("launch", "")
+            ranks.setdefault(launch, set()).add(session.hello.get("rank", 0))
+            world[launch] = max(world.get(launch, 1), session.hello.get("world", 1))
+        return all(len(ranks[launch]) >= world[launch] for launch in ranks)
+
     def end_all(self, now: float) -> list[Entry]:
         """The command ended, and with it every lease."""
         return [self._end(session, now) for session in self.live]

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import psutil
 
+from sidestep.autostart import log_of
 from sidestep.errors import SettingsError
 from sidestepd import rundir, status
 from sidestepd.command import Signals
@@ -59,7 +60,10 @@ def autostarted(address: str, lock: int, folder: Path | None) -> int:
     home = ServiceHome(config, address, until_idle=True)
     with Signals() as signals, os.fdopen(lock, "ab") as held:
         daemon = Daemon(home, pause=Drain(signals), lock=held)
-        return _until_over(daemon, signals, AUTOSTARTED_GRACE_S, quiet=True)
+        code = _until_over(daemon, signals, AUTOSTARTED_GRACE_S, quiet=True)
+    if code == ExitCode.COMPLETE:
+        log_of(address).unlink(missing_ok=True)
+    return code
 
 
 def drain(run_dirs: Sequence[Path]) -> int:

@@ -44,6 +44,18 @@ run = sidestep.init()
 for step in range(5):
     run.log({"loss": step, "bad": object()})
 """
+SLOW_DRAIN = """
+import os, signal, subprocess, sidestep
+from sidestepd.control import Control
+delivery = Control(os.environ["SIDESTEP_ADDRESS"]).ask_status(30)["delivery"]["pid"]
+os.kill(delivery, signal.SIGSTOP)
+run = sidestep.init()
+for step in range(10):
+    run.log({"loss": step})
+run.finish()
+quiet = dict(stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+subprocess.Popen(["sh", "-c", f"sleep 3; kill -CONT {delivery}"], start_new_session=True, **quiet)
+"""
 ANNOUNCE_FIVE_AND_DIE = """
 import os, sys, zmq
 from sidestep.wire import Hello, decode, encode
@@ -254,6 +266,18 @@ class TestWhatIsSaid:
         assert 0 == code
         assert re.search(r"^sidestep: run run4you in sidestep-runs/\d{8}-\d{6}-run4you\r$", shown, re.MULTILINE)
         assert "sidestep: 10 rows of 1 rank: 0 late, 0 dropped, 0 rejected\r\n" in shown
+
+    def test_a_drain_that_takes_its_time_shows_how_far_it_is_in_a_terminal(self, here):
+        code, shown = in_terminal("run", "--", *python(SLOW_DRAIN))
+
+        assert 0 == code
+        assert "sidestep: writing the last rows" in shown
+        assert "0/10 " in re.sub(r"\x1b\[[0-9;]*m", "", shown)
+
+    def test_a_drain_that_takes_its_time_is_quiet_in_a_pipe(self, here):
+        ended = sidestep("run", "--", *python(SLOW_DRAIN))
+
+        assert (0, "", "") == (ended.returncode, ended.stdout, ended.stderr)
 
 
 class TestRun:

@@ -398,3 +398,14 @@ class TestAttempts:
 
         assert [] == roster.supersede(Hello(session=BOB, first=0, launch="other", attempt=1), 5.0)
         assert [] == roster.supersede(Hello(session=BOB, first=0, launch="L"), 5.0)
+
+
+class TestFullWorld:
+    def test_it_is_when_every_rank_of_every_launch_was_there(self):
+        roster = roster_with()
+        roster.hello(Hello(session=ALICE, rank=0, world=2, launch="L"), 0.0)
+        assert not roster.is_full_world
+
+        roster.hello(Hello(session=BOB, rank=1, world=2, launch="L"), 0.0)
+
+        assert roster.is_full_world

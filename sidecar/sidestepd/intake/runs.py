@@ -261,7 +261,8 @@ class SeveralRuns:
             run.empty_since = None
             return
         run.empty_since = now if run.empty_since is None else run.empty_since
-        if at_once or run.all_gone or now - run.empty_since >= self._config.serve.linger_s:
+        over = run.all_gone and roster.is_full_world  # ranks that start more slowly than others end are waited for
+        if at_once or over or now - run.empty_since >= self._config.serve.linger_s:
             run.intake.close(roster.exit_code)
 
     def _forget(self, key: str, run: OpenRun) -> None:
