@@ -3,8 +3,8 @@
     torchrun --standalone --nproc-per-node 4 -m tests.support.lockstep FOLDER
 
 Each step is `--work` seconds of work, one `log()`, and one `all_reduce` over gloo. FOLDER is looked at in every
-step: `slow-2` makes rank 2 take 30 % longer for its work, `stop` ends the training. Each rank writes its pid into a
-file of its number.
+step: `slow-2` makes rank 2 take 30 % longer for its work, `stop` ends the training. Each rank writes its pid into
+a file of its number.
 """
 
 from __future__ import annotations
