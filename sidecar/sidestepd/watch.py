@@ -83,11 +83,13 @@ class _Worker:
     quiet_since: float | None = None
     gone_at: float | None = None
     ended: bool = False
+    replaced: bool = False
+    """A later attempt of its rank has begun."""
 
     @property
     def lives(self) -> bool:
         """Whether more is to be heard of it."""
-        return not self.ended and self.gone_at is None
+        return not self.ended and not self.replaced and self.gone_at is None
 
     @property
     def where(self) -> str:
@@ -176,11 +178,10 @@ class Watch:
                 rank=facts["rank"], launch=launch, node=facts.get("node", ""), pid=facts.get("pid", 0),
                 attempt=facts.get("attempt", 0), joined=now, voice=_Voice(spoke=now),
             )  # fmt: skip
-            worker.main = not any(
-                it.main and it.lives and it.attempt >= worker.attempt
-                for it in self._of(launch)
-                if it is not worker and it.rank == worker.rank
-            )
+            others = [it for it in self._of(launch) if it is not worker and it.rank == worker.rank]
+            for it in others:
+                it.replaced = it.replaced or it.attempt < worker.attempt
+            worker.main = not any(it.main and it.lives for it in others)
             self._nodes.add(worker.node)
         worker.ended, worker.quiet_since, worker.gone_at = False, None, None
         worker.voice.excused = False
