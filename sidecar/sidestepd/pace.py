@@ -29,7 +29,7 @@ WINDOW = 32
 FEWEST = 8
 """Steps without which there is no score."""
 STRIDE = 4
-"""Steps from one look at the scores to the next."""
+"""Steps from one look at the scores to the next; they are in the rows of these steps."""
 SURE = 3.0
 """How many standard errors a score must be away from nothing."""
 CLOCK_WINDOW_S = 60.0
@@ -150,7 +150,7 @@ class Pace:
         self._before.update(said)
         times = self._by_clock_of(first.node, said)
         own: dict[str, Any] = {SKEW: max(times.values()) - min(times.values())}
-        return own | self._compare(bundle, times, before, first.node, seats) | self._told()
+        return own | self._compare(bundle, times, before, first.node, seats)
 
     def _compare(
         self,
@@ -167,11 +167,11 @@ class Pace:
             return {}
         last_steps = {rank: it[0] for rank, it in before.items()}
         work = self._said_work(bundle.parts, seats) or _work(times, then, last_steps, took)
-        self._weigh(work)
         return {
             STEP_TIME: sum(took.values()) / len(took),
             f"{STEP_TIME}.max": max(took.values()),
             SLOWEST: max(work, key=lambda rank: work[rank]),
+            **self._weigh(work),
         }
 
     def _by_clock_of(self, node: str, said: Mapping[int, tuple[int, float, str]]) -> dict[int, float]:
@@ -194,16 +194,19 @@ class Pace:
         good = {rank: value for rank, value in said.items() if 0 <= value < inf}
         return good if len(good) > 1 else {}
 
-    def _weigh(self, work: Mapping[int, float]) -> None:
+    def _weigh(self, work: Mapping[int, float]) -> dict[str, Any]:
+        """Put a step into the windows, and now and then tell the scores."""
         middle = median_low(work.values())
         if middle <= 0:
-            return
+            return {}
         for rank, time in work.items():
             self._windows.setdefault(rank, deque(maxlen=WINDOW)).append(time / middle - 1)
         self._steps += 1
-        if self._steps % STRIDE == 0:
-            full = {rank: self._windows[rank] for rank in work if len(self._windows[rank]) >= FEWEST}
-            self.scores = {rank: score(it, self._share) for rank, it in full.items()}
+        if self._steps % STRIDE:
+            return {}
+        full = {rank: self._windows[rank] for rank in work if len(self._windows[rank]) >= FEWEST}
+        self.scores = {rank: score(it, self._share) for rank, it in full.items()}
+        return self._told()
 
     def _told(self) -> dict[str, Any]:
         """The scores, for the row."""

@@ -83,11 +83,13 @@ class _Worker:
     quiet_since: float | None = None
     gone_at: float | None = None
     ended: bool = False
+    replaced: bool = False
+    """A later attempt of its rank has begun."""
 
     @property
     def lives(self) -> bool:
         """Whether more is to be heard of it."""
-        return not self.ended and self.gone_at is None
+        return not self.ended and not self.replaced and self.gone_at is None
 
     @property
     def where(self) -> str:
@@ -131,6 +133,7 @@ class Watch:
         self._due = 0.0
         self._stride = min(1.0, options.silent_s / 8)
         self._watched: dict[str, bool] = {}
+        self._nodes: set[str] = set()
 
     # What is heard
 
@@ -156,12 +159,13 @@ class Watch:
         worker = self._workers.get(part.session)
         if worker is None:
             return
-        if self.options.metrics or self.options.stragglers:
+        if len(self._nodes) > 1:
             self.pace.clocks.hear(worker.node, part.time, now)
-            if part.used and part.axis == MAIN_AXIS:
-                self.pace.note(part, worker)
+        if part.used and part.axis == MAIN_AXIS:
+            self.pace.note(part, worker)
         if self.options.not_finite:
-            self._look_at_values(part, now)
+            for name, value in _not_finite(part.values):
+                self._see_not_finite(name, value, part, now)
         worker.quiet_since = worker.gone_at = None
         if worker.main:
             self._move(worker, part, now)
@@ -174,11 +178,11 @@ class Watch:
                 rank=facts["rank"], launch=launch, node=facts.get("node", ""), pid=facts.get("pid", 0),
                 attempt=facts.get("attempt", 0), joined=now, voice=_Voice(spoke=now),
             )  # fmt: skip
-            worker.main = not any(
-                it.main and it.lives and it.attempt >= worker.attempt
-                for it in self._of(launch)
-                if it is not worker and it.rank == worker.rank
-            )
+            others = [it for it in self._of(launch) if it is not worker and it.rank == worker.rank]
+            for it in others:
+                it.replaced = it.replaced or it.attempt < worker.attempt
+            worker.main = not any(it.main and it.lives for it in others)
+            self._nodes.add(worker.node)
         worker.ended, worker.quiet_since, worker.gone_at = False, None, None
         worker.voice.excused = False
 
@@ -225,16 +229,13 @@ class Watch:
     def _of(self, launch: str) -> list[_Worker]:
         return [worker for worker in self._workers.values() if worker.launch == launch]
 
-    def _look_at_values(self, part: Part, now: float) -> None:
-        for name, value in _floats(part.values):
-            if value - value != 0 and self._is_watched(name):  # NaN, or infinity
-                if self._names_told() >= MOST_NAMES:
-                    return
-                text = f"{_cut(name)} became {value} on rank {part.rank} at step {part.step} of {_cut(part.axis)}."
-                self._raise(f"nan/{name}", f"{_cut(name)} is {value}", text, now)
-
-    def _names_told(self) -> int:
-        return sum(cause.startswith("nan/") for cause in self._told.open)
+    def _see_not_finite(self, name: str, value: float, part: Part, now: float) -> None:
+        cause = f"nan/{name}"
+        if cause in self._told.open or not self._is_watched(name):
+            return
+        if sum(cause.startswith("nan/") for cause in self._told.open) < MOST_NAMES:
+            text = f"{_cut(name)} became {value} on rank {part.rank} at step {part.step} of {_cut(part.axis)}."
+            self._raise(cause, f"{_cut(name)} is {value}", text, now)
 
     def _is_watched(self, name: str) -> bool:
         answer = self._watched.get(name)
@@ -416,6 +417,7 @@ class Watch:
         """Take up what `state` gave."""
         self._workers = {id_: _Worker(**_with_voice(it)) for id_, it in state["workers"].items()}
         self._launches = {name: _Launch(**_with_voice(it)) for name, it in state["launches"].items()}
+        self._nodes = {worker.node for worker in self._workers.values()}
         self.pace.restore(state["pace"])
 
     def take_up(self, told: Sequence[Alert], through: int) -> None:
@@ -443,13 +445,16 @@ def _with_voice(state: Mapping[str, Any]) -> dict[str, Any]:
     return {**state, "voice": _Voice(**state["voice"])}
 
 
-def _floats(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    """The numbers that might be none, those in nested dicts too."""
+def _not_finite(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, float]]:
+    """The values that are NaN or infinite, those in nested dicts too."""
+    found = []
     for name, value in values.items():
         if type(value) is float:
-            yield prefix + name, value
+            if value - value != 0:
+                found.append((prefix + name, value))
         elif type(value) is dict:
-            yield from _floats(value, f"{prefix}{name}.")
+            found += _not_finite(value, f"{prefix}{name}.")
+    return found
 
 
 def _ranks(workers: Sequence[_Worker]) -> str:

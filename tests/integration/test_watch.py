@@ -12,8 +12,10 @@ from collections.abc import Iterator
 
 import psutil
 import pytest
+from click.testing import CliRunner
 
 from sidestepd import status
+from sidestepd.cli import main
 from sidestepd.errors import ExitCode
 from tests.support.daemons import DEADLINE_S, RawWorker, Serve, ServedRun, freeze, killed, logged
 from tests.support.waiting import eventually
@@ -165,6 +167,7 @@ class TestDeath:
         assert served.finish(exit_code=1) == ExitCode.COMPLETE
         [alert] = status.report(served.run_dir).alerts
         assert f"process {process.pid} on {os.uname().nodename}" in alert.text
+        assert alert.text in CliRunner().invoke(main, ["status", str(served.run_dir)]).output
         assert served.ledger().balances
 
     @pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="the kernel has no pidfds")

@@ -69,10 +69,11 @@ def free(work: Work, *, ranks: int = 4, steps: int = 60) -> list[Bundle]:
 
 
 def last_row(bundles: list[Bundle], seen_by: Pace | None = None) -> dict[str, float]:
+    """The newest value of each name."""
     one = seen_by or pace()
     own: dict[str, float] = {}
     for bundle in bundles:
-        own = one.see(bundle, seats(len(bundle.parts)))
+        own |= one.see(bundle, seats(len(bundle.parts)))
     return own
 
 
@@ -190,7 +191,7 @@ class TestStragglers:
                 part(row.step, {"perf/work_s": slow(2)(it.rank, 0), "loss": 1}, rank=it.rank, time=it.time)
                 for it in row.parts
             ]
-            own = one.see(Bundle(axis=row.axis, step=row.step, parts=tuple(parts)), seats(4))
+            own |= one.see(Bundle(axis=row.axis, step=row.step, parts=tuple(parts)), seats(4))
 
         assert (2, 2) == (own[SLOWEST], own[STRAGGLER])
 
@@ -236,6 +237,12 @@ class TestScores:
 
         assert min(excesses) <= found.value <= max(excesses)
         assert not found.sure or found.value >= share
+
+    def test_are_not_sure_when_the_noise_is_wider_than_they_are(self):
+        wide, narrow = score([-1.0, 1.5] * 8, 0.15), score([0.2, 0.3] * 8, 0.15)
+
+        assert wide.value == narrow.value == 0.25
+        assert (False, True) == (wide.sure, narrow.sure)
 
     @given(st.lists(st.floats(0.2, 0.4), min_size=17, max_size=32), st.lists(st.floats(-1e6, 1e6), max_size=8))
     def test_are_not_moved_far_by_a_few_steps_however_far_off(self, excesses, wild):
@@ -286,7 +293,7 @@ class TestClocks:
                 hour = 3600.0 * (here[it.session].node == "n1")
                 one.clocks.hear(here[it.session].node, it.time + hour, it.time + 0.02)
                 parts.append(part(bundle.step, rank=it.rank, time=it.time + hour))
-            own = one.see(Bundle(axis="global_step", step=bundle.step, parts=tuple(parts)), here)
+            own |= one.see(Bundle(axis="global_step", step=bundle.step, parts=tuple(parts)), here)
 
         assert (2, 2) == (own[SLOWEST], own[STRAGGLER])
         assert 0.3 == pytest.approx(own[SKEW], abs=0.05)

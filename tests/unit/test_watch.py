@@ -282,6 +282,18 @@ class TestDeath:
 
         assert ["rank 1 ended without a word", "rank 1 is silent"] == ranks.titles()
 
+    def test_of_an_attempt_that_was_replaced_is_told_and_its_silence_is_not(self, ranks):
+        """Its end may be known only after the next attempt began; and on another node, never."""
+        ranks.train(0, 1, 2, steps=range(20))
+        for rank in range(3):
+            next_attempt(ranks.tape, 10 + rank, rank=rank)
+        ranks.tape.vital(1, "gone", since=20.0)
+        ranks.tape.vital(0, "quiet", since=20.0)
+
+        ranks.train(10, 11, 12, steps=range(20, 60))
+
+        assert ["rank 1 ended without a word"] == ranks.titles()
+
     def test_that_was_none_is_taken_back(self, ranks):
         ranks.train(0, 1, 2, steps=range(5))
         ranks.tape.vital(2, "gone", since=5.0)
@@ -299,6 +311,14 @@ class TestDeath:
         ranks.wait(5.0)
 
         assert [] == ranks.titles()
+
+
+def next_attempt(tape: Tape, session: int, *, rank: int) -> None:
+    """A session of the second attempt says HELLO."""
+    entry = tape.hello(session, rank=rank, world=3)
+    facts = {**entry.facts, "attempt": 1}
+    later = Entry.of_event(EntryKind.HELLO, entry.session, first=entry.first, received=entry.received, **facts)
+    tape.entries[-1] = replace(later, id=entry.id)
 
 
 class TestTheDaemonsOwnSilence:
