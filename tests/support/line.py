@@ -57,16 +57,26 @@ class Options:
     window: int = 1000
 
 
+class Died(Exception):
+    """A line came to the place where it was to die; `line` is what is left of it."""
+
+    def __init__(self, line: Line) -> None:
+        super().__init__()
+        self.line = line
+
+
 class Line:
-    """One life of delivery."""
+    """One life of delivery. `dies_at` is asked at each commit and each row that is written, before and after."""
 
     def __init__(
         self,
         disk: Disk | None = None,
         options: Options | None = None,
         buffer: Callable[..., ReorderBuffer] = ReorderBuffer,
+        dies_at: Callable[[str], bool] = lambda _: False,
     ) -> None:
         self.disk, self.options, self._buffer = disk or Disk(), options or Options(), buffer
+        self._dies_at = dies_at
         rules = Rules()
         marks = msgpack.unpackb(self.disk.marks) if self.disk.marks else {}
         self.resolver = Resolver(rules)
@@ -180,7 +190,7 @@ class Line:
     def crash(self, durable: int = 0) -> Line:
         """The next life; of what was written and not confirmed the run holds the first `durable` rows."""
         self.disk.held += self.written[:durable]
-        return Line(self.disk, self.options, self._buffer)
+        return Line(self.disk, self.options, self._buffer, self._dies_at)
 
     def _assemble(self, bundles: Iterable[Bundle]) -> list[Row]:
         world = max((session.world for session in self.resolver.sessions.values()), default=1)
@@ -189,11 +199,13 @@ class Line:
     def _decide(self, rows: Sequence[Row]) -> None:
         definitions = self.assembler.new_definitions(rows)
         if rows:
+            self._pass("decide")
             for row in rows:
                 assert row.step not in self.disk.rows
                 self.disk.rows[row.step] = (row.pack(), pack_positions(row.positions), "sent")
             self.disk.marks = msgpack.packb(self.assembler.marks())
             self.disk.definitions |= {it.name: it.pack() for it in definitions}
+            self._pass("decided")
         for row in rows:
             self.settlement.decide(row)
         self.decided += rows
@@ -202,11 +214,18 @@ class Line:
     def _write(self, rows: Iterable[Row]) -> None:
         held = {row.step for row in self.disk.held}
         for row in rows:
+            self._pass("write")
             self.disk.duplicates += row.step in held
             self.written.append(row)
+            self._pass("written")
+
+    def _pass(self, place: str) -> None:
+        if self._dies_at(place):
+            raise Died(self)
 
     def _settle(self) -> None:
         disk = self.disk
+        self._pass("settle")
         for step in self.settlement.take_confirmed():
             if step in disk.rows:
                 disk.rows[step] = (*disk.rows[step][:2], "confirmed")
@@ -215,6 +234,7 @@ class Line:
         disk.checkpoint = self.settlement.checkpoint() or disk.checkpoint
         disk.counts = msgpack.packb(self.settlement.counts())
         self._forget(self.assembler.last - self.options.window)
+        self._pass("settled")
 
     def _forget(self, keep_above: int) -> None:
         for step in list(self.disk.rows):
