@@ -37,12 +37,6 @@ for step in range(10):
     run.log({"loss": step})
 run.finish()
 """
-LEAVE_FIVE = """
-import sidestep
-run = sidestep.init()
-for step in range(5):
-    run.log({"loss": step, "bad": object()})
-"""
 ANNOUNCE_FIVE_AND_DIE = """
 import os, sys, zmq
 from sidestep.wire import Hello, decode, encode
