@@ -371,15 +371,17 @@ class Session:
         run, address = self.settings.run_id, self.settings.address
         if run is None or address is None or not (left := waiting(private_folder())):
             return
-        from sidestep.collect import collect
-
         threading.Thread(
-            target=collect,
-            args=(left, address),
-            kwargs={"run": run, "notices": self.notices},
-            name="sidestep-collect",
-            daemon=True,
+            target=self._hand_on, args=(left, address, run), name="sidestep-collect", daemon=True
         ).start()
+
+    def _hand_on(self, left: list[Path], address: str, run: str) -> None:
+        from sidestep.collect import collect  # as the sender is
+
+        try:
+            collect(left, address, run=run, notices=self.notices)
+        except Exception as error:  # noqa: BLE001 - a thread's head: it is others' data, and no harm to this process
+            self.notices.once("hand on", f"what other workers kept in {left[0].parent} stays there: {error!r}")
 
     def _hello(self) -> Hello:
         who = self.identity

@@ -1,6 +1,8 @@
 """For tests: a recorder for your own, and a daemon in memory for those of sidestep.
 
-    with sidestep.testing.record() as logged:
+    from sidestep.testing import record
+
+    with record() as logged:
         train(steps=3)                    # calls sidestep.init() and log(), as ever
     assert [0, 1, 2] == logged["step"]
     assert logged["loss"][-1] < logged["loss"][0]
@@ -9,7 +11,7 @@ needs no daemon, no thread and no file, and raises what a training run would cou
 
     @pytest.fixture
     def logged():
-        with sidestep.testing.record() as recorder:
+        with record() as recorder:
             yield recorder
 
 `FakeDaemon` speaks the real wire over a real socket, and keeps what it is told in memory:

@@ -38,12 +38,6 @@ for step in range(10):
     run.log({"loss": step})
 run.finish()
 """
-LEAVE_FIVE = """
-import sidestep
-run = sidestep.init()
-for step in range(5):
-    run.log({"loss": step, "bad": object()})
-"""
 SLOW_DRAIN = """
 import os, signal, subprocess, sidestep
 from sidestepd.control import Control

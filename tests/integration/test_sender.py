@@ -429,13 +429,6 @@ class TestExit:
         assert list(range(1000)) == numbers(daemon)
         assert [None] == [seen.bye.exit_code for seen in daemon.sessions.values() if seen.bye]
 
-    def test_an_uncaught_exception_is_exit_code_one(self, daemon: FakeDaemon):
-        ended = script(daemon, "sidestep.init().log({'n': 0})\nraise RuntimeError('oh')")
-
-        assert 1 == ended.returncode
-        assert "RuntimeError: oh" in ended.stderr
-        assert [1] == [seen.bye.exit_code for seen in daemon.sessions.values() if seen.bye]
-
     def test_a_daemon_that_stands_still_holds_nobody_up(self, daemon: FakeDaemon):
         daemon.freeze()
         started = monotonic()
