@@ -45,6 +45,26 @@ class Steps:
         return _LOG, step
 
 
+class OffsetSteps(Steps):
+    """Steps of a sub-experiment, which begin at `offset` of the axis: its step 0 is said as that."""
+
+    __slots__ = ("offset",)
+
+    def __init__(self, offset: int) -> None:
+        self.offset = offset
+        super().__init__()
+
+    def restart(self) -> None:
+        """Begin at the offset, as in a new session."""
+        self.kind, self.next = _LOG, self.offset
+
+    def take(self, step: int | None, commit: bool | None) -> tuple[int, int]:
+        """As `Steps.take`, for a step that counts from the offset."""
+        if type(step) is int and step >= 0:
+            step += self.offset
+        return super().take(step, commit)
+
+
 def whole(step: object) -> int | None:
     """A step as users give it (an int, 5.0, numpy's or torch's 5 on the CPU) as an int."""
     if step is None:

@@ -1,6 +1,6 @@
 """Delivery: read the spool, put rows in order, write them down, write them out, and see them confirmed.
 
-    read ─▶ resolve ─▶ order ─▶ assemble ─▶ row log ─▶ sink ─▶ confirmed ─▶ cursor
+    read ─▶ resolve ─▶ match ─▶ order ─▶ assemble ─▶ row log ─▶ sink ─▶ confirmed ─▶ cursor
                                                                    intake deletes up to there ◀─┘
 
 - it knows nothing that is not in the spool or its own row log: killed anywhere, it goes on from both
@@ -29,12 +29,13 @@ from sidestepd.clock import Clock, Horizon
 from sidestepd.config import Config
 from sidestepd.crashpoints import crash_point
 from sidestepd.errors import ExitCode, Fatal, SpoolDamaged
+from sidestepd.match import Event, Matcher
 from sidestepd.order import ReorderBuffer
 from sidestepd.processes import Beat, Lock, die_with_parent, read_json, write_json
 from sidestepd.resolve import Closed, Folded, Lost, Resolver
 from sidestepd.rowlog import SENT, RowLog
 from sidestepd.rows import Bundle, Part, Row
-from sidestepd.rules import Rule, Rules, operations
+from sidestepd.rules import Rule, Rules, Source, operations
 from sidestepd.settlement import Settlement
 from sidestepd.sinks import Confirmed, RunFacts, Sink, make_sink, write_all
 from sidestepd.spool import Entry, EntryKind, SpoolReader
@@ -68,13 +69,17 @@ class Delivery:
         order = config.order
         self.config = config
         self.spool, self.rowlog, self.sink, self.horizon, self.beat = spool, rowlog, sink, horizon, beat
-        rules = Rules(Rule(pattern=name, reduce=operations(reduce)) for name, reduce in config.reduce.items())
+        rules = Rules(
+            Rule(pattern=name, reduce=operations(reduce), source=_source(config.source(f"reduce.{name}")))
+            for name, reduce in config.reduce.items()
+        )
         self.marks: dict[str, Any] = rowlog.meta("marks", {})
         self.resolver = Resolver(rules)
+        self.matcher = Matcher(patience=order.patience_s, capacity=order.capacity_rows)
         self.order = ReorderBuffer(
             patience=order.patience_s,
             capacity=order.capacity_rows,
-            released=self.marks.get("released"),
+            released=self.marks.get("released", ()),
         )
         self.assembler = Assembler(
             rules, patience=order.patience_s, max_wait=order.max_wait_s, window=order.late_window_rows
@@ -101,6 +106,7 @@ class Delivery:
             fold = msgpack.unpackb(self.checkpoint.fold, strict_map_key=False)
             self.resolver.restore(fold["resolver"])
             self.order.restore(fold["order"])
+            self._hear(self.matcher.restore(fold["matcher"]))
             self.watch.restore(fold["watch"])
             self.exit_code = fold["exit_code"]
         if self.marks:
@@ -154,6 +160,7 @@ class Delivery:
 
     def finish(self) -> None:
         """Everything that waits leaves; the run is finished, and seen to be whole."""
+        self._hear(self.matcher.flush())
         self._tell_alerts()
         self._decide([*self._assemble(self.order.flush()), *self.assembler.flush()])
         self._tell_config()
@@ -187,7 +194,7 @@ class Delivery:
             self.settlement.read(entry)
         if entry.kind is not EntryKind.BOOT:  # before which nobody listened
             self.watch.poll(self._now)
-        for said in self.resolver.read(entry, self.settlement.is_used):
+        for said in self.resolver.read(entry, self.settlement.places_of):
             match said:
                 case Lost():
                     self.settlement.lose(said)
@@ -196,16 +203,21 @@ class Delivery:
                 case Closed():
                     self.exit_code = said.exit_code
                 case _:
-                    if isinstance(said, Part):
-                        self.watch.hear(said, self._now)
-                    self.order.hear(said, self._now)
+                    self._hear(self.matcher.hear(said, self._now))
         session = self.resolver.sessions.get(entry.session)
         self.watch.read(entry, session.launch if session else "")
+
+    def _hear(self, events: Iterable[Event]) -> None:
+        for event in events:
+            if isinstance(event, Part):
+                self.watch.hear(event, self._now)
+            self.order.hear(event, self._now)
 
     # Deciding and writing
 
     def _let_go(self) -> None:
         self._last_ready = self._now
+        self._hear(self.matcher.ready(self._now))
         self._tell_alerts()
         rows = self._assemble(self.order.ready(self._now))
         self._decide([*rows, *self.assembler.ready(self._now)])
@@ -271,6 +283,9 @@ class Delivery:
         totals = {
             "sidestep/rows": self.settlement.rows + self.settlement.unconfirmed,
             "sidestep/late_rows": self.assembler.late_rows,
+            "sidestep/late_values": self.assembler.late_values,
+            "sidestep/conflicts": self.assembler.conflicts,
+            "sidestep/forced_rows": self.assembler.forced_rows,
             "sidestep/dropped": sum(self.ledger()["dropped"].values()),
         }
         self.sink.summary({**self.assembler.aggregated(), **self._set_by_workers(), **totals})
@@ -299,6 +314,7 @@ class Delivery:
         fold: bytes = msgpack.packb(
             {
                 "resolver": self.resolver.state(),
+                "matcher": self.matcher.state(),
                 "order": self.order.state(),
                 "watch": self.watch.state(),
                 "exit_code": self.exit_code,
@@ -336,9 +352,9 @@ class Delivery:
             "rows": self.settlement.rows,
             "last_step": self.assembler.last,
             "late_rows": self.assembler.late_rows,
-            "forced": self.order.forced,
+            "forced": self.assembler.forced_rows,
             "conflicts": self.assembler.conflicts,
-            "waiting": self.order.waiting + self.assembler.waiting,
+            "waiting": self.matcher.waiting + self.order.waiting + self.assembler.waiting,
             "unmatched": self.unmatched,
             "sessions": {
                 id_.hex(): {
@@ -348,6 +364,11 @@ class Delivery:
                 for id_, s in self.resolver.sessions.items()
             },
         }  # fmt: skip
+
+
+def _source(given: str) -> Source:
+    """Where a reduction was given: an option, or a file."""
+    return Source.COMMAND_LINE if given.startswith("-") else Source.FILE
 
 
 def settle_facts(run: Mapping[str, Any], config: Config, said: Mapping[str, Any]) -> dict[str, Any]:

@@ -36,6 +36,11 @@ def daemon() -> Iterator[FakeDaemon]:
         yield made
 
 
+@pytest.fixture(autouse=True)
+def _spills_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+
+
 @pytest.fixture
 def make_run() -> Iterator[MakeRun]:
     made: list[Run] = []
@@ -299,7 +304,7 @@ class TestTheDaemonStandsStill:
 
     def test_a_full_outbox_drops_and_counts_exactly(self, daemon: FakeDaemon, make_run: MakeRun):
         daemon.freeze()
-        run = make_run(daemon, outbox_bytes=300_000)
+        run = make_run(daemon, outbox_bytes=300_000, when_full="drop")
         text = "x" * 1000
 
         for number in range(1000):
@@ -314,7 +319,7 @@ class TestTheDaemonStandsStill:
         assert 280 <= stats.acknowledged < 300
 
     def test_there_is_room_again_afterwards(self, daemon: FakeDaemon, make_run: MakeRun):
-        run = make_run(daemon, outbox_bytes=300_000)
+        run = make_run(daemon, outbox_bytes=300_000, when_full="drop")
         with daemon.frozen():
             for _ in range(500):
                 run.log({"text": "x" * 1000})

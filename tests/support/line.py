@@ -13,6 +13,7 @@ from typing import Any
 import msgpack
 
 from sidestepd.assemble import Assembler
+from sidestepd.match import Event, Matcher
 from sidestepd.order import ReorderBuffer
 from sidestepd.resolve import Closed, Folded, Lost, Resolver
 from sidestepd.rowlog import pack_positions
@@ -69,8 +70,9 @@ class Line:
         rules = Rules()
         marks = msgpack.unpackb(self.disk.marks) if self.disk.marks else {}
         self.resolver = Resolver(rules)
+        self.matcher = Matcher(patience=self.options.patience, capacity=self.options.capacity)
         self.order = buffer(
-            patience=self.options.patience, capacity=self.options.capacity, released=marks.get("released")
+            patience=self.options.patience, capacity=self.options.capacity, released=marks.get("released", ())
         )
         self.assembler = Assembler(
             rules, patience=self.options.patience, max_wait=self.options.max_wait, window=self.options.window
@@ -91,6 +93,7 @@ class Line:
             fold = msgpack.unpackb(self.disk.checkpoint.fold, strict_map_key=False)
             self.resolver.restore(fold["resolver"])
             self.order.restore(fold["order"])
+            self._hear(self.matcher.restore(fold["matcher"]))
             self.exit_code = fold["exit_code"]
         if marks:
             self.assembler.restore(marks)
@@ -131,7 +134,7 @@ class Line:
             self.resolver.dead["spool_lost"] -= kept
         if entry.kind is EntryKind.FRAME:
             self.settlement.read(entry)
-        for said in self.resolver.read(entry, self.settlement.is_used):
+        for said in self.resolver.read(entry, self.settlement.places_of):
             match said:
                 case Lost():
                     self.settlement.lose(said)
@@ -140,16 +143,22 @@ class Line:
                 case Closed():
                     self.exit_code = said.exit_code
                 case _:
-                    self.order.hear(said, self.now)
+                    self._hear(self.matcher.hear(said, self.now))
+
+    def _hear(self, events: Iterable[Event]) -> None:
+        for event in events:
+            self.order.hear(event, self.now)
 
     def let_go(self) -> None:
         """Decide the rows that may leave."""
         self._last_ready = self.now
+        self._hear(self.matcher.ready(self.now))
         rows = self._assemble(self.order.ready(self.now))
         self._decide([*rows, *self.assembler.ready(self.now)])
 
     def finish(self) -> None:
         """Everything that waits leaves, and is confirmed."""
+        self._hear(self.matcher.flush())
         self._decide([*self._assemble(self.order.flush()), *self.assembler.flush()])
         self.confirm()
 
@@ -159,7 +168,12 @@ class Line:
         self.disk.held += confirmed
         self.settlement.confirm([row.step for row in confirmed])
         if self.settlement.newest_snapshot != self.read_through:
-            fold = {"resolver": self.resolver.state(), "order": self.order.state(), "exit_code": self.exit_code}
+            fold = {
+                "resolver": self.resolver.state(),
+                "matcher": self.matcher.state(),
+                "order": self.order.state(),
+                "exit_code": self.exit_code,
+            }
             self.settlement.snapshot(self.read_through, msgpack.packb(fold))
         self._settle()
 

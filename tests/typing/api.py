@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import assert_type
 
 import sidestep
-from sidestep import Metric, Run, Stage, Stats
+from sidestep import Metric, Run, Scope, Stage, Stats
 
 
 def train(steps: int) -> None:
@@ -17,6 +17,8 @@ def train(steps: int) -> None:
         assert_type(run.log({"train/loss": 0.5, "nested": {"a": [1, 2]}}, step=step), None)
     stage = run.stage("training/operator")
     assert_type(stage, Stage)
+    assert_type(run.scope("e_p2_1", step_offset=1000), Scope)
+    run.scope("e_p2_1", step_offset=1000).log({"loss": 0.5}, step=0)
     stage.log({"loss": 0.1}, commit=False)
     assert_type(stage.stage("inner").name, str)
     assert_type(run.define_metric("loss", summary="min"), Metric)

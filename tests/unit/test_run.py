@@ -33,7 +33,9 @@ ME = Identity(rank=1, world=2, local_rank=1, node="here", pid=os.getpid(), launc
 
 
 def new_run(**options: Any) -> Run:
-    session = Session(settings=WorkerSettings(**options), identity=ME, keywords={}, notices=Notices())
+    session = Session(
+        settings=WorkerSettings(**{"when_full": "drop", **options}), identity=ME, keywords={}, notices=Notices()
+    )
     return Run(session, {})
 
 

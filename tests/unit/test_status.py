@@ -199,7 +199,7 @@ class TestJson:
     def test_it_holds_every_part_of_the_ledger_and_whether_it_balances(self, run_dir):
         text = json.dumps(report(run_dir).to_json())
 
-        parts = ["balances", "delivered", "dropped", "offered", "pending", "rejected", "unknown"]
+        parts = ["balances", "delivered", "dropped", "offered", "pending", "rejected", "unknown", "values_refused"]
         assert parts == sorted(json.loads(text)["ledger"])
 
 
