@@ -327,6 +327,17 @@ class TestDeath:
 
         assert ["rank 2 ended without a word", "rank 2 is there after all"] == ranks.titles()
 
+    def test_is_not_undone_by_a_call_that_waited_for_its_step(self, ranks):
+        """It was said before; only a frame that comes later is a sign of life."""
+        ranks.train(0, 1, 2, steps=range(5))
+        ranks.tape.vital(2, "gone", since=5.0)
+        ranks.listen(6.5)
+
+        ranks.watch.hear(part(5, rank=2), 7.0)
+        ranks.wait(3.0)
+
+        assert ["rank 2 ended without a word"] == ranks.titles()
+
     def test_together_with_the_command_is_told_before_the_run_is_closed(self, ranks):
         ranks.train(0, 1, 2, steps=range(5))
         ranks.tape.vital(2, "gone", since=5.0)
