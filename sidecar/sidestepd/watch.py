@@ -72,6 +72,8 @@ class _Worker:
     """A session, as far as it is watched. `main`: it speaks for its rank, and is no forked child."""
 
     rank: int
+    name: str
+    """Of its launch, over all attempts."""
     launch: str
     node: str = ""
     pid: int = 0
@@ -141,6 +143,8 @@ class Watch:
         """Take in an entry, after its parts; `launch` is the one that its session belongs to."""
         self._read, now = entry.id, entry.received
         match entry.kind:
+            case EntryKind.FRAME:
+                self._speak(entry.session, now)
             case EntryKind.HELLO:
                 self._join(entry, launch)
             case EntryKind.BYE:
@@ -154,8 +158,7 @@ class Watch:
                 self._due = 0.0  # what is not seen now is never seen
 
     def hear(self, part: Part, now: float) -> None:
-        """Take in what a session said at spool time `now`."""
-        self._read = part.position.entry
+        """Take in a call; it may have waited for its step since its frame was read."""
         worker = self._workers.get(part.session)
         if worker is None:
             return
@@ -166,8 +169,7 @@ class Watch:
         if self.options.not_finite:
             for name, value in _not_finite(part.values):
                 self._see_not_finite(name, value, part, now)
-        worker.quiet_since = worker.gone_at = None
-        if worker.main:
+        if worker.main and part.axis == MAIN_AXIS:
             self._move(worker, part, now)
 
     def _join(self, entry: Entry, launch: str) -> None:
@@ -175,29 +177,36 @@ class Watch:
         worker = self._workers.get(entry.session)
         if worker is None:
             worker = self._workers[entry.session] = _Worker(
-                rank=facts["rank"], launch=launch, node=facts.get("node", ""), pid=facts.get("pid", 0),
-                attempt=facts.get("attempt", 0), joined=now, voice=_Voice(spoke=now),
+                rank=facts["rank"], name=facts["launch"], launch=launch, attempt=facts.get("attempt", 0),
+                node=facts.get("node", ""), pid=facts.get("pid", 0), joined=now, voice=_Voice(spoke=now),
             )  # fmt: skip
-            others = [it for it in self._of(launch) if it is not worker and it.rank == worker.rank]
+            others = [it for it in self._workers.values() if it is not worker and it.rank == worker.rank]
             for it in others:
-                it.replaced = it.replaced or it.attempt < worker.attempt
-            worker.main = not any(it.main and it.lives for it in others)
+                it.replaced = it.replaced or (it.name == worker.name and it.attempt < worker.attempt)
+            worker.main = not any(it.main and it.lives and it.launch == launch for it in others)
             self._nodes.add(worker.node)
         worker.ended, worker.quiet_since, worker.gone_at = False, None, None
         worker.voice.excused = False
 
-    def _move(self, worker: _Worker, part: Part, now: float) -> None:
-        """A rank spoke: how far it is, and after which pause."""
+    def _speak(self, session: bytes, now: float) -> None:
+        """A frame came: after which pause, if its launch logs steps already."""
+        worker = self._workers.get(session)
+        if worker is None:
+            return
+        worker.quiet_since = worker.gone_at = None
         launch = self._launches.get(worker.launch)
-        if part.axis == MAIN_AXIS:
-            worker.step = max(worker.step, part.step)
-            if launch is None:
-                launch = self._launches[worker.launch] = _Launch(voice=_Voice(spoke=now))
-                worker.voice.spoke = now
-            launch.step = max(launch.step, part.step)
-        if launch is not None:
+        if worker.main and launch is not None:
             launch.voice.hear(now, harmless=launch.voice.spoke >= self._told.well_since)
             worker.voice.hear(now, harmless=worker.voice.spoke >= self._told.well_since)
+
+    def _move(self, worker: _Worker, part: Part, now: float) -> None:
+        """A rank is at this step."""
+        launch = self._launches.get(worker.launch)
+        if launch is None:
+            launch = self._launches[worker.launch] = _Launch(voice=_Voice(spoke=now))
+        if worker.step < 0:
+            worker.voice.spoke = now  # how long it took to begin says nothing
+        worker.step, launch.step = max(worker.step, part.step), max(launch.step, part.step)
 
     def _boot(self, now: float) -> None:
         for worker in self._workers.values():

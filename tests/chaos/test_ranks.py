@@ -44,7 +44,7 @@ class Lockstep:
     def reach(self, more: int) -> None:
         """Until so many more rows are in the run."""
         rows = self.run.told().get("rows", 0)
-        eventually(lambda: self.run.told().get("rows", 0) >= rows + more, 60, self.run.log)
+        eventually(lambda: self.run.told().get("rows", 0) >= rows + more, 60 + more / 2, self.run.log)
 
     def pid(self, rank: int) -> int:
         return int((self.folder / str(rank)).read_text())

@@ -148,6 +148,24 @@ class TestSilence:
 
         assert ["rank 1 is silent"] == ranks.titles()
 
+    def test_is_not_that_of_a_rank_that_waits_for_one_that_evaluates(self, ranks):
+        """Rank 0 goes on, but not with the training."""
+        ranks.train(0, 1, 2, steps=range(20))
+        for step in range(60):
+            ranks.tape.now += 0.5
+            ranks.tape.say(0, log(step, stage="eval"))
+
+        ranks.listen(ranks.tape.now)
+
+        assert [] == ranks.titles()
+
+    def test_is_not_that_of_who_was_behind_when_all_fell_silent(self, ranks):
+        ranks.train(0, 1, 2, steps=range(20)).train(0, 2, steps=range(20, 24))
+
+        ranks.wait(30.0)
+
+        assert [] == ranks.titles()
+
     def test_ends_with_a_bye(self, ranks):
         ranks.train(0, 1, 2, steps=range(20))
         ranks.tape.bye(1)
@@ -224,6 +242,12 @@ class TestStall:
         ranks.wait(500.0).train(0, 1, 2, steps=[0]).wait(500.0).train(0, 1, 2, steps=[1]).wait(500.0)
 
         assert [] == ranks.titles()
+
+    def test_is_not_measured_by_the_beginning(self, ranks):
+        """The first step was compiled for ten minutes; that is no reason to wait for half an hour later on."""
+        ranks.train(0, 1, 2, steps=[0]).wait(600.0).train(0, 1, 2, steps=range(1, 30)).wait(45.0)
+
+        assert ["no word from any rank"] == ranks.titles()
 
     def test_after_everybody_left_is_none(self, ranks):
         ranks.train(0, 1, 2, steps=range(20))
@@ -302,6 +326,26 @@ class TestDeath:
         ranks.train(0, 1, 2, steps=range(5, 8))
 
         assert ["rank 2 ended without a word", "rank 2 is there after all"] == ranks.titles()
+
+    def test_is_not_undone_by_a_call_that_waited_for_its_step(self, ranks):
+        """It was said before; only a frame that comes later is a sign of life."""
+        ranks.train(0, 1, 2, steps=range(5))
+        ranks.tape.vital(2, "gone", since=5.0)
+        ranks.listen(6.5)
+
+        ranks.watch.hear(part(5, rank=2), 7.0)
+        ranks.wait(3.0)
+
+        assert ["rank 2 ended without a word"] == ranks.titles()
+
+    def test_together_with_the_command_is_told_before_the_run_is_closed(self, ranks):
+        ranks.train(0, 1, 2, steps=range(5))
+        ranks.tape.vital(2, "gone", since=5.0)
+        ranks.tape.close(1)
+
+        ranks.listen(ranks.tape.now)
+
+        assert ["rank 2 ended without a word"] == ranks.titles()
 
     def test_with_a_bye_is_none(self, ranks):
         ranks.train(0, 1, 2, steps=range(5))
