@@ -102,7 +102,7 @@ def _tell(found: status.Report, run_dir: Path, *, complete: bool) -> None:
         )
         for wandb_dir in sorted((run_dir / "wandb").glob("offline-run-*"))[:1]:
             say_in_terminal(f"wandb sync {short(wandb_dir.parent)}/offline-run-*")
-    lost = status.losses(found.ledger)
+    lost = status.losses(found)
     if lost and complete:
         say(f"not in the run: {lost}; `sidestep status {short(run_dir)}` says more")
 
@@ -118,6 +118,8 @@ def table(found: status.Report) -> str:
         f"records   {_equation(ledger)}",
         f"spool     {found.spool_bytes / 1e6:.1f} MB",
     ]
+    if found.spool_damaged:
+        lines.append("the spool is damaged: workers as delivery knew them; the next start keeps what can be read")
     lines += [f"trouble   {found.trouble}"] if found.trouble else []
     lines += [f"nothing matched the declared {pattern}" for pattern in found.unmatched]
     lines += [
