@@ -52,6 +52,9 @@ ANSWERS_AT_ONCE = 256
 SILENT_S = 5.0
 """A daemon that says nothing to a HELLO for so long is said to be away. It is greeted on and on all the same."""
 
+STARTING_S = 25.0
+"""A daemon that was only just started gets so much longer."""
+
 OPTIONS = {
     zmq.IMMEDIATE: 1,  # nothing is queued for a peer that is not there
     zmq.LINGER: 0,  # flushing is ours, with a deadline
@@ -81,10 +84,10 @@ class Sender:
         flush_interval_s: float | None = None,
         spill: Spill | None = None,
         on_welcome: Callable[[], None] = lambda: None,
-        when_alone: Callable[[], None] = lambda: None,
+        when_alone: Callable[[], None] | None = None,
     ) -> None:
         self._address = address
-        self._when_alone = when_alone  # called again and again, in this thread, while nobody answers
+        self._when_alone = when_alone or _nothing  # called again and again, in this thread, while nobody answers
         self._outbox = outbox
         self._notices = notices
         self._dialogue = Dialogue(outbox, hello, jitter=random.random, flush_interval_s=flush_interval_s)
@@ -101,7 +104,7 @@ class Sender:
         self._last_record = (0, 0.0)
         self._listen_at = 0.0
         self._held_up = False
-        self._answered_at = monotonic()
+        self._answered_at = monotonic() + (STARTING_S if when_alone else 0.0)
         self.failures = 0
         self.kept_in: Path | None = None
         """The file that holds what was not acknowledged in the end."""
@@ -355,6 +358,10 @@ class Sender:
             self._questions.popleft().set()
         if over:
             self._over.set()
+
+
+def _nothing() -> None:
+    """A daemon of whom nothing is known but the address comes back by itself."""
 
 
 class _Flush:

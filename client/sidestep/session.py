@@ -335,10 +335,10 @@ class Session:
             when_alone=when_alone,
         )
 
-    def _find_daemon(self) -> Callable[[], None]:
+    def _find_daemon(self) -> Callable[[], None] | None:
         """Where no address was given, see to one; returns what the sender shall do while nobody answers."""
         if self.settings.address is not None and self._starter is None:
-            return _nothing
+            return None
         found: Starter | str | None = self._starter
         if found is None:
             found = "autostart is off" if not self.settings.autostart else self._new_starter()
@@ -351,7 +351,7 @@ class Session:
                 f"no daemon is known (SIDESTEP_ADDRESS is not set, and {found}): {what}. "
                 "Start the training with `sidestep run -- COMMAND`",
             )
-            return _nothing
+            return None
         self._starter, self.settings = found, replace(self.settings, address=found.address)
         return found.look
 
@@ -415,10 +415,6 @@ class Session:
         else:
             who = "`sidestep run -- sidestep collect --any` makes a run of them"
         return f"; {self.outbox.shelved} of them are kept in {path}: {who}"
-
-
-def _nothing() -> None:
-    """A daemon of whom nothing is known but the address comes back by itself."""
 
 
 def new_packer() -> Packer:

@@ -7,6 +7,7 @@ nothing was lost without a count.
 
 from __future__ import annotations
 
+import sqlite3
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -179,6 +180,10 @@ def _spooled(path: Path, *, after: int) -> tuple[list[StoredSession], int]:
             if sessions == reader.sessions():
                 break
         return sessions, records
+    except sqlite3.OperationalError as error:
+        if "no such table" not in str(error):  # it is only just being made
+            raise
+        return [], 0
     finally:
         reader.close()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import sqlite3
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,19 @@ class TestState:
         report(run_dir)
 
         assert before == sorted(run_dir.iterdir())
+
+    def test_a_spool_that_is_only_just_being_made_holds_nothing_yet(self, run_dir):
+        sqlite3.connect(run_dir / "spool.db").close()
+
+        assert (0, ()) == (report(run_dir).ledger.offered, report(run_dir).sessions)
+
+    def test_what_keeps_it_from_the_sink_is_told_until_it_is_finished(self, run_dir):
+        (run_dir / "trouble.json").write_text('{"trouble": "delivery ended with 70"}')
+        told = report(run_dir).trouble
+
+        delivered(run_dir, state="closed")
+
+        assert ("delivery ended with 70", "") == (told, report(run_dir).trouble)
 
 
 class TestLedger:
