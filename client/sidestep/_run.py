@@ -16,7 +16,7 @@ from time import time as now
 from types import TracebackType
 from typing import Any, NoReturn
 
-from sidestep import convert
+from sidestep import convert, definitions
 from sidestep.bags import Bag
 from sidestep.convert import PLAIN
 from sidestep.errors import UnsupportedValue
@@ -182,6 +182,9 @@ class Axis:
                 _name(name)
         except UnsupportedValue as error:
             raise Refusal(DropReason.UNSUPPORTED, f"define_metric: {error}") from None
+        for attribute, why in definitions.complaints(plain):
+            plain[attribute] = None
+            self._session.refuse_value(f"define_metric({plain['name']})", str, why)
         self._session.offer(self._session.pack(int(Kind.DEFINE), None, plain, self._stage))
 
     def __reduce__(self) -> NoReturn:

@@ -82,6 +82,17 @@ def identify(
     )
 
 
+def is_on_one_node(environ: Mapping[str, str], world: int) -> bool:
+    """Whether all processes of the launch are known to be on this node."""
+    if world == 1:
+        return True
+    said = _Said(environ, lambda _: None)
+    launcher, _ = _started_by(said)
+    if launcher is ALONE:  # somebody who numbers its processes itself, and meets at home
+        return said.text("MASTER_ADDR") in ("localhost", "127.0.0.1", "::1")
+    return _is_on_one_node(said, launcher, world)
+
+
 def start_of(pid: int) -> str:
     """When a process started, in ticks since boot: with its pid it is unique, where /proc exists."""
     try:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from sidestep import convert
 from sidestep.errors import UnsupportedValue
-from sidestep.wire import Kind
+from sidestep.wire import END_OF_STEPS, Kind
 
 _COUNTED, _LOG = int(Kind.COUNTED), int(Kind.LOG)
 
@@ -37,8 +37,8 @@ class Steps:
                 self.next = (step := self.next) + 1
                 return self.kind, step
             return self.kind, self.next
-        if type(step) is not int or not 0 <= step < 2**63:
-            raise UnsupportedValue(f"step={step!r:.80}: a step is a whole number from 0 to 2**63 - 1")
+        if type(step) is not int or not 0 <= step < END_OF_STEPS:
+            raise UnsupportedValue(f"step={step!r:.80}: a step is a whole number from 0 to 2**61 - 1")
         if step >= self.next:
             self.kind = _LOG
             self.next = step + 1 if commit else step
@@ -74,7 +74,7 @@ def whole(step: object) -> int | None:
         return int(number)
     if type(number) is int:
         return number
-    raise UnsupportedValue(f"step={step!r:.80}: a step is a whole number from 0 to 2**63 - 1")
+    raise UnsupportedValue(f"step={step!r:.80}: a step is a whole number from 0 to 2**61 - 1")
 
 
 def truth(commit: object) -> bool | None:

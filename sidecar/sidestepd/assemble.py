@@ -41,6 +41,7 @@ class _Draft:
     ranks: int
     since: float
     conflicts: int
+    own: Mapping[str, Any]
 
 
 class Assembler:
@@ -129,6 +130,7 @@ class Assembler:
             ranks=len({part.rank for part in bundle.parts}),
             since=now,
             conflicts=reduced.conflicts,
+            own=bundle.own,
         )
 
     def _main(self, draft: _Draft, world: int) -> Iterator[Row]:
@@ -146,7 +148,7 @@ class Assembler:
 
     def _own(self, draft: _Draft, world: int) -> dict[str, Any]:
         """What sidestep says of a main row."""
-        own: dict[str, Any] = {}
+        own: dict[str, Any] = dict(draft.own)
         if world > 1:
             own[f"{OWN_PREFIX}ranks_reported"] = draft.ranks
         if self.shift or self._shift_told:

@@ -154,6 +154,61 @@ class SinkOptions(Section):
     )
 
 
+class ServeOptions(Section):
+    """How `sidestep serve` keeps the runs that its workers name."""
+
+    linger_s: float = Field(
+        default=30.0, ge=0, description="A run is finished so long after its last worker left."
+    )
+    max_runs: int = Field(
+        default=32, gt=0, le=64, description="Runs open at once; workers of further ones wait for their turn."
+    )
+
+
+class WatchOptions(Section):
+    """What only who hears all ranks can say: silence, death, stragglers, and values that are no number."""
+
+    metrics: bool = Field(
+        default=True, description="Rows of several ranks say how long their step took and who was slowest."
+    )
+    per_rank: int = Field(
+        default=16, ge=0, description="With at most so many ranks, each one's straggler score is in the rows."
+    )
+    work_metric: str = Field(
+        default="",
+        description="A metric in which each rank logs how long it worked in a step; else the calls' times tell.",
+    )
+    alerts: bool = Field(
+        default=True,
+        description="What is found is told as alerts in the run; `sidestep status` shows it in any case.",
+    )
+    hangs: bool = Field(default=True, description="Tell of ranks that are silent, stalled or dead.")
+    silent_s: float = Field(
+        default=60.0,
+        gt=0,
+        description="A rank is silent after this, or after three times its longest pause if that is more.",
+    )
+    stalled_s: float = Field(
+        default=300.0, gt=0, description="So long may all ranks say nothing while their processes live; likewise."
+    )
+    stragglers: bool = Field(default=True, description="Tell of ranks that hold up the others.")
+    straggler_share: float = Field(
+        default=0.15, gt=0, description="A straggler needs this share more time than the median rank."
+    )
+    straggler_s: float = Field(default=30.0, ge=0, description="And has done so for this long.")
+    not_finite: tuple[str, ...] = Field(
+        default=("*loss*",),
+        description="Tell when a metric of these names or patterns is NaN or infinite, once for each name.",
+    )
+
+    @field_validator("not_finite", mode="before")
+    @classmethod
+    def _split_at_commas(cls, value: object) -> object:
+        if isinstance(value, str):
+            return tuple(name.strip() for name in value.split(",") if name.strip())
+        return value
+
+
 class UnsafeOptions(Section):
     """Guards that a control experiment switches off to show that tests would notice; never for real runs."""
 
@@ -182,6 +237,8 @@ class Config(Section):
     intake: IntakeOptions = Field(default_factory=IntakeOptions)
     delivery: DeliveryOptions = Field(default_factory=DeliveryOptions)
     sink: SinkOptions = Field(default_factory=SinkOptions)
+    serve: ServeOptions = Field(default_factory=ServeOptions)
+    watch: WatchOptions = Field(default_factory=WatchOptions)
     reduce: dict[str, Reduction] = Field(
         default_factory=dict,
         description="How values of several ranks become one, by name or pattern; the first match counts.",

@@ -34,11 +34,12 @@ from sidestepd.order import ReorderBuffer
 from sidestepd.processes import Beat, Lock, die_with_parent, read_json, write_json
 from sidestepd.resolve import Closed, Folded, Lost, Resolver
 from sidestepd.rowlog import SENT, RowLog
-from sidestepd.rows import Bundle, Row
+from sidestepd.rows import Bundle, Part, Row
 from sidestepd.rules import Rule, Rules, Source, operations
 from sidestepd.settlement import Settlement
 from sidestepd.sinks import Confirmed, RunFacts, Sink, make_sink, write_all
 from sidestepd.spool import Entry, EntryKind, SpoolReader
+from sidestepd.watch import Watch
 
 logger = logging.getLogger("sidestepd.delivery")
 
@@ -85,6 +86,7 @@ class Delivery:
         )
         self.checkpoint = rowlog.checkpoint()
         self.read_through = self.checkpoint.cursor
+        self.watch = Watch(config.watch)
         self.settlement = Settlement(rowlog.meta("counts", {}), cursor=self.read_through)
         self.exit_code: int | None = None
         self.unmatched: list[str] = []
@@ -105,9 +107,11 @@ class Delivery:
             self.resolver.restore(fold["resolver"])
             self.order.restore(fold["order"])
             self._hear(self.matcher.restore(fold["matcher"]))
+            self.watch.restore(fold["watch"])
             self.exit_code = fold["exit_code"]
         if self.marks:
             self.assembler.restore(self.marks)
+        self.watch.take_up(*self.rowlog.alerts())
         self.assembler.latest.update(self.rowlog.latest())
         held = self.sink.open(run, self.rowlog.meta("bookmark", {}))
         opened(self.sink.about())
@@ -157,6 +161,7 @@ class Delivery:
     def finish(self) -> None:
         """Everything that waits leaves; the run is finished, and seen to be whole."""
         self._hear(self.matcher.flush())
+        self._tell_alerts()
         self._decide([*self._assemble(self.order.flush()), *self.assembler.flush()])
         self._tell_config()
         self._tell_summary()
@@ -187,6 +192,8 @@ class Delivery:
             self.resolver.dead["spool_lost"] -= kept
         if entry.kind is EntryKind.FRAME:
             self.settlement.read(entry)
+        if entry.kind is not EntryKind.BOOT:  # before which nobody listened
+            self.watch.poll(self._now)
         for said in self.resolver.read(entry, self.settlement.places_of):
             match said:
                 case Lost():
@@ -197,9 +204,13 @@ class Delivery:
                     self.exit_code = said.exit_code
                 case _:
                     self._hear(self.matcher.hear(said, self._now))
+        session = self.resolver.sessions.get(entry.session)
+        self.watch.read(entry, session.launch if session else "")
 
     def _hear(self, events: Iterable[Event]) -> None:
         for event in events:
+            if isinstance(event, Part):
+                self.watch.hear(event, self._now)
             self.order.hear(event, self._now)
 
     # Deciding and writing
@@ -207,11 +218,13 @@ class Delivery:
     def _let_go(self) -> None:
         self._last_ready = self._now
         self._hear(self.matcher.ready(self._now))
+        self._tell_alerts()
         rows = self._assemble(self.order.ready(self._now))
         self._decide([*rows, *self.assembler.ready(self._now)])
 
     def _assemble(self, bundles: Iterable[Bundle]) -> list[Row]:
         world = max((session.world for session in self.resolver.sessions.values()), default=1)
+        bundles = self.watch.annotate(bundles)
         return self.assembler.add(bundles, world=world, now=self._now)
 
     def _decide(self, rows: Sequence[Row]) -> None:
@@ -234,6 +247,17 @@ class Delivery:
             logger.warning("row %d was rejected: %s", rejected.row.step, rejected.reason)
             self.settlement.reject(rejected.row.step, rejected.reason)
         crash_point("delivery.written")
+
+    def _tell_alerts(self) -> None:
+        """Tell people what is found, at most once: it is written down before."""
+        self.watch.poll(self._now)
+        alerts = self.watch.take()
+        if alerts:
+            self.rowlog.warn(alerts, through=self.read_through)
+        for alert in alerts:
+            logger.warning("%s: %s", alert.title, alert.text)
+            if self.config.watch.alerts:
+                self.sink.alert(alert.title, alert.text, alert.level)
 
     def _tell_config(self) -> None:
         """Send what workers set of the configuration and the summary since this was done last."""
@@ -292,6 +316,7 @@ class Delivery:
                 "resolver": self.resolver.state(),
                 "matcher": self.matcher.state(),
                 "order": self.order.state(),
+                "watch": self.watch.state(),
                 "exit_code": self.exit_code,
             }
         )

@@ -20,6 +20,7 @@ import math
 from bisect import insort
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import Any
 
 from sidestepd.match import Event, Waits
@@ -192,21 +193,14 @@ class ReorderBuffer:
     # What leaves
 
     def ready(self, now: float) -> list[Bundle]:
-        """The rows that may leave by `now`: late ones first, then each axis in order of its steps."""
-        bundles = list(self._leave_late())
-        for axis in self._axes.values():
-            if axis.rows:
-                bundles.extend(self._leave_axis(axis, now))
-        bundles.extend(self._leave_forced())
-        return bundles
+        """The rows that may leave by `now`: late ones first, then those of all axes as they were said."""
+        by_axis = [list(self._leave_axis(axis, now)) for axis in self._axes.values() if axis.rows]
+        return [*self._leave_late(), *_by_time(by_axis), *self._leave_forced()]
 
     def flush(self) -> list[Bundle]:
         """Everything leaves: nobody will speak again."""
-        bundles = list(self._leave_late())
-        for axis in self._axes.values():
-            while axis.steps:
-                bundles.append(self._release(axis, "closing"))
-        return bundles
+        by_axis = [[self._release(axis, "closing") for _ in axis.rows.copy()] for axis in self._axes.values()]
+        return [*self._leave_late(), *_by_time(by_axis)]
 
     def _leave_late(self) -> Iterator[Bundle]:
         for (name, attempt, step), parts in sorted(self._late.items()):
@@ -298,3 +292,21 @@ class ReorderBuffer:
             axis = self._axis(name, attempt)
             axis.highest, axis.first_row = highest, first_row
             axis.reached, axis.holding = dict(reached), set(holding)
+
+
+def _by_time(by_axis: Iterable[list[Bundle]]) -> list[Bundle]:
+    """Rows of several axes in the order in which they were said, each axis in the order of its steps.
+
+    So a row that waits for the next one of the main axis meets the one that was said next, even if many leave at
+    once because somebody was waited for.
+    """
+    found = [bundles for bundles in by_axis if bundles]
+    if len(found) == 1:
+        return found[0]
+    timed = []
+    for bundles in found:
+        newest = -math.inf
+        for bundle in bundles:
+            newest = max(newest, min(part.time for part in bundle.parts))
+            timed.append((newest, bundle))
+    return [bundle for _, bundle in sorted(timed, key=itemgetter(0))]

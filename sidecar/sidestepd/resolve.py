@@ -18,13 +18,11 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from sidestep.wire import Kind, Record, Undecodable, decode_records
+from sidestep.wire import END_OF_STEPS, Kind, Record, Undecodable, decode_records
 from sidestepd.attempts import Launches
 from sidestepd.entries import Entry, EntryKind
 from sidestepd.rows import MAIN_AXIS, Call, Part, Position
 from sidestepd.rules import Rules, rule_from
-
-LOWEST_STEP, HIGHEST_STEP = 0, 2**62
 
 
 @dataclass(slots=True, kw_only=True)
@@ -272,7 +270,7 @@ class Resolver:
             if session.world > 1 and not session.child:
                 call = Call(step, frozenset(record.data))
             step += self._base(session, axis)
-        if not LOWEST_STEP <= step < HIGHEST_STEP:
+        if not 0 <= step < 2 * END_OF_STEPS:
             return None
         self._highest[axis] = max(step, self._highest.get(axis, step))
         return Part(

@@ -55,13 +55,17 @@ Cause = Literal["passed", "patience", "forced", "closing", "late"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bundle:
-    """Everything that was said at one step of one axis, ready to leave; parts in order of rank."""
+    """Everything that was said at one step of one axis, ready to leave; parts in order of rank.
+
+    `own` is what sidestep itself knows of the step, for a row of the main axis.
+    """
 
     axis: str
     step: int
     parts: tuple[Part, ...]
     attempt: int = 0
     cause: Cause = "passed"
+    own: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def late(self) -> bool:
@@ -180,6 +184,21 @@ class Row:
             restore=restore,
             positions=tuple(Position(*pair) for pair in msgpack.unpackb(positions)),
         )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Alert:
+    """What a person should look at, told once while `cause` lasts, and once more when it is `over`.
+
+    `level` is INFO, WARN or ERROR, as wandb has them; `time` is spool time.
+    """
+
+    cause: str
+    title: str
+    text: str
+    level: str = "WARN"
+    time: float = 0.0
+    over: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

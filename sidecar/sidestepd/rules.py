@@ -17,14 +17,12 @@ from enum import IntEnum
 from fnmatch import fnmatchcase
 from typing import Any, TypeVar
 
+from sidestep.definitions import REDUCTIONS, SUMMARIES, is_reduction
 from sidestepd.rows import MAIN_AXIS
 
 T = TypeVar("T")
 
-SUMMARIES = frozenset({"min", "max", "mean", "first", "last", "none"})
-"""What wandb makes of a name's rows for the summary."""
-OPERATIONS = frozenset({"mean", "min", "max", "sum", "std", "count", "first", "last", "argmax_rank", "per_rank"})
-_MADE = re.compile(rf"(?P<name>.+)(\.late|\.({'|'.join(sorted(OPERATIONS))}|mean:.+)|/rank\d+)", re.DOTALL)
+_MADE = re.compile(rf"(?P<name>.+)(\.late|\.({'|'.join(sorted(REDUCTIONS))}|mean:.+)|/rank\d+)", re.DOTALL)
 """The names that the daemon makes of a name."""
 
 
@@ -89,8 +87,8 @@ def operations(reduce: str | Sequence[str] | None, prefix: str = "") -> tuple[st
         return None
     names = tuple(reduce) if isinstance(reduce, list | tuple) else (reduce,)
     for name in names:
-        if not isinstance(name, str) or not (name in OPERATIONS or (name.startswith("mean:") and name[5:])):
-            known = ", ".join(sorted(OPERATIONS))
+        if not is_reduction(name):
+            known = ", ".join(sorted(REDUCTIONS))
             raise ValueError(f"reduce={name!r:.80} is unknown: one of {known}, mean:NAME_OF_THE_WEIGHT")
     return tuple(f"mean:{prefix}{name[5:]}" if name.startswith("mean:") else name for name in names) or None
 

@@ -100,6 +100,10 @@ class Tape:
         """A session's heartbeat said something new."""
         return self._event(EntryKind.COUNTERS, session, 0, **facts)
 
+    def vital(self, session: int, state: str, since: float) -> Entry:
+        """Intake saw something of a session's process: "quiet", "heard" or "gone"."""
+        return self._event(EntryKind.VITAL, session, self.next.get(session, 0), state=state, since=since)
+
     def boot(self) -> Entry:
         """Intake started."""
         return self._append(Entry.of_event(EntryKind.BOOT, received=self.now, boot="b"))

@@ -108,6 +108,12 @@ class TestSources:
 
         assert Path() == config.run.dir
 
+    def test_names_to_watch_in_a_variable_are_separated_by_commas(self, tmp_path):
+        some = Config.load(environ={"SIDESTEP_WATCH_NOT_FINITE": "*loss*, grad/*"})
+        none = Config.load(toml_file(tmp_path, "[watch]\nnot_finite = []"), environ={})
+
+        assert (("*loss*", "grad/*"), ()) == (some.watch.not_finite, none.watch.not_finite)
+
     def test_tags_in_a_variable_are_separated_by_commas(self):
         config = Config.load(environ={"WANDB_TAGS": "one, two,"})
 

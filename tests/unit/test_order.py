@@ -104,6 +104,19 @@ class TestAllMovedPast:
 
         assert [("eval/step", 0, "passed")] == buffer.ready(now=1.0)
 
+    def test_rows_that_leave_together_leave_as_they_were_said(self):
+        buffer = Buffer()
+        buffer.join(0, 1)
+        for step in range(4):
+            for axis, later in ((MAIN_AXIS, 0.1), ("eval/step", 0.0)):
+                for rank in (0, 1):
+                    buffer.order.hear(part(step, rank=rank, axis=axis, time=10.0 * step + later), 0.0)
+        buffer.leave(0, 1.0)
+        buffer.leave(1, 1.0)
+
+        expected = [(axis, step, "passed") for step in range(4) for axis in ("eval/step", MAIN_AXIS)]
+        assert expected == buffer.ready(2.0)
+
     def test_who_left_is_not_waited_for(self):
         buffer = two_ranks_at(5)
         buffer.say(0, 6, now=1.0)

@@ -8,7 +8,8 @@ from typing import Any
 import msgpack
 import pytest
 
-from sidestepd.rules import OPERATIONS, Rule, Rules, Source, operations, rule_from
+from sidestep.definitions import REDUCTIONS
+from sidestepd.rules import Rule, Rules, Source, operations, rule_from
 
 
 def rules_of(*rules: Rule) -> Rules:
@@ -178,7 +179,7 @@ class TestReadingDeclarations:
             operations("median")
 
     def test_every_operation_is_taken(self):
-        assert (*sorted(OPERATIONS), "mean:n") == operations([*sorted(OPERATIONS), "mean:n"])
+        assert (*sorted(REDUCTIONS), "mean:n") == operations([*sorted(REDUCTIONS), "mean:n"])
 
     @pytest.mark.parametrize("nothing", [None, [], ()])
     def test_no_operation_is_none(self, nothing):
