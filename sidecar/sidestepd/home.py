@@ -6,7 +6,7 @@ of its workers' runs are open. A service that starts where another one was inter
 
 from __future__ import annotations
 
-import logging
+import contextlib
 import shutil
 import sqlite3
 from collections.abc import Mapping, Sequence
@@ -21,7 +21,6 @@ from sidestepd.errors import AlreadyRunning
 from sidestepd.processes import Lock, read_json, write_json
 from sidestepd.rundir import RunFile
 
-logger = logging.getLogger(__name__)
 
 SERVICES = ".services"
 
@@ -169,6 +168,8 @@ class ServiceHome:
                 RunFile.read(run_dir).now("interrupted").write(run_dir)
         if complete and self._until_idle and not self.open_runs:
             shutil.rmtree(self.directory, ignore_errors=True)
+            with contextlib.suppress(OSError):  # others may be there
+                self.directory.parent.rmdir()
 
 
 def short(path: Path) -> str:

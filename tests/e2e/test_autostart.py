@@ -99,7 +99,7 @@ class TestOneProcess:
 
         assert (list(range(10)), 0, True) == (steps(run), run.run.exit_code, run.ledger.balances)
         assert [] == list(Path(os.environ["XDG_RUNTIME_DIR"]).glob("sidestep-*/*"))
-        assert ["sidestep-runs"] == [path.name for path in here.iterdir()]
+        assert [Path(run.run.dir)] == list((here / "sidestep-runs").iterdir())
 
     def test_an_exception_is_its_exit_code(self, here: Path):
         code, _ = ended(python(LOG_TEN + "raise ValueError('no')"))
