@@ -21,7 +21,6 @@ from sidestepd.errors import AlreadyRunning
 from sidestepd.processes import Lock, read_json, write_json
 from sidestepd.rundir import RunFile
 
-
 SERVICES = ".services"
 
 
