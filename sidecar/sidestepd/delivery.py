@@ -1,6 +1,6 @@
 """Delivery: read the spool, put rows in order, write them down, write them out, and see them confirmed.
 
-    read ─▶ resolve ─▶ order ─▶ assemble ─▶ row log ─▶ sink ─▶ confirmed ─▶ cursor
+    read ─▶ resolve ─▶ match ─▶ order ─▶ assemble ─▶ row log ─▶ sink ─▶ confirmed ─▶ cursor
                                                                    intake deletes up to there ◀─┘
 
 - it knows nothing that is not in the spool or its own row log: killed anywhere, it goes on from both
@@ -29,16 +29,18 @@ from sidestepd.clock import Clock, Horizon
 from sidestepd.config import Config
 from sidestepd.crashpoints import crash_point
 from sidestepd.errors import ExitCode, Fatal, SpoolDamaged
+from sidestepd.match import Event, Matcher
 from sidestepd.order import ReorderBuffer
 from sidestepd.processes import Beat, Lock, die_with_parent, read_json, write_json
 from sidestepd.resolve import Closed, Folded, Lost, Resolver
 from sidestepd.rowlog import SENT, RowLog
-from sidestepd.rows import Bundle, Raised, Row, Sampled
-from sidestepd.rules import Rule, Rules, operations
+from sidestepd.rows import Alert, Bundle, Part, Raised, Row, Sampled
+from sidestepd.rules import Rule, Rules, Source, operations
 from sidestepd.samples import Samples, first_ranks
 from sidestepd.settlement import Settlement
 from sidestepd.sinks import Confirmed, RunFacts, Sink, make_sink, write_all
 from sidestepd.spool import Entry, EntryKind, SpoolReader
+from sidestepd.watch import Watch
 
 logger = logging.getLogger("sidestepd.delivery")
 
@@ -68,13 +70,17 @@ class Delivery:
         order = config.order
         self.config = config
         self.spool, self.rowlog, self.sink, self.horizon, self.beat = spool, rowlog, sink, horizon, beat
-        rules = Rules(Rule(pattern=name, reduce=operations(reduce)) for name, reduce in config.reduce.items())
+        rules = Rules(
+            Rule(pattern=name, reduce=operations(reduce), source=_source(config.source(f"reduce.{name}")))
+            for name, reduce in config.reduce.items()
+        )
         self.marks: dict[str, Any] = rowlog.meta("marks", {})
         self.resolver = Resolver(rules)
+        self.matcher = Matcher(patience=order.patience_s, capacity=order.capacity_rows)
         self.order = ReorderBuffer(
             patience=order.patience_s,
             capacity=order.capacity_rows,
-            released=self.marks.get("released"),
+            released=self.marks.get("released", ()),
         )
         self.assembler = Assembler(
             rules, patience=order.patience_s, max_wait=order.max_wait_s, window=order.late_window_rows
@@ -87,6 +93,7 @@ class Delivery:
         )
         self.checkpoint = rowlog.checkpoint()
         self.read_through = self.checkpoint.cursor
+        self.watch = Watch(config.watch)
         self.settlement = Settlement(rowlog.meta("counts", {}), cursor=self.read_through)
         self.exit_code: int | None = None
         self.unmatched: list[str] = []
@@ -106,11 +113,14 @@ class Delivery:
             fold = msgpack.unpackb(self.checkpoint.fold, strict_map_key=False)
             self.resolver.restore(fold["resolver"])
             self.order.restore(fold["order"])
+            self._hear(self.matcher.restore(fold["matcher"]))
+            self.watch.restore(fold["watch"])
             self.exit_code = fold["exit_code"]
         if self.marks:
             self.assembler.restore(self.marks)
             if "samples" in self.marks:
                 self.samples.restore(self.marks["samples"])
+        self.watch.take_up(*self.rowlog.alerts())
         self.assembler.latest.update(self.rowlog.latest())
         held = self.sink.open(run, self.rowlog.meta("bookmark", {}))
         opened(self.sink.about())
@@ -160,6 +170,8 @@ class Delivery:
 
     def finish(self) -> None:
         """Everything that waits leaves; the run is finished, and seen to be whole."""
+        self._hear(self.matcher.flush())
+        self._tell_alerts()
         self._decide([*self._assemble(self.order.flush()), *self.assembler.flush()])
         self._tell_config()
         self._tell_summary()
@@ -190,7 +202,9 @@ class Delivery:
             self.resolver.dead["spool_lost"] -= kept
         if entry.kind is EntryKind.FRAME:
             self.settlement.read(entry)
-        for said in self.resolver.read(entry, self.settlement.is_used):
+        if entry.kind is not EntryKind.BOOT:  # before which nobody listened
+            self.watch.poll(self._now)
+        for said in self.resolver.read(entry, self.settlement.places_of):
             match said:
                 case Lost():
                     self.settlement.lose(said)
@@ -206,17 +220,28 @@ class Delivery:
                     self.samples.alert(said)
                     self.settlement.settle(said.position.entry)
                 case _:
-                    self.order.hear(said, self._now)
+                    self._hear(self.matcher.hear(said, self._now))
+        session = self.resolver.sessions.get(entry.session)
+        self.watch.read(entry, session.launch if session else "")
+
+    def _hear(self, events: Iterable[Event]) -> None:
+        for event in events:
+            if isinstance(event, Part):
+                self.watch.hear(event, self._now)
+            self.order.hear(event, self._now)
 
     # Deciding and writing
 
     def _let_go(self) -> None:
         self._last_ready = self._now
+        self._hear(self.matcher.ready(self._now))
+        self._tell_alerts()
         rows = self._assemble(self.order.ready(self._now))
         self._decide([*rows, *self.assembler.ready(self._now)])
 
     def _assemble(self, bundles: Iterable[Bundle]) -> list[Row]:
         world = max((session.world for session in self.resolver.sessions.values()), default=1)
+        bundles = self.watch.annotate(bundles)
         return self.assembler.add(bundles, world=world, now=self._now)
 
     def _decide(self, rows: Sequence[Row]) -> None:
@@ -245,15 +270,27 @@ class Delivery:
 
     def _tell_samples(self) -> None:
         """Send samples and alerts out, once at most: that they are sent is written down before they are."""
-        samples, alerts = self.samples.take()
-        if samples or alerts:
+        samples, raised = self.samples.take()
+        if samples or raised:
             self.rowlog.settle(streamed=list(self.samples.streamed))
             crash_point("delivery.stream")
         for sample in samples:
             self.sink.sample(sample)
+        self._tell([_told_once(said, self._now) for said in raised], through=0)  # the watch has judged nothing new
+
+    def _tell_alerts(self) -> None:
+        """Tell people what the watch finds."""
+        self.watch.poll(self._now)
+        self._tell(self.watch.take(), through=self.read_through)
+
+    def _tell(self, alerts: Sequence[Alert], *, through: int) -> None:
+        """Tell people, at most once: it is written down before."""
+        if alerts:
+            self.rowlog.warn(alerts, through=through)
         for alert in alerts:
-            logger.warning("alert: %s: %s", alert.title, alert.text)
-            self.sink.alert(alert.title, alert.text, alert.level)
+            logger.warning("%s: %s", alert.title, alert.text)
+            if self.config.watch.alerts:
+                self.sink.alert(alert.title, alert.text, alert.level)
 
     def _tell_config(self) -> None:
         """Send what workers set of the configuration and the summary since this was done last."""
@@ -279,6 +316,9 @@ class Delivery:
         totals = {
             "sidestep/rows": self.settlement.rows + self.settlement.unconfirmed,
             "sidestep/late_rows": self.assembler.late_rows,
+            "sidestep/late_values": self.assembler.late_values,
+            "sidestep/conflicts": self.assembler.conflicts,
+            "sidestep/forced_rows": self.assembler.forced_rows,
             "sidestep/dropped": sum(self.ledger()["dropped"].values()),
         }
         self.sink.summary({**self.assembler.aggregated(), **self._set_by_workers(), **totals})
@@ -305,7 +345,13 @@ class Delivery:
 
     def _fold(self) -> bytes:
         fold: bytes = msgpack.packb(
-            {"resolver": self.resolver.state(), "order": self.order.state(), "exit_code": self.exit_code}
+            {
+                "resolver": self.resolver.state(),
+                "matcher": self.matcher.state(),
+                "order": self.order.state(),
+                "watch": self.watch.state(),
+                "exit_code": self.exit_code,
+            }
         )
         return fold
 
@@ -339,9 +385,9 @@ class Delivery:
             "rows": self.settlement.rows,
             "last_step": self.assembler.last,
             "late_rows": self.assembler.late_rows,
-            "forced": self.order.forced,
+            "forced": self.assembler.forced_rows,
             "conflicts": self.assembler.conflicts,
-            "waiting": self.order.waiting + self.assembler.waiting,
+            "waiting": self.matcher.waiting + self.order.waiting + self.assembler.waiting,
             "unmatched": self.unmatched,
             "sessions": {
                 id_.hex(): {
@@ -353,6 +399,11 @@ class Delivery:
         }  # fmt: skip
 
 
+def _source(given: str) -> Source:
+    """Where a reduction was given: an option, or a file."""
+    return Source.COMMAND_LINE if given.startswith("-") else Source.FILE
+
+
 def settle_facts(run: Mapping[str, Any], config: Config, said: Mapping[str, Any]) -> dict[str, Any]:
     """What the run is called: the command line's word, then the first worker's `init()`, then the rest."""
     facts = {}
@@ -360,6 +411,12 @@ def settle_facts(run: Mapping[str, Any], config: Config, said: Mapping[str, Any]
         given = config.source(f"run.{name}").startswith("-")
         facts[name] = run.get(name) if given else _named(name, said) or run.get(name)
     return {name: value for name, value in facts.items() if value}
+
+
+def _told_once(said: Raised, now: float) -> Alert:
+    """What a session raised, as people are told: whether its cause lasts, only its session knows."""
+    cause = f"raised/{said.position.entry}/{said.position.seq}"
+    return Alert(cause=cause, title=said.title, text=said.text, level=said.level, time=now, over=True)
 
 
 def _named(name: str, said: Mapping[str, Any]) -> Any:

@@ -7,6 +7,7 @@ nothing was lost without a count.
 
 from __future__ import annotations
 
+import sqlite3
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -17,6 +18,7 @@ from sidestep.wire import WORKER
 from sidestepd.errors import SpoolDamaged
 from sidestepd.processes import Lock, read_json
 from sidestepd.rowlog import RowLogReader
+from sidestepd.rows import Alert
 from sidestepd.rundir import RunFile
 from sidestepd.spool import SpoolReader, StoredSession
 
@@ -28,7 +30,7 @@ class Ledger:
     """What became of every record. `rejected` and `dropped` are by reason.
 
     `pending` is on its way, in a worker or in the spool; `unknown` was offered by a worker that ended without
-    a word, and never came.
+    a word, and never came. `values_refused` counts no records but values, which workers left out of theirs.
     """
 
     offered: int = 0
@@ -37,6 +39,7 @@ class Ledger:
     dropped: Mapping[str, int] = field(default_factory=dict)
     pending: int = 0
     unknown: int = 0
+    values_refused: int = 0
 
     @property
     def balances(self) -> bool:
@@ -56,6 +59,7 @@ class SessionReport:
     offered: int
     acknowledged: int
     dropped: Mapping[str, int]
+    values_refused: int = 0
     role: str = WORKER
 
     @property
@@ -81,6 +85,20 @@ class Report:
     spool_bytes: int
     spool_damaged: bool = False
     """What is told of workers is then what delivery had read of them; the next start salvages the spool."""
+    trouble: str = ""
+    """Why nothing reaches the sink, as far as that is known."""
+    alerts: tuple[Alert, ...] = ()
+    """What people were told, in this order."""
+
+    @property
+    def troubles(self) -> list[Alert]:
+        """The alerts whose causes last, or were never seen to end."""
+        open_: dict[str, Alert] = {}
+        for alert in self.alerts:
+            open_.pop(alert.cause, None)
+            if not alert.over:
+                open_[alert.cause] = alert
+        return list(open_.values())
 
     @property
     def ranks(self) -> int:
@@ -125,8 +143,10 @@ def report(run_dir: Path) -> Report:
         unmatched=tuple(told.get("unmatched", ())),
         sessions=sessions,
         ledger=_ledger(sessions, told, unread),
+        alerts=tuple(rowlog.alerts()),
         spool_bytes=sum(path.stat().st_size for path in run_dir.glob("spool.db*")),
         spool_damaged=damaged,
+        trouble="" if state == "finished" else str(read_json(run_dir / "trouble.json").get("trouble", "")),
     )
 
 
@@ -138,6 +158,7 @@ def losses(found: Report) -> str:
     if silent:
         who = f"{silent} worker{'s' if silent > 1 else ''} that ended without a word"
         parts.append(f"{f'{ledger.unknown} and ' if ledger.unknown else ''}whatever else {who} had not sent")
+    parts += [f"{ledger.values_refused} values that can not be logged"] if ledger.values_refused else []
     if not (ledger.balances or found.spool_damaged):
         parts.append("and the ledger does not balance, which is a defect: please report it")
     return ", ".join(parts)
@@ -161,6 +182,10 @@ def _spooled(path: Path, *, after: int) -> tuple[list[StoredSession], int]:
             if sessions == reader.sessions():
                 break
         return sessions, records
+    except sqlite3.OperationalError as error:
+        if "no such table" not in str(error):  # it is only just being made
+            raise
+        return [], 0
     finally:
         reader.close()
 
@@ -177,6 +202,7 @@ def _session(stored: StoredSession, state: str) -> SessionReport:
         offered=max(stored.counters.get("offered", 0), stored.next + sum(dropped.values())),
         acknowledged=stored.next,
         dropped=dropped,
+        values_refused=stored.counters.get("values_refused", 0),
         role=stored.hello.get("role", WORKER),
     )
 
@@ -207,6 +233,7 @@ def _ledger(sessions: Iterable[SessionReport], told: Mapping[str, Any], unread: 
         dropped=dict(by_workers + unreadable),
         pending=told.get("unsettled", 0) + unread + sum(s.missing for s in sessions if s.state != "lost"),
         unknown=sum(session.missing for session in sessions if session.state == "lost"),
+        values_refused=sum(session.values_refused for session in sessions),
     )
 
 

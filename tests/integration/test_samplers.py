@@ -171,6 +171,8 @@ class TestGpus:
         assert 79 in read_from_rows(served, "system/gpu0/xid")
         assert served.failures_of_samplers() == 0
         assert_samples_are_extra(served, steps)
+        told_of = {alert.title: alert for alert in status.report(served.run_dir).alerts}
+        assert "ERROR" == told_of["GPU 1 is lost"].level
 
     def test_that_hang_hold_up_nothing_else(self, serve: Serve, gpus: StubGpus) -> None:
         gpus.set(count=2, delay_us=30_000_000)

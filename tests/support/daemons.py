@@ -164,7 +164,8 @@ class ServedRun:
     def finish(self, exit_code: int = 0) -> int:
         """Have the run finished; returns the exit code of intake."""
         with self.tool() as tool:
-            tool.ask(RunInfo(close=exit_code), RunInfo)  # asks again while the samplers have their last word
+            question = RunInfo(close=exit_code)  # asked again while the samplers have their last word
+            eventually(lambda: tool.ask(question, RunInfo).close is not None, DEADLINE_S, self.log)
         return self.wait()
 
     @contextlib.contextmanager
@@ -431,9 +432,9 @@ class RawWorker:
         self.next = frame.end
         return ack
 
-    def bye(self) -> Bye:
+    def bye(self, exit_code: int | None = None) -> Bye:
         """Say that this was all."""
-        self.say(Bye(session=self.session, first=self.next, offered=self.next))
+        self.say(Bye(session=self.session, first=self.next, offered=self.next, exit_code=exit_code))
         return self.hear(Bye)
 
 

@@ -58,7 +58,9 @@ def make_samplers(config: Config, run_dir: Path) -> list[Sampler]:
 def make_session(run: dict[str, Any]) -> Session:
     """This process's session with the run's intake."""
     return Session(
-        settings=WorkerSettings(address=run["address"], run_id=run["id"], outbox_bytes=OUTBOX_BYTES),
+        settings=WorkerSettings(
+            address=run["address"], run_id=run["id"], outbox_bytes=OUTBOX_BYTES, when_full="drop", autostart=False
+        ),
         identity=Identity(
             rank=0, world=1, local_rank=0, node=os.uname().nodename, pid=os.getpid(), launch=SAMPLER, attempt=0
         ),

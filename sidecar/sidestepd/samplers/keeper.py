@@ -64,6 +64,10 @@ class SamplersKeeper:
         self._process.kill()
         return True
 
+    def stay(self) -> None:
+        """The run goes on, though it may have been about to be closed: who was asked to leave is needed again."""
+        self._leave_by = None
+
     def kill(self) -> None:
         """End it now; what it had not said is not said."""
         if self._process is not None and self._process.poll() is None:

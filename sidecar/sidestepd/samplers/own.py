@@ -1,7 +1,8 @@
 """What sidestep itself holds and uses: its spool, its lag, its losses, its processes.
 
 - read from the run's files and the processes' counters; nobody is asked, so nobody is kept from work
-- its processes are intake, which is this one's parent, and everything below it
+- its processes are intake, which is this one's parent, and everything below it: of a daemon that serves several
+  runs those of all of them, in each run's figures
 """
 
 from __future__ import annotations

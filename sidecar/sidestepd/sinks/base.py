@@ -59,16 +59,16 @@ class Sink(Protocol):
         """Set values of the run's summary. Idempotent."""
         ...
 
+    def alert(self, title: str, text: str, level: str) -> None:
+        """Tell people something. Whoever calls tells it once, also across crashes. `level`: INFO, WARN, ERROR."""
+        ...
+
     def write(self, row: Row) -> None:
         """Write one row, with a `step` above every earlier one's. Raises Retry, Reject or Fatal."""
         ...
 
     def sample(self, sample: Sample) -> None:
         """Add to the run's stream of system metrics, at the sample's own time. Raises Fatal."""
-        ...
-
-    def alert(self, title: str, text: str, level: str) -> None:
-        """Tell people something. Whoever calls tells it once, also across crashes. `level`: INFO, WARN, ERROR."""
         ...
 
     def confirm(self) -> Confirmed:

@@ -59,6 +59,10 @@ class JsonlSink:
         """One line."""
         self._append({"summary": dict(values)})
 
+    def alert(self, title: str, text: str, level: str) -> None:
+        """One line."""
+        self._append({"alert": {"title": title, "text": text, "level": level}})
+
     def write(self, row: Row) -> None:
         """One line with `_step` and `_timestamp`, as in wandb's history."""
         self._append({"_step": row.step, "_timestamp": row.time, **row.values})
@@ -67,10 +71,6 @@ class JsonlSink:
     def sample(self, sample: Sample) -> None:
         """One line."""
         self._append({"system": dict(sample.values), "node": sample.node, "_timestamp": sample.time})
-
-    def alert(self, title: str, text: str, level: str) -> None:
-        """One line."""
-        self._append({"alert": {"title": title, "text": text, "level": level}})
 
     def confirm(self) -> Confirmed:
         """Sync the file."""

@@ -90,6 +90,15 @@ class WandbSink:
         """Beside what wandb derives from the rows."""
         _each(values, self._open_run.summary.update)
 
+    def alert(self, title: str, text: str, level: str) -> None:
+        """wandb sends it by mail or chat, as the user has set up there; offline it waits for `wandb sync`."""
+        try:
+            self._open_run.alert(title[:MOST_TITLE], text, level, wait_duration=NO_WAIT_S)
+        except _BROKEN as error:
+            raise Fatal(f"wandb-core is gone: {error!r}") from error
+        except _REFUSED as error:
+            logger.warning("wandb refuses the alert %.80r: %s", title, error)
+
     def write(self, row: Row) -> None:
         """One call."""
         values = {"_timestamp": row.time, **row.values}
@@ -118,15 +127,6 @@ class WandbSink:
             self._open_run._interface._publish(pb.Record(stats=stats))  # type: ignore
         except _BROKEN as error:
             raise Fatal(f"wandb-core is gone: {error!r}") from error
-
-    def alert(self, title: str, text: str, level: str) -> None:
-        """wandb sends it by mail or chat, as the user has set up there; offline it waits for `wandb sync`."""
-        try:
-            self._open_run.alert(title[:MOST_TITLE], text, level, wait_duration=NO_WAIT_S)
-        except _BROKEN as error:
-            raise Fatal(f"wandb-core is gone: {error!r}") from error
-        except _REFUSED as error:
-            logger.warning("wandb refuses the alert %.80r: %s", title, error)
 
     def confirm(self) -> Confirmed:
         """Read what the file has got since the last time, then sync it: so what was read is on the disk."""

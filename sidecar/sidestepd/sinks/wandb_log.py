@@ -156,6 +156,11 @@ def history(path: Path, offset: int = 0) -> Iterator[HistoryRow]:
     return (_row(record.history) for record in records(path, offset) if record.HasField("history"))
 
 
+def alerts(path: Path) -> Iterator[tuple[str, str, str]]:
+    """Title, text and level of every alert in the file now."""
+    return ((it.alert.title, it.alert.text, it.alert.level) for it in records(path) if it.HasField("alert"))
+
+
 def steps_of(reader: LogReader) -> Iterator[int]:
     """The `_step` of each history row that `reader` has not read yet."""
     return (_step(record.history) for record in _parsed(reader) if record.HasField("history"))
