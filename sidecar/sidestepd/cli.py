@@ -45,6 +45,7 @@ _OPTIONS = {
     "--tags": "run.tags",
     "--notes": "run.notes",
     "--mode": "run.mode",
+    "--resume": "run.resume",
     "--dir": "run.dir",
     "--sink": "sink.kind",
     "--patience": "order.patience_s",
@@ -74,7 +75,8 @@ _ENVIRONMENT = """\b
 Environment (weaker than options, stronger than the file that --config or
 SIDESTEP_CONFIG names; deploy/sidestepd.toml lists every option):
   WANDB_PROJECT, WANDB_ENTITY, WANDB_NAME, WANDB_RUN_ID, WANDB_RUN_GROUP,
-  WANDB_JOB_TYPE, WANDB_TAGS, WANDB_NOTES, WANDB_MODE, WANDB_DIR
+  WANDB_JOB_TYPE, WANDB_TAGS, WANDB_NOTES, WANDB_MODE, WANDB_RESUME, WANDB_DIR,
+  WANDB_BASE_URL, and WANDB_API_KEY, which only the daemon reads
   SIDESTEP_<SECTION>_<OPTION>, such as SIDESTEP_ORDER_PATIENCE_S
 """
 

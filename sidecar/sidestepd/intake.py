@@ -375,7 +375,8 @@ class Intake:
 
 
 def _known(about: dict[str, Any]) -> dict[str, Any]:
-    return {name: about[name] for name in ("name", "project", "entity", "url") if about.get(name)}
+    names = ("name", "project", "entity", "mode", "url", "starting_step")
+    return {name: about[name] for name in names if about.get(name)}
 
 
 def _sayable(facts: dict[str, Any]) -> dict[str, Any]:

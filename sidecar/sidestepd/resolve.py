@@ -121,6 +121,10 @@ class Resolver:
         self._bases: dict[str, dict[str, int]] = {}
         self._launches: dict[str, int] = {}
 
+    def begin_behind(self, step: int) -> None:
+        """The run holds rows up to `step` from before its first session: counted steps go on behind them."""
+        self._highest[MAIN_AXIS] = step
+
     def read(self, entry: Entry, used: Callable[[Position], bool] = lambda _: False) -> Iterator[Said]:
         """What one entry says; `used` tells of positions that a row holds already."""
         match entry.kind:

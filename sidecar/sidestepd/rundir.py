@@ -38,6 +38,7 @@ class RunFile:
 
     id: str
     mode: str = "offline"
+    resume: str = "allow"
     project: str | None = None
     entity: str | None = None
     name: str | None = None
@@ -80,7 +81,7 @@ class RunFile:
 
     def with_what_wandb_made_of_it(self, about: Mapping[str, Any]) -> Self:
         """The same run, with the names that it was given in the end."""
-        made = {key: about[key] for key in ("project", "entity", "name", "url") if about.get(key)}
+        made = {key: about[key] for key in ("mode", "project", "entity", "name", "url") if about.get(key)}
         return replace(self, **made)
 
     def now(self, state: str, exit_code: int | None = None) -> Self:

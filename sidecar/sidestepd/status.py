@@ -76,6 +76,10 @@ class Report:
     sessions: tuple[SessionReport, ...]
     ledger: Ledger
     spool_bytes: int
+    trouble: str | None = None
+    """What keeps rows from the run although nothing here is broken."""
+    lasting: bool = False
+    """Whether the trouble takes a person to heal it."""
 
     @property
     def ranks(self) -> int:
@@ -103,6 +107,7 @@ def report(run_dir: Path) -> Report:
         run = replace(run, exit_code=rowlog.meta("exit_code"))
     # In this order: what delivery had read by then is in the spool, or was and is counted as settled.
     state, told = _state(run, run_dir, rowlog), rowlog.meta("ledger", {})
+    trouble, lasting = (None, False) if state == "finished" else rowlog.meta("trouble") or (None, False)
     stored, unread = _spooled(run_dir / "spool.db", after=told.get("read_through", 0))
     sessions = tuple(sorted((_session(one, state) for one in stored), key=lambda one: one.rank))
     return Report(
@@ -117,6 +122,8 @@ def report(run_dir: Path) -> Report:
         sessions=sessions,
         ledger=_ledger(sessions, told, unread),
         spool_bytes=sum(path.stat().st_size for path in run_dir.glob("spool.db*")),
+        trouble=trouble,
+        lasting=lasting,
     )
 
 
