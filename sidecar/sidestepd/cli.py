@@ -22,6 +22,7 @@ import click
 
 from sidestep.errors import SettingsError, SidestepError
 from sidestepd import command, rundir, status
+from sidestepd import sync as synchronise
 from sidestepd.command import Command, Signals
 from sidestepd.config import KEYS, SECTIONS, Config, Given, variables
 from sidestepd.control import Control
@@ -70,6 +71,12 @@ Exit codes:
 {_OUR_CODES}\
    {ExitCode.INTERRUPTED}  stopped before the run was complete; all that was acknowledged
        is on disk: `sidestep serve RUN_DIR` takes it up
+"""
+_SYNC_CODES = f"""\b
+Exit codes:
+    0  everything is on the server
+    2  this directory, or what is there already, does not allow it
+   {ExitCode.INTERRUPTED}  not everything is there yet; the line says why, and calling it again goes on
 """
 _ENVIRONMENT = """\b
 Environment (weaker than options, stronger than the file that --config or
@@ -191,6 +198,60 @@ def show_status(run_dir: Path | None, as_json: bool) -> None:
     sys.exit(_saying_why(show))
 
 
+@main.command(epilog=_SYNC_CODES)
+@click.option("--project", help="The W&B project; otherwise as the run is called.")
+@click.option("--entity", help="The W&B user or team; otherwise as the run is called.")
+@click.option("--id", "run_id", help="The id there; otherwise the run's own.")
+@click.option("--server", help="The address of the W&B server; otherwise as for `sidestep run`.")
+@click.argument("run_dir", type=click.Path(path_type=Path, file_okay=False, exists=True))
+def sync(run_dir: Path, project: str | None, entity: str | None, run_id: str | None, server: str | None) -> None:
+    """Send a run to W&B, whole and once.
+
+    An offline run goes up as one run, however often its daemon was killed. A run
+    that was interrupted is finished first. Stopped at any time, it goes on from
+    what the server holds when it is called again.
+    """
+    target = synchronise.Target(project=project, entity=entity, id=run_id, server=server)
+
+    def send() -> int:
+        with Signals() as signals:
+            progress = _Rows()
+            done = synchronise.sync(run_dir.absolute(), target, progress=progress, pause=_Drain(signals))
+            progress.clear()
+        _say(f"{'already there: ' if done.again else ''}{_many(done.rows, 'row')} at {done.url}")
+        return 0
+
+    sys.exit(_saying_why(send))
+
+
+@main.command()
+@click.option("--sink", required=True, metavar="KIND:PLACE", help="jsonl:PATH, or wandb:DIR for an offline run.")
+@click.argument("run_dir", type=click.Path(path_type=Path, file_okay=False, exists=True))
+def replay(run_dir: Path, sink: str) -> None:
+    """Write a run's rows once more, into another place.
+
+    Reads the run directory and changes nothing in it. The rows come with the run's
+    configuration, summary and definitions. A run that is not finished is written
+    as it stands, with what is still in its spool.
+    """
+
+    def write() -> int:
+        from sidestepd import replay as again  # slow to import, and needed by nothing else
+
+        RunFile.read(run_dir)
+        into, directory = again.target(sink)
+        progress = _Rows()
+        facts = again.facts_of(run_dir.absolute(), directory)
+        done = again.replay(run_dir.absolute(), into, facts, progress=lambda count: progress(count, None))
+        progress.clear()
+        _say(f"{_many(done.rows, 'row')} in {sink.partition(':')[2]}")
+        if done.missing:
+            _say(f"{_many(done.missing, 'row')} more are on the server alone")
+        return 0
+
+    sys.exit(_saying_why(write))
+
+
 # run
 
 
@@ -271,7 +332,8 @@ def _finish(daemon: Daemon, exit_code: int) -> bool:
         daemon.wait_closed(progress)
     except Incomplete as error:
         progress.clear()
-        _say(f"the run is not complete: {error}. `sidestep serve {_short(daemon.run_dir)}` takes it up")
+        how = "sync" if daemon.run.mode == "online" else "serve"
+        _say(f"the run is not complete: {error}. `sidestep {how} {_short(daemon.run_dir)}` takes it up")
         return False
     progress.clear()
     return True
@@ -377,6 +439,24 @@ class _Progress:
             click.echo("\r\033[K", err=True, nl=False)
 
 
+class _Rows:
+    """One line, written over and over, while rows are copied in a terminal."""
+
+    def __init__(self) -> None:
+        self._next = time.monotonic() + _QUIET_S
+        self._shown = False
+
+    def __call__(self, done: int, of: int | None) -> None:
+        if time.monotonic() > self._next and sys.stderr.isatty():
+            self._next, self._shown = time.monotonic() + 0.1, True
+            click.echo(f"\r\033[Ksidestep: {done} rows" + (f" of {of}" if of else ""), err=True, nl=False)
+
+    def clear(self) -> None:
+        """Leave an empty line."""
+        if self._shown:
+            click.echo("\r\033[K", err=True, nl=False)
+
+
 def _sum_up(run_dir: Path, exit_code: int, *, complete: bool) -> int:
     """Say what the run holds, and return our exit code."""
     try:
@@ -394,8 +474,10 @@ def _tell(found: status.Report, run_dir: Path, *, complete: bool) -> None:
             f"{found.rows} rows of {_many(found.ranks, 'rank')}: {found.late_rows} late, "
             f"{sum(found.ledger.dropped.values())} dropped, {sum(found.ledger.rejected.values())} rejected"
         )
-        for wandb_dir in sorted((run_dir / "wandb").glob("offline-run-*"))[:1]:
-            _say_in_terminal(f"wandb sync {_short(wandb_dir.parent)}/offline-run-*")
+        if found.run.url:
+            _say_in_terminal(f"at {found.run.url}")
+        elif any((run_dir / "wandb").glob("offline-run-*")):
+            _say_in_terminal(f"sidestep sync {_short(run_dir)}")
     lost = status.losses(found.ledger)
     if lost and complete:
         _say(f"not in the run: {lost}; `sidestep status {_short(run_dir)}` says more")
@@ -406,6 +488,8 @@ def _table(found: status.Report) -> str:
     lines = [
         f"run       {run.id}" + (f" ({run.name})" if run.name else "") + f", {found.state}",
         f"in        {_short(Path(run.dir))}",
+        *([f"at        {run.url}"] if run.url else []),
+        *([f"waiting   {found.trouble}"] if found.trouble else []),
         f"rows      {found.rows}" + ("" if found.last_step is None else f", the last at step {found.last_step}"),
         f"late      {found.late_rows}, forced {found.forced}",
         f"records   {_equation(ledger)}",
@@ -490,6 +574,8 @@ def _saying_why(act: Callable[[], int]) -> int:
         code, why = 2, str(error)
     except AlreadyRunning as error:
         code, why = ExitCode.ALREADY_RUNNING, str(error)
+    except Incomplete as error:
+        code, why = ExitCode.INTERRUPTED, str(error)
     except SidestepError as error:
         code, why = ExitCode.UNAVAILABLE, str(error)
     _say(why)

@@ -69,6 +69,7 @@ class Daemon:
             self.run.now("running").write(self.run_dir)
         else:
             rundir.lay_out(self.run_dir, self._config, self.run)
+        (self.run_dir / rundir.TROUBLE).unlink(missing_ok=True)  # that was then
         self._spawn()
         self._wait_until_ready()
 
@@ -114,10 +115,11 @@ class Daemon:
                 seen, deadline = report.ledger, time.monotonic() + STUCK_AFTER_S
             if report:
                 progress(report.ledger.pending)
+            if report and report.lasting:
+                raise Incomplete(report.trouble or "")
             if time.monotonic() > deadline:
-                raise Incomplete(
-                    f"nothing moved for {STUCK_AFTER_S:.0f} s; the logs in {self._log.parent} say why"
-                )
+                why = (report and report.trouble) or f"the logs in {self._log.parent} say why"
+                raise Incomplete(f"nothing moved for {STUCK_AFTER_S:.0f} s; {why}")
             self.pause(_TICK_S)
 
     def stop(self) -> None:

@@ -19,6 +19,8 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,7 @@ from sidestepd.resolve import Closed, Folded, Lost, Resolver
 from sidestepd.rowlog import SENT, RowLog
 from sidestepd.rows import Bundle, Row
 from sidestepd.rules import Rule, Rules, operations
+from sidestepd.rundir import TROUBLE
 from sidestepd.settlement import Settlement
 from sidestepd.sinks import MODES, Confirmed, RunFacts, Sink, load, make_sink, patiently, write_all
 from sidestepd.spool import Entry, EntryKind, SpoolReader
@@ -63,10 +66,12 @@ class Delivery:
         *,
         horizon: Clock,
         beat: Callable[[], None],
+        troubled: Callable[[Trouble | None], None] = lambda _: None,
     ) -> None:
         order = config.order
         self.config = config
         self.spool, self.rowlog, self.sink, self.horizon, self.beat = spool, rowlog, sink, horizon, beat
+        self.troubled = troubled
         rules = Rules(Rule(pattern=name, reduce=operations(reduce)) for name, reduce in config.reduce.items())
         self.marks: dict[str, Any] = rowlog.meta("marks", {})
         self.resolver = Resolver(rules)
@@ -88,7 +93,8 @@ class Delivery:
         self._last_ready = 0.0
         self._last_confirm = 0.0
         self._progress_at = time.monotonic()
-        self._trouble: Trouble | None = None
+        self.trouble: Trouble | None = None
+        """What is waited for outside of this process."""
         self._config_told: dict[str, Any] = {}
         self._summary_told: dict[str, Any] = {}
 
@@ -293,10 +299,10 @@ class Delivery:
 
     def _tell_trouble(self, trouble: Trouble | None) -> None:
         """Say once, in the log and to whoever asks for the run's status, what is waited for."""
-        if trouble != self._trouble:
-            self._trouble = trouble
+        if trouble != self.trouble:
+            self.trouble = trouble
             logger.warning("waiting: %s", trouble.what) if trouble else logger.info("going on")
-            tell_trouble(self.rowlog, trouble)
+            self.troubled(trouble)
 
     def _fold(self) -> bytes:
         fold: bytes = msgpack.packb(
@@ -348,9 +354,12 @@ class Delivery:
         }  # fmt: skip
 
 
-def tell_trouble(rowlog: RowLog, trouble: Trouble | None) -> None:
-    """Write down what keeps rows from the run, for `sidestep status`."""
-    rowlog.settle(trouble=[trouble.what, trouble.lasting] if trouble else None)
+def tell_trouble(directory: Path, trouble: Trouble | None) -> None:
+    """Write down what keeps rows from the run, for `sidestep status`; the daemon forgets it when it starts."""
+    if trouble:
+        write_json(directory / TROUBLE, asdict(trouble))
+    else:
+        (directory / TROUBLE).unlink(missing_ok=True)
 
 
 def settle_facts(run: Mapping[str, Any], config: Config, said: Mapping[str, Any]) -> dict[str, Any]:
@@ -425,14 +434,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     facts = wait_for_facts(spool, rowlog, run, config, beat)
     sink = make_sink(config.sink.kind, facts.mode)
     horizon = Horizon(directory / "horizon")
-    delivery = Delivery(spool, rowlog, sink, config, horizon=horizon, beat=beat)
+    troubled = partial(tell_trouble, directory)
+    delivery = Delivery(spool, rowlog, sink, config, horizon=horizon, beat=beat, troubled=troubled)
     try:
         delivery.start(facts, lambda about: write_json(directory / "about.json", about))
         delivery.serve()
         delivery.finish()
     except Fatal as error:
         if error.trouble:
-            tell_trouble(rowlog, error.trouble)
+            tell_trouble(directory, error.trouble)
         raise
     return ExitCode.COMPLETE
 

@@ -27,6 +27,8 @@ from sidestepd.processes import write_json
 MAX_IPC_PATH_BYTES = 107
 """What fits into a sockaddr_un, without its final zero."""
 RUNS = "sidestep-runs"
+TROUBLE = "trouble.json"
+"""What keeps rows from the run while nothing here is broken; gone when that is over."""
 
 _ID_LETTERS = string.ascii_lowercase + string.digits
 _LOOPBACK = ("127.0.0.1", "localhost", "[::1]")

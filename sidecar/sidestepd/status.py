@@ -7,6 +7,7 @@ nothing was lost without a count.
 
 from __future__ import annotations
 
+import sqlite3
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -15,7 +16,7 @@ from typing import Any
 
 from sidestepd.processes import Lock, read_json
 from sidestepd.rowlog import RowLogReader
-from sidestepd.rundir import RunFile
+from sidestepd.rundir import TROUBLE, RunFile
 from sidestepd.spool import SpoolReader, StoredSession
 
 _TRIES = 20
@@ -107,7 +108,7 @@ def report(run_dir: Path) -> Report:
         run = replace(run, exit_code=rowlog.meta("exit_code"))
     # In this order: what delivery had read by then is in the spool, or was and is counted as settled.
     state, told = _state(run, run_dir, rowlog), rowlog.meta("ledger", {})
-    trouble, lasting = (None, False) if state == "finished" else rowlog.meta("trouble") or (None, False)
+    trouble = {} if state == "finished" else read_json(run_dir / TROUBLE)
     stored, unread = _spooled(run_dir / "spool.db", after=told.get("read_through", 0))
     sessions = tuple(sorted((_session(one, state) for one in stored), key=lambda one: one.rank))
     return Report(
@@ -122,8 +123,8 @@ def report(run_dir: Path) -> Report:
         sessions=sessions,
         ledger=_ledger(sessions, told, unread),
         spool_bytes=sum(path.stat().st_size for path in run_dir.glob("spool.db*")),
-        trouble=trouble,
-        lasting=lasting,
+        trouble=trouble.get("what"),
+        lasting=trouble.get("lasting", False),
     )
 
 
@@ -154,6 +155,10 @@ def _spooled(path: Path, *, after: int) -> tuple[list[StoredSession], int]:
             if sessions == reader.sessions():
                 break
         return sessions, records
+    except sqlite3.OperationalError as error:
+        if "no such table" not in str(error):  # intake is just making it
+            raise
+        return [], 0
     finally:
         reader.close()
 

@@ -71,18 +71,21 @@ class WandbSink:
 
     def write(self, row: Row) -> None:
         """One call."""
-        values = {"_timestamp": row.time, **row.values}
         try:
-            try:
-                self._open_run.log(values, step=row.step, commit=True)
-            except (TypeError, ValueError) as error:
-                self._open_run.log(_loggable(values, error), step=row.step, commit=True)
+            self._send(row)
             if row.restore:
                 self.summary(row.restore)
         except (TypeError, ValueError) as error:
             raise Reject("unloggable", str(error)) from error
         except BROKEN as error:
             raise Fatal(f"wandb-core is gone: {error!r}") from error
+
+    def _send(self, row: Row) -> None:
+        values = {"_timestamp": row.time, **row.values}
+        try:
+            self._open_run.log(values, step=row.step, commit=True)
+        except (TypeError, ValueError) as error:
+            self._open_run.log(_loggable(values, error), step=row.step, commit=True)
 
     def about(self) -> Mapping[str, Any]:
         """The run's address and wandb-core's process, to be gone before another one is started."""

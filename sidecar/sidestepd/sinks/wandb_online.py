@@ -14,9 +14,9 @@ import os
 import re
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import wandb
@@ -48,6 +48,10 @@ class OnlineSink(WandbSink):
 
     def __init__(self) -> None:
         super().__init__()
+        self.held = Held()
+        """What the server held when the run was opened."""
+        self.ask: Callable[[], Held | None] = lambda: None
+        """What it holds now. Raises Retry."""
         self._asker: Asker | None = None
         self._written: deque[int] = deque()
         self._confirmed: list[int] = []
@@ -61,8 +65,11 @@ class OnlineSink(WandbSink):
         folder = run.directory / "wandb"
         folder.mkdir(exist_ok=True)
         held = server.held(run.id, run.project, run.entity)
-        _judge(run, held, folder / "judged")
-        held = held or Held()
+        if not (folder / "judged").exists():
+            _judge(run, held)
+            self.begin()
+            (folder / "judged").touch()
+        held = self.held = held or Held()
         if not held.rows and held.said_step >= 0:
             # A summary that came before its row: wandb would go on behind it, and drop what comes before.
             server.forget_summary(run.id, run.project, run.entity)
@@ -70,14 +77,14 @@ class OnlineSink(WandbSink):
         self._run = opened = _init(run)
         if opened.starting_step != held.last_step + 1:
             raise Fatal(f"wandb goes on at step {opened.starting_step}, the server holds {held.last_step}")
-        self._asker = Asker(
-            lambda: server.held(run.id, opened.project, opened.entity),
-            every_s=run.ask_every_s,
-            last_step=held.last_step,
-        )
+        self.ask = partial(server.held, run.id, opened.project, opened.entity)
+        self._asker = Asker(self.ask, every_s=run.ask_every_s, last_step=held.last_step)
         self._through = held.last_step
         known = int(bookmark.get("through", -1))
         return Confirmed(steps=range(known + 1, held.last_step + 1), bookmark={"through": held.last_step})
+
+    def begin(self) -> None:
+        """Called once in all lives of a run, before anything of it is on the server."""
 
     def write(self, row: Row) -> None:
         """One call, if there is room."""
@@ -147,15 +154,12 @@ def _server_of(run: RunFacts) -> tuple[Server, RunFacts]:
     return Server(str(settings.base_url)), replace(run, project=project, entity=entity)
 
 
-def _judge(run: RunFacts, held: Held | None, judged: Path) -> None:
+def _judge(run: RunFacts, held: Held | None) -> None:
     """Whether the run may be opened: asked once, before anything of ours is in it."""
-    if judged.exists():
-        return
     if run.resume == "must" and held is None:
         raise Retry(f"run {run.id} is not there, and resume = must", after_s=5.0, lasting=True)
     if run.resume == "never" and held is not None:
-        raise Retry(f"run {run.id} is there already, and resume = never", after_s=5.0, lasting=True)
-    judged.touch()
+        raise Retry(f"run {run.id} is there already; another id makes another run", after_s=5.0, lasting=True)
 
 
 def _init(run: RunFacts) -> wandb.Run:
