@@ -29,6 +29,7 @@ from sidestepd.control import Control
 from sidestepd.daemon import Daemon
 from sidestepd.errors import AlreadyRunning, CanNotRun, ExitCode, Incomplete
 from sidestepd.notify import notify
+from sidestepd.processes import read_json
 from sidestepd.rundir import RunFile
 
 _QUIET_S = 1.0
@@ -317,11 +318,22 @@ def _attend(daemon: Daemon, words: Sequence[str], environ: Mapping[str, str], si
     except CanNotRun as error:
         _say(str(error))
         return error.exit_code
+    warned = ""
     while running.exit_code is None:
         daemon.tend()
+        warned = _warn(daemon.run_dir, warned)
         for number in signals.wait(0.2):
             running.pass_on(number)
     return running.exit_code
+
+
+def _warn(run_dir: Path, warned: str) -> str:
+    """Say what keeps rows from the run until somebody does something; once, while there is time to do it."""
+    trouble = read_json(run_dir / rundir.TROUBLE)
+    what = str(trouble.get("what", "")) if trouble.get("lasting") else ""
+    if what and what != warned:
+        _say(f"{what}. Rows are kept on disk meanwhile")
+    return what or warned
 
 
 def _finish(daemon: Daemon, exit_code: int) -> bool:

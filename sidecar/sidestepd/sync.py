@@ -86,13 +86,16 @@ def _mode(run_dir: Path) -> str:
 
 def _rename(run_dir: Path, target: Target) -> None:
     """Call an online run otherwise, as long as nothing of it is anywhere."""
-    names = {name: value for name, value in target.given.items() if name in ("project", "entity")}
-    if target.id or target.server:
-        raise SettingsError("an online run keeps its id and its server")
+    names = target.given
     if not names:
         return
+    if target.server:
+        raise SettingsError("--server: an online run keeps the server it was begun for")
     if read_json(run_dir / "about.json"):
         raise SettingsError(f"the run is on the server already; {' and '.join(names)} can not be changed")
+    if target.id:  # what `resume` said was said of the other one
+        replace(RunFile.read(run_dir), id=names.pop("id"), resume="allow").write(run_dir)
+        names["resume"] = "allow"
     rowlog = RowLog(run_dir / "delivery.db")
     rowlog.settle(run={**rowlog.meta("run", {}), **names})
     rowlog.close()

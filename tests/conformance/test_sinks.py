@@ -31,6 +31,7 @@ FILES = [kind for kind in EVERY_KIND if kind != ONLINE]
 LIFE = """
 import json, os, sys
 from pathlib import Path
+from sidestepd.errors import Retry
 from sidestepd.rows import Definition, Row
 from sidestepd.sinks import RunFacts, make_sink, patiently
 
@@ -38,7 +39,8 @@ kind, mode = sys.argv[1].split()
 sink = make_sink(kind, mode)
 
 def plain(confirmed):
-    return {"steps": list(confirmed.steps), "bookmark": dict(confirmed.bookmark)}
+    trouble = confirmed.trouble.what if confirmed.trouble else None
+    return {"steps": list(confirmed.steps), "bookmark": dict(confirmed.bookmark), "trouble": trouble}
 
 def rows(steps, values):
     for step in steps:
@@ -54,6 +56,13 @@ def do(name, *arguments):
         case "write":
             for row in rows(*arguments):
                 sink.write(row)
+        case "try_write":
+            try:
+                return do("write", *arguments)
+            except Retry as later:
+                return str(later)
+        case "set":
+            return setattr(sink, *arguments)
         case "confirm":
             return plain(sink.confirm())
         case "define":
@@ -432,6 +441,53 @@ class TestWandb:
             life.open()
             life.write(0)
             assert [0] == life.close()["steps"]
+
+
+class TestOnline:
+    def test_no_more_rows_are_given_to_wandb_than_it_may_keep(self, tmp_path: Path):
+        """While the server takes none; what was kept is taken when it does."""
+        with server_of(tmp_path) as server, Life(ONLINE, tmp_path) as life:
+            life.open()
+            life.call("set", "most_unconfirmed", 5)
+            server.fault("file_stream", "status", status=503)
+            life.write(*range(5))
+
+            kept = life.call("try_write", [5], {})
+
+            assert "more slowly than they come" in kept
+            assert server.steps("tested") == []
+            server.lift()
+            eventually(lambda: life.call("try_write", [5], {}) is None, DEADLINE_S)
+            life.close()
+            assert list(range(6)) == server.steps("tested")
+
+    def test_rows_are_not_confirmed_that_the_server_did_not_take(self, tmp_path: Path):
+        with server_of(tmp_path) as server, Life(ONLINE, tmp_path) as life:
+            life.open()
+            server.fault("file_stream", "status", status=503)
+            life.write(0, 1)
+            life.call("confirm")  # there is something to ask for
+            asked = server.tallies()["graphql/RunResumeStatus"]
+            eventually(lambda: server.tallies()["graphql/RunResumeStatus"] > asked + 1, DEADLINE_S)
+
+            assert life.call("confirm")["steps"] == []
+
+            server.lift()
+            assert [0, 1] == life.confirm_through(1)[0]
+
+    def test_says_what_keeps_the_server_from_answering(self, tmp_path: Path):
+        with server_of(tmp_path) as server, Life(ONLINE, tmp_path) as life:
+            life.open()
+            life.write(0)
+            life.confirm_through(0)
+            server.stop()
+            life.write(1)
+
+            eventually(lambda: "can not be reached" in (life.call("confirm")["trouble"] or ""), DEADLINE_S)
+
+            server.start()
+            life.confirm_through(1)
+            assert life.call("confirm")["trouble"] is None
 
 
 def test_an_unknown_kind_names_the_known():

@@ -30,8 +30,6 @@ from sidestepd.sinks.wandb_server import Asker, Held, Server
 
 logger = logging.getLogger(__name__)
 
-MOST_UNCONFIRMED = 50_000
-"""Rows given to wandb-core that the server was not seen to hold."""
 STALLS = 3
 """A server that answers, and takes no row for so many times `stall_s`, has lost touch with our wandb-core."""
 CLOSE_AGAIN_S = 0.1
@@ -45,6 +43,9 @@ _FOR_A_PERSON = re.compile(
 
 class OnlineSink(WandbSink):
     """A run on a server."""
+
+    most_unconfirmed = 50_000
+    """Rows given to wandb-core that the server was not seen to hold."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -88,9 +89,9 @@ class OnlineSink(WandbSink):
 
     def write(self, row: Row) -> None:
         """One call, if there is room."""
-        if len(self._written) >= MOST_UNCONFIRMED:
+        if len(self._written) >= self.most_unconfirmed:
             self._collect()
-        if len(self._written) >= MOST_UNCONFIRMED:
+        if len(self._written) >= self.most_unconfirmed:
             raise self._later("W&B takes rows more slowly than they come")
         super().write(row)
         self._written.append(row.step)
@@ -110,7 +111,7 @@ class OnlineSink(WandbSink):
         self._collect()
         if self._written:
             self._open_asker.want(hurry=True)
-            raise self._later(f"the last {len(self._written)} rows are on their way")
+            raise self._later("the last rows are on their way to W&B")
         self._open_asker.stop()
         try:
             self._open_run.finish(exit_code=exit_code)
