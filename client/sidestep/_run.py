@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from sidestep.convert import PLAIN
 from sidestep.errors import UnsupportedValue
 from sidestep.outbox import DropReason
 from sidestep.session import EXIT_S, LARGE_BYTES, Refusal, Session, Stats
-from sidestep.steps import whole
+from sidestep.steps import truth, whole
 from sidestep.wire import MAX_NAME_CHARS, MAX_RECORD_BYTES, Kind
 
 MOST_NAMES = 65_536
@@ -114,7 +115,11 @@ class Axis:
 
     def stage(self, name: str) -> Stage:
         """A stage of this, with its own step; the same name gives the same stage."""
-        path = "/".join(part for part in (self._stage, str(name).strip("/")) if part)
+        try:
+            name = str(name)
+        except Exception:  # noqa: BLE001 - a foreign value's own code may raise anything
+            name = type(name).__name__
+        path = "/".join(part for part in (self._stage, name.strip("/")) if part)
         return Stage(self._session, path[:MAX_NAME_CHARS] or None)
 
     @property
@@ -160,7 +165,7 @@ class Axis:
 
     def _take(self, step: Any, commit: Any) -> tuple[int, int]:
         try:
-            return self._steps.take(whole(step), commit)
+            return self._steps.take(whole(step), truth(commit))
         except UnsupportedValue as error:
             raise Refusal(DropReason.BAD_STEP, str(error)) from None
 
@@ -197,7 +202,13 @@ class Stage(Axis):
 class Run(Axis):
     """The one run that every rank logs into. Made by `sidestep.init()`."""
 
-    __slots__ = ("_asked", "_config", "_keywords", "_summary")
+    __slots__ = (
+        "__dict__",
+        "_asked",
+        "_config",
+        "_keywords",
+        "_summary",
+    )  # users may add attributes, as to wandb's
 
     def __init__(self, session: Session, keywords: Mapping[str, Any]) -> None:
         super().__init__(session, None)
@@ -218,7 +229,7 @@ class Run(Axis):
 
     def flush(self, timeout: float = EXIT_S) -> bool:
         """Wait until the daemon has on its disk what this process said so far; False if it was not in time."""
-        return self._session.flush(timeout)
+        return self._session.flush(_seconds(timeout))
 
     def stats(self) -> Stats:
         """The ledger of this process."""
@@ -230,7 +241,7 @@ class Run(Axis):
         The run itself goes on until the command that it belongs to has ended.
         """
         code = self._session.exit_code if exit_code is None else exit_code
-        self._session.finish(timeout, _exit_status(code))
+        self._session.finish(_seconds(timeout), _exit_status(code))
 
     # What it is
 
@@ -347,6 +358,15 @@ def _exit_status(code: Any) -> int | None:
     if code is None or (isinstance(code, int) and abs(code) < 2**31):
         return None if code is None else int(code)
     return 1
+
+
+def _seconds(timeout: Any) -> float:
+    """A timeout as users give it: what is no number of seconds, or is too many, is the usual one."""
+    try:
+        seconds = float(timeout)
+    except (TypeError, ValueError, OverflowError):
+        return EXIT_S
+    return min(seconds, threading.TIMEOUT_MAX) if seconds >= 0 else 0.0 if seconds < 0 else EXIT_S
 
 
 def _entries(data: Any) -> dict[Any, Any]:

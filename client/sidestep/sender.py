@@ -35,6 +35,8 @@ RECOVER_S = (0.1, 5.0)
 LISTEN_S = 0.1
 """How often answers are looked for while nobody waits for one and the window has room."""
 ANSWERS_AT_ONCE = 256
+SILENT_S = 5.0
+"""A daemon that says nothing to a HELLO for so long is said to be away. It is greeted on and on all the same."""
 
 OPTIONS = {
     zmq.IMMEDIATE: 1,  # nothing is queued for a peer that is not there
@@ -76,6 +78,7 @@ class Sender:
         self._last_record = (0, 0.0)
         self._listen_at = 0.0
         self._held_up = False
+        self._answered_at = monotonic()
         self.failures = 0
         self._thread = threading.Thread(target=self._main, name="sidestep-sender", daemon=True)
 
@@ -139,7 +142,8 @@ class Sender:
             except Exception as error:  # noqa: BLE001 - the loop's head: whatever it is, records must leave
                 self.failures += 1
                 self._notices.once(
-                    ("sender", type(error)), f"the sender starts anew after {type(error).__name__}: {error}"
+                    ("sender", type(error)),
+                    f"no way to the daemon at {self._address}, tried again: {type(error).__name__}: {error}",
                 )
                 self._dialogue.interrupted()
                 self._bell.wait(pause)
@@ -162,7 +166,17 @@ class Sender:
             self._speak(link)
         else:
             self._dialogue.interrupted()
+        self._say_if_nobody_answers(now)
         self._settle()
+
+    def _say_if_nobody_answers(self, now: float) -> None:
+        if self._dialogue.phase is not Phase.GREETING:
+            self._answered_at = now
+        elif now - self._answered_at > SILENT_S:
+            self._notices.once(
+                "nobody answers",
+                f"no daemon answers at {self._address}: records wait here for it, as many as the outbox holds",
+            )
 
     def _wait(self, link: _Link) -> None:
         """Sleep until there is something to do, and no more often than the training loop can bear."""

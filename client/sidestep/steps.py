@@ -55,3 +55,8 @@ def whole(step: object) -> int | None:
     if type(number) is int:
         return number
     raise UnsupportedValue(f"step={step!r:.80}: a step is a whole number from 0 to 2**63 - 1")
+
+
+def truth(commit: object) -> bool | None:
+    """`commit` as users give it, numpy's and torch's on the CPU too."""
+    return None if commit is None else bool(convert.plain(commit))

@@ -490,7 +490,7 @@ def _tell(found: status.Report, run_dir: Path, *, complete: bool) -> None:
             _say_in_terminal(f"at {found.run.url}")
         elif any((run_dir / "wandb").glob("offline-run-*")):
             _say_in_terminal(f"sidestep sync {_short(run_dir)}")
-    lost = status.losses(found.ledger)
+    lost = status.losses(found)
     if lost and complete:
         _say(f"not in the run: {lost}; `sidestep status {_short(run_dir)}` says more")
 
@@ -507,6 +507,8 @@ def _table(found: status.Report) -> str:
         f"records   {_equation(ledger)}",
         f"spool     {found.spool_bytes / 1e6:.1f} MB",
     ]
+    if found.spool_damaged:
+        lines.append("the spool is damaged: workers as delivery knew them; the next start keeps what can be read")
     lines += [f"nothing matched the declared {pattern}" for pattern in found.unmatched]
     lines += [
         f"rank {one.rank:<4} {one.state:<5} {one.acknowledged} of {one.offered} acknowledged"

@@ -32,7 +32,8 @@ READY_WITHIN_S = 60.0
 STOP_WITHIN_S = 20.0
 STUCK_AFTER_S = 300.0
 """A drain in which nothing changed for so long is left for later."""
-_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 5.0
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 1.0
+"""Between the death of intake and its next start: well below the time in which a worker that ends gives up."""
 _HEALTHY_AFTER_S = 10.0
 _TICK_S = 0.2
 

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from sidestepd.errors import SpoolDamaged
 from sidestepd.processes import Lock, read_json
 from sidestepd.rowlog import RowLogReader
 from sidestepd.rundir import TROUBLE, RunFile
@@ -81,6 +82,8 @@ class Report:
     """What keeps rows from the run although nothing here is broken."""
     lasting: bool = False
     """Whether the trouble takes a person to heal it."""
+    spool_damaged: bool = False
+    """What is told of workers is then what delivery had read of them; the next start salvages the spool."""
 
     @property
     def ranks(self) -> int:
@@ -109,8 +112,12 @@ def report(run_dir: Path) -> Report:
     # In this order: what delivery had read by then is in the spool, or was and is counted as settled.
     state, told = _state(run, run_dir, rowlog), rowlog.meta("ledger", {})
     trouble = {} if state == "finished" else read_json(run_dir / TROUBLE)
-    stored, unread = _spooled(run_dir / "spool.db", after=told.get("read_through", 0))
-    sessions = tuple(sorted((_session(one, state) for one in stored), key=lambda one: one.rank))
+    try:
+        stored, unread = _spooled(run_dir / "spool.db", after=told.get("read_through", 0))
+        damaged, found = False, [_session(one, state) for one in stored]
+    except SpoolDamaged:
+        damaged, found, unread = True, [_as_told(one) for one in told.get("sessions", {}).values()], 0
+    sessions = tuple(sorted(found, key=lambda one: one.rank))
     return Report(
         run=run,
         state=state,
@@ -125,15 +132,20 @@ def report(run_dir: Path) -> Report:
         spool_bytes=sum(path.stat().st_size for path in run_dir.glob("spool.db*")),
         trouble=trouble.get("what"),
         lasting=trouble.get("lasting", False),
+        spool_damaged=damaged,
     )
 
 
-def losses(ledger: Ledger) -> str:
+def losses(found: Report) -> str:
     """What was lost, in one phrase; "" if nothing was."""
+    ledger, silent = found.ledger, found.lost_sessions
     parts = [f"{count} dropped ({reason})" for reason, count in sorted(ledger.dropped.items()) if count]
     parts += [f"{count} rejected ({reason})" for reason, count in sorted(ledger.rejected.items()) if count]
-    parts += [f"{ledger.unknown} of workers that ended without a word"] if ledger.unknown else []
-    parts += [] if ledger.balances else ["and the ledger does not balance, which is a defect: please report it"]
+    if silent:
+        who = f"{silent} worker{'s' if silent > 1 else ''} that ended without a word"
+        parts.append(f"{f'{ledger.unknown} and ' if ledger.unknown else ''}whatever else {who} had not sent")
+    if not (ledger.balances or found.spool_damaged):
+        parts.append("and the ledger does not balance, which is a defect: please report it")
     return ", ".join(parts)
 
 
@@ -174,6 +186,21 @@ def _session(stored: StoredSession, state: str) -> SessionReport:
         # A heartbeat is older than the frames that came after it.
         offered=max(stored.counters.get("offered", 0), stored.next + sum(dropped.values())),
         acknowledged=stored.next,
+        dropped=dropped,
+    )
+
+
+def _as_told(session: Mapping[str, Any]) -> SessionReport:
+    """A session as delivery knows it, where the spool can not be asked."""
+    dropped: dict[str, int] = dict(session["dropped"])
+    ended = session["ended"]
+    return SessionReport(
+        rank=session["rank"],
+        node=session["node"],
+        pid=0,
+        state="live" if not ended else "bye" if session["final"] is not None else "lost",
+        offered=max(session["offered"], session["acknowledged"] + sum(dropped.values())),
+        acknowledged=session["acknowledged"],
         dropped=dropped,
     )
 

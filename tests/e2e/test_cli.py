@@ -9,12 +9,13 @@ import re
 import select
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import psutil
@@ -236,7 +237,9 @@ class TestWhatIsSaid:
     def test_a_loss_is_said_in_a_pipe_too(self, here):
         ended = sidestep("run", "--", *python(ANNOUNCE_FIVE_AND_DIE))
 
-        assert ended.stderr.startswith("sidestep: not in the run: 5 of workers that ended without a word")
+        assert ended.stderr.startswith(
+            "sidestep: not in the run: 5 and whatever else 1 worker that ended without a word"
+        )
         assert 1 == len(ended.stderr.splitlines())
 
     def test_in_a_terminal_where_the_run_is_and_what_it_holds(self, here):
@@ -436,6 +439,24 @@ class TestServe:
 
         assert 0 == ended.returncode
         assert "finished" == only_run(here).state
+
+    def test_a_run_whose_spool_was_damaged_meanwhile_is_salvaged_by_taking_it_up(self, here):
+        address = f"ipc://{here}/daemon.sock"
+        with serving(address) as process, Control(address) as control:
+            subprocess.run(python(LOG_TEN), env=os.environ | {"SIDESTEP_ADDRESS": address}, timeout=WAIT_S)
+            eventually(lambda: control.close_run(0))
+            stop_all(process)
+        run_dir = Path(only_run(here).run.dir)
+        with closing(sqlite3.connect(run_dir / "spool.db")) as spool, spool:
+            spool.execute("UPDATE session SET seal = 1")
+
+        shown = sidestep("status", str(run_dir))
+        ended = sidestep("serve", str(run_dir))
+
+        assert (0, True) == (shown.returncode, "the spool is damaged" in shown.stdout)
+        assert (0, "finished") == (ended.returncode, only_run(here).state), ended.stderr
+        assert list(range(10)) == logged_steps(here)
+        assert list((run_dir / "quarantine").iterdir())
 
     def test_a_run_that_is_finished_is_left_as_it_is(self, here):
         sidestep("run", "--", *python(LOG_TEN))

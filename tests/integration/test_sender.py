@@ -8,11 +8,13 @@ import sys
 import textwrap
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from time import monotonic
 from typing import Any
 
 import pytest
 
+from sidestep import sender
 from sidestep._run import Run
 from sidestep.notices import Notices
 from sidestep.outbox import Outbox
@@ -22,6 +24,7 @@ from sidestep.session import Session
 from sidestep.settings import WorkerSettings
 from sidestep.testing import FakeDaemon, environment
 from sidestep.wire import Bye, Frame, Hello, Record, Refuse, RunInfo, Status
+from tests.support.waiting import eventually
 
 ME = Identity(rank=1, world=2, local_rank=1, node="here", pid=os.getpid(), launch="test", attempt=0)
 MakeRun = Callable[..., Run]
@@ -246,6 +249,20 @@ class TestTheDaemonIsAway:
         assert 7 == run.stats().pending
         assert_balanced(run)
 
+    def test_nobody_at_an_address_is_said_while_the_training_goes_on(
+        self,
+        make_run: MakeRun,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture,
+    ):
+        monkeypatch.setattr(sender, "SILENT_S", 0.2)
+        run = make_run(f"ipc://{tmp_path}/nobody.sock")
+        log(run, 0, 3)
+
+        eventually(lambda: any("no daemon answers at" in line for line in caplog.messages))
+        assert 3 == run.stats().pending
+
     def test_an_address_that_is_none_is_said_and_survived(
         self, make_run: MakeRun, caplog: pytest.LogCaptureFixture
     ):
@@ -256,7 +273,7 @@ class TestTheDaemonIsAway:
         assert 3 == run.stats().pending
         assert run._session.sender is not None
         assert run._session.sender.failures >= 1
-        assert 1 == sum("the sender starts anew" in line for line in caplog.messages)
+        assert 1 == sum("no way to the daemon" in line for line in caplog.messages)
 
 
 class TestTheDaemonStandsStill:

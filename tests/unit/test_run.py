@@ -485,9 +485,30 @@ class TestNothingRaises:
         run.config.update(value)
         run.config["key"] = value
         run.summary.update({"key": value})
+        run.config.setdefaults(value)
+        run.stage(value).log({"a": 1}, commit=value)
 
         assert balanced(run)
         assert [] == [record for record in records(run) if isinstance(record, Undecodable)]
+
+    @pytest.mark.parametrize("timeout", ["soon", None, float("nan"), -1, 10**400, [], 1e300])
+    def test_a_timeout_that_is_none(self, timeout: Any):
+        run = new_run()
+
+        assert run.flush(timeout)
+        run.finish(timeout=timeout)
+
+    def test_a_stage_that_has_no_name(self, run: Run):
+        class Nameless:
+            def __str__(self) -> str:
+                raise RuntimeError
+
+        assert "Nameless" == run.stage(Nameless()).name  # type: ignore[arg-type]
+
+    def test_attributes_of_the_users_own(self, run: Run):
+        run.my_tag = "mine"  # type: ignore[attr-defined]
+
+        assert "mine" == run.my_tag  # type: ignore[attr-defined]
 
     def test_a_dict_that_can_not_be_read(self, run: Run):
         """Not among the above: hypothesis reads the dicts it makes."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import fcntl
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,7 +16,7 @@ from sidestepd.config import Config
 from sidestepd.rowlog import RowLog
 from sidestepd.rundir import RunFile, lay_out
 from sidestepd.spool import Entry, EntryKind, Spool, StoredSession
-from sidestepd.status import Ledger, losses, report
+from sidestepd.status import Ledger, Report, SessionReport, losses, report
 
 
 @pytest.fixture
@@ -179,15 +181,56 @@ class TestJson:
         assert parts == sorted(json.loads(text)["ledger"])
 
 
+def told(run_dir: Path, *, silent: int = 0, **ledger: Any) -> Report:
+    """A report with this ledger, and so many workers that ended without a word."""
+    sessions = tuple(
+        SessionReport(rank=rank, node="n0", pid=1, state="lost", offered=0, acknowledged=0, dropped={})
+        for rank in range(silent)
+    )
+    return replace(report(run_dir), ledger=Ledger(**ledger), sessions=sessions)
+
+
 class TestLosses:
-    def test_nothing_lost_is_nothing_said(self):
-        assert "" == losses(Ledger(offered=2, delivered=1, pending=1))
+    def test_nothing_lost_is_nothing_said(self, run_dir):
+        assert "" == losses(told(run_dir, offered=2, delivered=1, pending=1))
 
-    def test_each_reason_is_said_with_its_count(self):
-        ledger = Ledger(offered=9, delivered=1, rejected={"too_big": 2}, dropped={"full": 5}, unknown=1)
+    def test_each_reason_is_said_with_its_count(self, run_dir):
+        ledger = {"offered": 9, "delivered": 1, "rejected": {"too_big": 2}, "dropped": {"full": 5}, "unknown": 1}
 
-        said = "5 dropped (full), 2 rejected (too_big), 1 of workers that ended without a word"
-        assert said == losses(ledger)
+        said = losses(told(run_dir, silent=2, **ledger))
 
-    def test_a_ledger_that_does_not_balance_is_said(self):
-        assert "does not balance" in losses(Ledger(offered=1))
+        assert (
+            "5 dropped (full), 2 rejected (too_big), "
+            "1 and whatever else 2 workers that ended without a word had not sent"
+        ) == said
+
+    def test_a_worker_without_a_word_may_have_had_more_than_anybody_knows(self, run_dir):
+        said = losses(told(run_dir, silent=1, offered=1, delivered=1))
+
+        assert "whatever else 1 worker that ended without a word had not sent" == said
+
+    def test_a_ledger_that_does_not_balance_is_said(self, run_dir):
+        assert "does not balance" in losses(told(run_dir, offered=1))
+
+
+class TestDamagedSpool:
+    def test_workers_are_as_delivery_knew_them(self, run_dir):
+        spooled(run_dir, session(0, next=5, offered=5, state="bye"))
+        known = {
+            "rank": 0,
+            "node": "n0",
+            "ended": True,
+            "offered": 5,
+            "dropped": {},
+            "acknowledged": 5,
+            "final": 5,
+        }
+        delivered(run_dir, delivered=5, rows=5, last_step=4, sessions={"00" * 16: known})
+        path = run_dir / "spool.db"
+        path.write_bytes(path.read_bytes()[:4096] + b"\x55" * (path.stat().st_size - 4096))
+
+        found = report(run_dir)
+
+        assert (True, 5, 5) == (found.spool_damaged, found.rows, found.ledger.delivered)
+        assert found.ledger.balances
+        assert [(0, "bye")] == [(one.rank, one.state) for one in found.sessions]
