@@ -168,6 +168,8 @@ class Handler(BaseHTTPRequestHandler):
                 return server.store.tallies()
             case "runs":
                 return server.store.runs()
+            case "make":
+                server.store.upsert(said["entity"], said["project"], said["name"], {})
             case "replace":
                 server.store.replace(said["run"], said["file"], said["lines"])
             case "lines":
