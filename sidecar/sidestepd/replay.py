@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import heapq
+import itertools
 import json
 import logging
 import sqlite3
@@ -93,7 +94,9 @@ def replay(
         with closing(spool), closing(rowlog):
             confirmed = rowlog.meta("ledger", {}).get("rows", 0)
             unconfirmed = {row.step for row, fate in rowlog.rows() if fate == SENT}
-            whole = AfterHistory(sink, run_dir, unconfirmed, progress=progress, waiting=waiting)
+            decided = rowlog.meta("marks", {}).get("last", -1)  # a living run goes on behind these copies
+            history = itertools.takewhile(lambda row: row.step <= decided, held_rows(run_dir))
+            whole = AfterHistory(sink, history, unconfirmed, progress=progress, waiting=waiting)
             delivery = Delivery(
                 spool, rowlog, whole, config, horizon=lambda: 0.0, beat=lambda: waiting(delivery.trouble)
             )
@@ -161,11 +164,17 @@ class AfterHistory:
     """A sink in which all that the run holds is written before anything else is."""
 
     def __init__(
-        self, sink: Sink, run_dir: Path, unconfirmed: Iterable[int], *, progress: Progress, waiting: Waiting
+        self,
+        sink: Sink,
+        history: Iterable[Row],
+        unconfirmed: Iterable[int],
+        *,
+        progress: Progress,
+        waiting: Waiting,
     ) -> None:
         self.rows = self.found = 0
         """Rows written, and those among them that the run was known to hold and its files have."""
-        self._sink, self._run_dir, self._progress, self._waiting = sink, run_dir, progress, waiting
+        self._sink, self._history, self._progress, self._waiting = sink, history, progress, waiting
         self._trouble: Trouble | None = None
         self._unconfirmed = frozenset(unconfirmed)
         self._through = -1
@@ -217,7 +226,7 @@ class AfterHistory:
     def _pour(self) -> None:
         if self._poured:
             return
-        for row in held_rows(self._run_dir):
+        for row in self._history:
             if row.step in self._unconfirmed:
                 self._in_files.add(row.step)
             else:
