@@ -21,8 +21,7 @@ from typing import Any, TypeVar
 import click
 
 from sidestep.errors import SettingsError, SidestepError
-from sidestepd import command, rundir, status
-from sidestepd import sync as synchronise
+from sidestepd import command, rundir, status, transfer
 from sidestepd.command import Command, Signals
 from sidestepd.config import KEYS, SECTIONS, Config, Given, variables
 from sidestepd.control import Control
@@ -212,14 +211,11 @@ def sync(run_dir: Path, project: str | None, entity: str | None, run_id: str | N
     that was interrupted is finished first. Stopped at any time, it goes on from
     what the server holds when it is called again.
     """
-    target = synchronise.Target(project=project, entity=entity, id=run_id, server=server)
+    target = transfer.Target(project=project, entity=entity, id=run_id, server=server)
 
     def send() -> int:
         with Signals() as signals:
-            progress = _Rows()
-            done = synchronise.sync(run_dir.absolute(), target, progress=progress, pause=_Drain(signals))
-            progress.clear()
-        _say(f"{'already there: ' if done.again else ''}{_many(done.rows, 'row')} at {done.url}")
+            _say(transfer.send(run_dir.absolute(), target, _Drain(signals)))
         return 0
 
     sys.exit(_saying_why(send))
@@ -237,17 +233,7 @@ def replay(run_dir: Path, sink: str) -> None:
     """
 
     def write() -> int:
-        from sidestepd import replay as again  # slow to import, and needed by nothing else
-
-        RunFile.read(run_dir)
-        into, directory = again.target(sink)
-        progress = _Rows()
-        facts = again.facts_of(run_dir.absolute(), directory)
-        done = again.replay(run_dir.absolute(), into, facts, progress=lambda count: progress(count, None))
-        progress.clear()
-        _say(f"{_many(done.rows, 'row')} in {sink.partition(':')[2]}")
-        if done.missing:
-            _say(f"{_many(done.missing, 'row')} more are on the server alone")
+        _say(transfer.write(run_dir.absolute(), sink))
         return 0
 
     sys.exit(_saying_why(write))
@@ -338,7 +324,7 @@ def _warn(run_dir: Path, warned: str) -> str:
 
 def _finish(daemon: Daemon, exit_code: int) -> bool:
     """Have the run finished; False, having said why, if that must wait for another time."""
-    progress = _Progress()
+    progress = _Progress(daemon.run_dir)
     try:
         daemon.close(exit_code)
         daemon.wait_closed(progress)
@@ -436,32 +422,19 @@ def _wind_up(daemon: Daemon, signals: Signals, grace_s: float) -> bool:
 class _Progress:
     """One line, written over and over, while a run drains in a terminal."""
 
-    def __init__(self) -> None:
+    def __init__(self, run_dir: Path) -> None:
+        self._run_dir = run_dir
         self._since = time.monotonic()
         self._shown = False
 
     def __call__(self, pending: int) -> None:
         if sys.stderr.isatty() and time.monotonic() > self._since + _QUIET_S:
             self._shown = True
-            click.echo(f"\r\033[Ksidestep: writing the last rows, {pending} records to go", err=True, nl=False)
-
-    def clear(self) -> None:
-        """Leave an empty line."""
-        if self._shown:
-            click.echo("\r\033[K", err=True, nl=False)
-
-
-class _Rows:
-    """One line, written over and over, while rows are copied in a terminal."""
-
-    def __init__(self) -> None:
-        self._next = time.monotonic() + _QUIET_S
-        self._shown = False
-
-    def __call__(self, done: int, of: int | None) -> None:
-        if time.monotonic() > self._next and sys.stderr.isatty():
-            self._next, self._shown = time.monotonic() + 0.1, True
-            click.echo(f"\r\033[Ksidestep: {done} rows" + (f" of {of}" if of else ""), err=True, nl=False)
+            what = read_json(self._run_dir / rundir.TROUBLE).get("what")
+            why = f": {what}" if what else ""
+            click.echo(
+                f"\r\033[Ksidestep: writing the last rows, {pending} records to go{why}", err=True, nl=False
+            )
 
     def clear(self) -> None:
         """Leave an empty line."""
