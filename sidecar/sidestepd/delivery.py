@@ -1,6 +1,6 @@
 """Delivery: read the spool, put rows in order, write them down, write them out, and see them confirmed.
 
-    read ─▶ resolve ─▶ order ─▶ assemble ─▶ row log ─▶ sink ─▶ confirmed ─▶ cursor
+    read ─▶ resolve ─▶ match ─▶ order ─▶ assemble ─▶ row log ─▶ sink ─▶ confirmed ─▶ cursor
                                                                    intake deletes up to there ◀─┘
 
 - it knows nothing that is not in the spool or its own row log: killed anywhere, it goes on from both
@@ -31,16 +31,18 @@ from sidestepd.clock import Clock, Horizon
 from sidestepd.config import Config
 from sidestepd.crashpoints import crash_point
 from sidestepd.errors import ExitCode, Fatal, Retry, SpoolDamaged, Trouble
+from sidestepd.match import Event, Matcher
 from sidestepd.order import ReorderBuffer
 from sidestepd.processes import Beat, Lock, die_with_parent, read_json, write_json
 from sidestepd.resolve import Closed, Folded, Lost, Resolver
 from sidestepd.rowlog import SENT, RowLog
-from sidestepd.rows import Bundle, Row
-from sidestepd.rules import Rule, Rules, operations
+from sidestepd.rows import Bundle, Part, Row
+from sidestepd.rules import Rule, Rules, Source, operations
 from sidestepd.rundir import TROUBLE
 from sidestepd.settlement import Settlement
 from sidestepd.sinks import MODES, Confirmed, RunFacts, Sink, load, make_sink, patiently, write_all
 from sidestepd.spool import Entry, EntryKind, SpoolReader
+from sidestepd.watch import Watch
 
 logger = logging.getLogger("sidestepd.delivery")
 
@@ -72,19 +74,24 @@ class Delivery:
         self.config = config
         self.spool, self.rowlog, self.sink, self.horizon, self.beat = spool, rowlog, sink, horizon, beat
         self.troubled = troubled
-        rules = Rules(Rule(pattern=name, reduce=operations(reduce)) for name, reduce in config.reduce.items())
+        rules = Rules(
+            Rule(pattern=name, reduce=operations(reduce), source=_source(config.source(f"reduce.{name}")))
+            for name, reduce in config.reduce.items()
+        )
         self.marks: dict[str, Any] = rowlog.meta("marks", {})
         self.resolver = Resolver(rules)
+        self.matcher = Matcher(patience=order.patience_s, capacity=order.capacity_rows)
         self.order = ReorderBuffer(
             patience=order.patience_s,
             capacity=order.capacity_rows,
-            released=self.marks.get("released"),
+            released=self.marks.get("released", ()),
         )
         self.assembler = Assembler(
             rules, patience=order.patience_s, max_wait=order.max_wait_s, window=order.late_window_rows
         )
         self.checkpoint = rowlog.checkpoint()
         self.read_through = self.checkpoint.cursor
+        self.watch = Watch(config.watch)
         self.settlement = Settlement(rowlog.meta("counts", {}), cursor=self.read_through)
         self.exit_code: int | None = None
         self.unmatched: list[str] = []
@@ -106,9 +113,12 @@ class Delivery:
             fold = msgpack.unpackb(self.checkpoint.fold, strict_map_key=False)
             self.resolver.restore(fold["resolver"])
             self.order.restore(fold["order"])
+            self._hear(self.matcher.restore(fold["matcher"]))
+            self.watch.restore(fold["watch"])
             self.exit_code = fold["exit_code"]
         if self.marks:
             self.assembler.restore(self.marks)
+        self.watch.take_up(*self.rowlog.alerts())
         self.assembler.latest.update(self.rowlog.latest())
         bookmark = self.rowlog.meta("bookmark", {})
         held = patiently(lambda: self.sink.open(run, bookmark), beat=self.beat, kept=self._keep)
@@ -172,6 +182,8 @@ class Delivery:
 
     def finish(self) -> None:
         """Everything that waits leaves; the run is finished, and seen to be whole."""
+        self._hear(self.matcher.flush())
+        self._tell_alerts()
         self._decide([*self._assemble(self.order.flush()), *self.assembler.flush()])
         self._tell_config()
         self._tell_summary()
@@ -202,7 +214,9 @@ class Delivery:
             self.resolver.dead["spool_lost"] -= kept
         if entry.kind is EntryKind.FRAME:
             self.settlement.read(entry)
-        for said in self.resolver.read(entry, self.settlement.is_used):
+        if entry.kind is not EntryKind.BOOT:  # before which nobody listened
+            self.watch.poll(self._now)
+        for said in self.resolver.read(entry, self.settlement.places_of):
             match said:
                 case Lost():
                     self.settlement.lose(said)
@@ -211,17 +225,28 @@ class Delivery:
                 case Closed():
                     self.exit_code = said.exit_code
                 case _:
-                    self.order.hear(said, self._now)
+                    self._hear(self.matcher.hear(said, self._now))
+        session = self.resolver.sessions.get(entry.session)
+        self.watch.read(entry, session.launch if session else "")
+
+    def _hear(self, events: Iterable[Event]) -> None:
+        for event in events:
+            if isinstance(event, Part):
+                self.watch.hear(event, self._now)
+            self.order.hear(event, self._now)
 
     # Deciding and writing
 
     def _let_go(self) -> None:
         self._last_ready = self._now
+        self._hear(self.matcher.ready(self._now))
+        self._tell_alerts()
         rows = self._assemble(self.order.ready(self._now))
         self._decide([*rows, *self.assembler.ready(self._now)])
 
     def _assemble(self, bundles: Iterable[Bundle]) -> list[Row]:
         world = max((session.world for session in self.resolver.sessions.values()), default=1)
+        bundles = self.watch.annotate(bundles)
         return self.assembler.add(bundles, world=world, now=self._now)
 
     def _decide(self, rows: Sequence[Row]) -> None:
@@ -244,6 +269,17 @@ class Delivery:
             logger.warning("row %d was rejected: %s", rejected.row.step, rejected.reason)
             self.settlement.reject(rejected.row.step, rejected.reason)
         crash_point("delivery.written")
+
+    def _tell_alerts(self) -> None:
+        """Tell people what is found, at most once: it is written down before."""
+        self.watch.poll(self._now)
+        alerts = self.watch.take()
+        if alerts:
+            self.rowlog.warn(alerts, through=self.read_through)
+        for alert in alerts:
+            logger.warning("%s: %s", alert.title, alert.text)
+            if self.config.watch.alerts:
+                self.sink.alert(alert.title, alert.text, alert.level)
 
     def _tell_config(self) -> None:
         """Send what workers set of the configuration and the summary since this was done last."""
@@ -269,6 +305,9 @@ class Delivery:
         totals = {
             "sidestep/rows": self.settlement.rows + self.settlement.unconfirmed,
             "sidestep/late_rows": self.assembler.late_rows,
+            "sidestep/late_values": self.assembler.late_values,
+            "sidestep/conflicts": self.assembler.conflicts,
+            "sidestep/forced_rows": self.assembler.forced_rows,
             "sidestep/dropped": sum(self.ledger()["dropped"].values()),
         }
         self.sink.summary({**self.assembler.aggregated(), **self._set_by_workers(), **totals})
@@ -306,7 +345,13 @@ class Delivery:
 
     def _fold(self) -> bytes:
         fold: bytes = msgpack.packb(
-            {"resolver": self.resolver.state(), "order": self.order.state(), "exit_code": self.exit_code}
+            {
+                "resolver": self.resolver.state(),
+                "matcher": self.matcher.state(),
+                "order": self.order.state(),
+                "watch": self.watch.state(),
+                "exit_code": self.exit_code,
+            }
         )
         return fold
 
@@ -340,9 +385,9 @@ class Delivery:
             "rows": self.settlement.rows,
             "last_step": self.assembler.last,
             "late_rows": self.assembler.late_rows,
-            "forced": self.order.forced,
+            "forced": self.assembler.forced_rows,
             "conflicts": self.assembler.conflicts,
-            "waiting": self.order.waiting + self.assembler.waiting,
+            "waiting": self.matcher.waiting + self.order.waiting + self.assembler.waiting,
             "unmatched": self.unmatched,
             "sessions": {
                 id_.hex(): {
@@ -354,8 +399,13 @@ class Delivery:
         }  # fmt: skip
 
 
+def _source(given: str) -> Source:
+    """Where a reduction was given: an option, or a file."""
+    return Source.COMMAND_LINE if given.startswith("-") else Source.FILE
+
+
 def tell_trouble(directory: Path, trouble: Trouble | None) -> None:
-    """Write down what keeps rows from the run, for `sidestep status`; the daemon forgets it when it starts."""
+    """Write down what keeps rows from the run, for `sidestep status`; intake forgets it when it starts."""
     if trouble:
         write_json(directory / TROUBLE, asdict(trouble))
     else:

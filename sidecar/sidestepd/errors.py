@@ -11,6 +11,8 @@ SidestepError
 ├── AlreadyRunning            another process holds the run directory or the address
 ├── StartFailed               the daemon did not come up; the text ends with its log
 ├── Incomplete                the run could not be finished now, and can be taken up again
+├── Unreachable               no daemon answers, or none ends when told to
+├── Deleted                   the run directory is gone: nothing can be taken up again
 └── CanNotRun(exit_code)      the user's command is not there, or is none
 """
 
@@ -87,6 +89,14 @@ class Incomplete(SidestepError):
     """The run could not be finished now; nothing acknowledged is lost, and it can be taken up again."""
 
 
+class Unreachable(SidestepError):
+    """The daemon that was asked for does not answer."""
+
+
+class Deleted(SidestepError):
+    """Somebody deleted the run directory while it was in use."""
+
+
 class CanNotRun(SidestepError):
     """There is no such command, or it is none; `exit_code` is what a shell would say."""
 
@@ -105,7 +115,7 @@ class ExitCode:
     SOFTWARE = 70
     """A bug; the log says where. The supervisor starts the process again."""
     DISK = 74
-    """The spool's disk failed. Never retried in the same process."""
+    """The spool's disk failed, or the run directory was deleted. Never retried in the same process."""
     INTERRUPTED = 75
     """Stopped before the run was complete; starting again on the same run directory resumes it."""
     ALREADY_RUNNING = 73

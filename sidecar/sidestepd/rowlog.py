@@ -16,6 +16,7 @@ Tables of `delivery.db`:
     definition(name, body)                                names that wandb was told of
     latest(name, body)                                    the newest value of each name: the run's summary
     dead(entry, seq, reason)                              what could not be read
+    alert(cause, title, text, level, time, over, through) what people were told, and what was read by then
     meta(key, value)     'cursor', 'fold', 'marks', 'bookmark', 'ledger', 'state', 'exit_code'
 """
 
@@ -29,7 +30,7 @@ from typing import Any
 
 import msgpack
 
-from sidestepd.rows import Checkpoint, Dead, Definition, Latest, Position, Row
+from sidestepd.rows import Alert, Checkpoint, Dead, Definition, Latest, Position, Row
 
 logger = logging.getLogger(__name__)
 
@@ -41,8 +42,12 @@ CREATE TABLE IF NOT EXISTS definition (name TEXT PRIMARY KEY, body BLOB NOT NULL
 CREATE TABLE IF NOT EXISTS latest (name TEXT PRIMARY KEY, body BLOB NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS dead (
     entry INTEGER NOT NULL, seq INTEGER NOT NULL, reason TEXT NOT NULL, PRIMARY KEY (entry, seq)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS alert (
+    id INTEGER PRIMARY KEY, cause TEXT NOT NULL, title TEXT NOT NULL, text TEXT NOT NULL, level TEXT NOT NULL,
+    time REAL NOT NULL, over INTEGER NOT NULL, through INTEGER NOT NULL);
 CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value) WITHOUT ROWID;
 """
+_ALERTS = "SELECT cause, title, text, level, time, over FROM alert ORDER BY id"
 SENT, CONFIRMED = "sent", "confirmed"
 
 
@@ -104,6 +109,19 @@ class RowLog:
                     "AND newest <= (SELECT value FROM meta WHERE key = 'cursor')",
                     (keep_above,),
                 )
+
+    def warn(self, alerts: Iterable[Alert], *, through: int) -> None:
+        """Write down what people are about to be told; `through` is the entry that was read last."""
+        with self._db:
+            self._db.executemany(
+                "INSERT INTO alert (cause, title, text, level, time, over, through) VALUES (?, ?, ?, ?, ?, ?, ?)",
+                ((it.cause, it.title, it.text, it.level, it.time, it.over, through) for it in alerts),
+            )
+
+    def alerts(self) -> tuple[list[Alert], int]:
+        """What people were told, and the entry up to which was read when they were told last."""
+        through = self._db.execute("SELECT max(through) FROM alert").fetchone()[0]
+        return [_alert(*row) for row in self._db.execute(_ALERTS)], through or 0
 
     def rows(self) -> list[tuple[Row, str]]:
         """Every row still remembered, with its fate, in the order of their `_step`."""
@@ -172,6 +190,10 @@ class RowLogReader:
         with_reason = self._all("SELECT reason, count(*) FROM dead GROUP BY reason")
         return {str(reason): int(count) for reason, count in with_reason}
 
+    def alerts(self) -> list[Alert]:
+        """What people were told, in this order."""
+        return [_alert(*row) for row in self._all(_ALERTS)]
+
     def _one(self, query: str, *arguments: Any) -> Any:
         rows = self._all(query, *arguments)
         return rows[0][0] if rows else None
@@ -188,6 +210,10 @@ class RowLogReader:
             return []
         finally:
             db.close()
+
+
+def _alert(cause: str, title: str, text: str, level: str, time: float, over: int) -> Alert:
+    return Alert(cause=cause, title=title, text=text, level=level, time=time, over=bool(over))
 
 
 def _row_columns(row: Row) -> tuple[Any, ...]:

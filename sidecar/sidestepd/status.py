@@ -17,7 +17,8 @@ from typing import Any
 from sidestepd.errors import SpoolDamaged
 from sidestepd.processes import Lock, read_json
 from sidestepd.rowlog import RowLogReader
-from sidestepd.rundir import TROUBLE, RunFile
+from sidestepd.rows import Alert
+from sidestepd.rundir import DEATHS, TROUBLE, RunFile
 from sidestepd.spool import SpoolReader, StoredSession
 
 _TRIES = 20
@@ -28,7 +29,7 @@ class Ledger:
     """What became of every record. `rejected` and `dropped` are by reason.
 
     `pending` is on its way, in a worker or in the spool; `unknown` was offered by a worker that ended without
-    a word, and never came.
+    a word, and never came. `values_refused` counts no records but values, which workers left out of theirs.
     """
 
     offered: int = 0
@@ -37,6 +38,7 @@ class Ledger:
     dropped: Mapping[str, int] = field(default_factory=dict)
     pending: int = 0
     unknown: int = 0
+    values_refused: int = 0
 
     @property
     def balances(self) -> bool:
@@ -56,6 +58,7 @@ class SessionReport:
     offered: int
     acknowledged: int
     dropped: Mapping[str, int]
+    values_refused: int = 0
 
     @property
     def missing(self) -> int:
@@ -78,12 +81,24 @@ class Report:
     sessions: tuple[SessionReport, ...]
     ledger: Ledger
     spool_bytes: int
-    trouble: str | None = None
-    """What keeps rows from the run although nothing here is broken."""
-    lasting: bool = False
-    """Whether the trouble takes a person to heal it."""
     spool_damaged: bool = False
     """What is told of workers is then what delivery had read of them; the next start salvages the spool."""
+    trouble: str = ""
+    """Why nothing reaches the sink, as far as that is known."""
+    lasting: bool = False
+    """Whether the trouble takes a person to heal it."""
+    alerts: tuple[Alert, ...] = ()
+    """What people were told, in this order."""
+
+    @property
+    def troubles(self) -> list[Alert]:
+        """The alerts whose causes last, or were never seen to end."""
+        open_: dict[str, Alert] = {}
+        for alert in self.alerts:
+            open_.pop(alert.cause, None)
+            if not alert.over:
+                open_[alert.cause] = alert
+        return list(open_.values())
 
     @property
     def ranks(self) -> int:
@@ -111,7 +126,7 @@ def report(run_dir: Path) -> Report:
         run = replace(run, exit_code=rowlog.meta("exit_code"))
     # In this order: what delivery had read by then is in the spool, or was and is counted as settled.
     state, told = _state(run, run_dir, rowlog), rowlog.meta("ledger", {})
-    trouble = {} if state == "finished" else read_json(run_dir / TROUBLE)
+    trouble = {} if state == "finished" else read_json(run_dir / TROUBLE) or read_json(run_dir / DEATHS)
     try:
         stored, unread = _spooled(run_dir / "spool.db", after=told.get("read_through", 0))
         damaged, found = False, [_session(one, state) for one in stored]
@@ -129,10 +144,11 @@ def report(run_dir: Path) -> Report:
         unmatched=tuple(told.get("unmatched", ())),
         sessions=sessions,
         ledger=_ledger(sessions, told, unread),
+        alerts=tuple(rowlog.alerts()),
         spool_bytes=sum(path.stat().st_size for path in run_dir.glob("spool.db*")),
-        trouble=trouble.get("what"),
-        lasting=trouble.get("lasting", False),
         spool_damaged=damaged,
+        trouble=str(trouble.get("what", "")),
+        lasting=bool(trouble.get("lasting", False)),
     )
 
 
@@ -144,6 +160,7 @@ def losses(found: Report) -> str:
     if silent:
         who = f"{silent} worker{'s' if silent > 1 else ''} that ended without a word"
         parts.append(f"{f'{ledger.unknown} and ' if ledger.unknown else ''}whatever else {who} had not sent")
+    parts += [f"{ledger.values_refused} values that can not be logged"] if ledger.values_refused else []
     if not (ledger.balances or found.spool_damaged):
         parts.append("and the ledger does not balance, which is a defect: please report it")
     return ", ".join(parts)
@@ -168,7 +185,7 @@ def _spooled(path: Path, *, after: int) -> tuple[list[StoredSession], int]:
                 break
         return sessions, records
     except sqlite3.OperationalError as error:
-        if "no such table" not in str(error):  # intake is just making it
+        if "no such table" not in str(error):  # it is only just being made
             raise
         return [], 0
     finally:
@@ -187,6 +204,7 @@ def _session(stored: StoredSession, state: str) -> SessionReport:
         offered=max(stored.counters.get("offered", 0), stored.next + sum(dropped.values())),
         acknowledged=stored.next,
         dropped=dropped,
+        values_refused=stored.counters.get("values_refused", 0),
     )
 
 
@@ -216,6 +234,7 @@ def _ledger(sessions: Iterable[SessionReport], told: Mapping[str, Any], unread: 
         dropped=dict(by_workers + unreadable),
         pending=told.get("unsettled", 0) + unread + sum(s.missing for s in sessions if s.state != "lost"),
         unknown=sum(session.missing for session in sessions if session.state == "lost"),
+        values_refused=sum(session.values_refused for session in sessions),
     )
 
 

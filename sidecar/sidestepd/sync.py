@@ -20,6 +20,7 @@ from sidestepd import rundir, status
 from sidestepd.config import Config
 from sidestepd.daemon import Daemon
 from sidestepd.errors import Incomplete, SinkError, Trouble
+from sidestepd.home import RunHome
 from sidestepd.processes import Lock, read_json, write_json
 from sidestepd.replay import UNFINISHED, facts_of, replay
 from sidestepd.rowlog import RowLog, RowLogReader
@@ -104,7 +105,8 @@ def _rename(run_dir: Path, target: Target) -> None:
 def _finish(run_dir: Path, config: Config, pause: Callable[[float], object]) -> status.Report:
     """Have the run's own daemon bring it to its end."""
     found = RunFile.read(run_dir)
-    daemon = Daemon(run_dir, config, found.at(run_dir, rundir.private_address(run_dir)), pause=pause)
+    here = found.at(run_dir, rundir.private_address(run_dir))
+    daemon = Daemon(RunHome(run_dir, config, here), pause=pause)
     try:
         daemon.start()
         daemon.close(UNFINISHED if found.exit_code is None else found.exit_code)

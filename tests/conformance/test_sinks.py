@@ -218,6 +218,15 @@ def said_online(directory: Path) -> dict[str, Any]:
     }
 
 
+def alerts_in(kind: str, directory: Path) -> list[tuple[str, str, str]]:
+    """Title, text and level of every alert in the run."""
+    if kind == "wandb":
+        segments = wandb_log.segments(directory / "wandb")
+        return [alert for path in segments for alert in wandb_log.alerts(path)]
+    lines = map(json.loads, (directory / "rows.jsonl").read_bytes().splitlines())
+    return [(it["title"], it["text"], it["level"]) for line in lines if (it := line.get("alert"))]
+
+
 def steps_in(kind: str, directory: Path) -> list[int]:
     return [step for step, _ in rows_in(kind, directory)]
 
@@ -280,6 +289,30 @@ class TestOneLife:
         [(step, found)] = rows_in(kind, tmp_path)
         assert step == 4
         assert {**values, "_step": 4, "_timestamp": 4.5, "loss": 4.0, "global_step": 4}.items() <= found.items()
+
+    def test_alerts_are_in_the_run_in_their_order_also_of_the_same_title(
+        self, life: Life, kind: str, tmp_path: Path
+    ):
+        life.open()
+        life.write(0)
+        for number, level in enumerate(("INFO", "WARN", "ERROR")):
+            life.call("alert", "rank 2 is silent", f"text {number}", level)
+
+        life.close()
+
+        assert [(f"text {number}", level) for number, level in enumerate(("INFO", "WARN", "ERROR"))] == [
+            alert[1:] for alert in alerts_in(kind, tmp_path)
+        ]
+        assert {"rank 2 is silent"} == {alert[0] for alert in alerts_in(kind, tmp_path)}
+        assert [0] == steps_in(kind, tmp_path)
+
+    def test_an_alert_that_the_sink_does_not_like_costs_nothing_else(self, life: Life, kind: str, tmp_path: Path):
+        life.open()
+
+        life.call("alert", "x" * 500, "", "no such level")
+        life.write(0)
+
+        assert [0] == life.close()["steps"]
 
     def test_what_is_no_number_in_json_does_not_cost_the_row(self, life: Life, kind: str, tmp_path: Path):
         life.open()

@@ -38,6 +38,18 @@ for step in range(10):
     run.log({"loss": step})
 run.finish()
 """
+SLOW_DRAIN = """
+import os, signal, subprocess, sidestep
+from sidestepd.control import Control
+delivery = Control(os.environ["SIDESTEP_ADDRESS"]).ask_status(30)["delivery"]["pid"]
+os.kill(delivery, signal.SIGSTOP)
+run = sidestep.init()
+for step in range(10):
+    run.log({"loss": step})
+run.finish()
+quiet = dict(stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+subprocess.Popen(["sh", "-c", f"sleep 3; kill -CONT {delivery}"], start_new_session=True, **quiet)
+"""
 ANNOUNCE_FIVE_AND_DIE = """
 import os, sys, zmq
 from sidestep.wire import Hello, decode, encode
@@ -115,8 +127,8 @@ def started(*words: str, **environ: str) -> Iterator[subprocess.Popen[str]]:
 
 
 def only_run(here: Path) -> Report:
-    (run_dir,) = (here / "sidestep-runs").iterdir()
-    return report(run_dir)
+    (run_file,) = here.glob("sidestep-runs/*/run.json")
+    return report(run_file.parent)
 
 
 def logged_steps(here: Path) -> list[int]:
@@ -249,6 +261,18 @@ class TestWhatIsSaid:
         assert re.search(r"^sidestep: run run4you in sidestep-runs/\d{8}-\d{6}-run4you\r$", shown, re.MULTILINE)
         assert "sidestep: 10 rows of 1 rank: 0 late, 0 dropped, 0 rejected\r\n" in shown
 
+    def test_a_drain_that_takes_its_time_shows_how_far_it_is_in_a_terminal(self, here):
+        code, shown = in_terminal("run", "--", *python(SLOW_DRAIN))
+
+        assert 0 == code
+        assert "sidestep: writing the last rows" in shown
+        assert "0/10 " in re.sub(r"\x1b\[[0-9;]*m", "", shown)
+
+    def test_a_drain_that_takes_its_time_is_quiet_in_a_pipe(self, here):
+        ended = sidestep("run", "--", *python(SLOW_DRAIN))
+
+        assert (0, "", "") == (ended.returncode, ended.stdout, ended.stderr)
+
 
 class TestRun:
     def test_what_workers_log_is_in_it_when_the_command_line_returns(self, here):
@@ -379,7 +403,7 @@ class TestServe:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
             manager.bind(str(here / "notify"))
             manager.settimeout(WAIT_S)
-            with started("serve", NOTIFY_SOCKET=str(here / "notify")) as process:
+            with started("serve", "--id", "mine", NOTIFY_SOCKET=str(here / "notify")) as process:
                 said = [manager.recv(100)]
                 process.terminate()
                 said.append(manager.recv(100))
@@ -411,7 +435,7 @@ class TestServe:
     def test_stopped_while_a_worker_is_there_it_can_be_taken_up_again(self, here):
         address = f"ipc://{here}/daemon.sock"
         with (
-            serving(address, "--grace", "0.5", "--set", "order.lease_s=2") as process,
+            serving(address, "--id", "mine", "--grace", "0.5", "--set", "order.lease_s=2") as process,
             Control(address) as control,
         ):
             say_hello(address)
@@ -431,7 +455,7 @@ class TestServe:
 
     def test_a_run_that_was_told_to_finish_is_finished_by_taking_it_up(self, here):
         address = f"ipc://{here}/daemon.sock"
-        with serving(address) as process, Control(address) as control:
+        with serving(address, "--id", "mine") as process, Control(address) as control:
             eventually(lambda: control.close_run(5))
             stop_all(process)
 
@@ -442,7 +466,7 @@ class TestServe:
 
     def test_a_run_whose_spool_was_damaged_meanwhile_is_salvaged_by_taking_it_up(self, here):
         address = f"ipc://{here}/daemon.sock"
-        with serving(address) as process, Control(address) as control:
+        with serving(address, "--id", "mine") as process, Control(address) as control:
             subprocess.run(python(LOG_TEN), env=os.environ | {"SIDESTEP_ADDRESS": address}, timeout=WAIT_S)
             eventually(lambda: control.close_run(0))
             stop_all(process)

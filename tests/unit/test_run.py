@@ -33,7 +33,9 @@ ME = Identity(rank=1, world=2, local_rank=1, node="here", pid=os.getpid(), launc
 
 
 def new_run(**options: Any) -> Run:
-    session = Session(settings=WorkerSettings(**options), identity=ME, keywords={}, notices=Notices())
+    session = Session(
+        settings=WorkerSettings(**{"when_full": "drop", **options}), identity=ME, keywords={}, notices=Notices()
+    )
     return Run(session, {})
 
 
@@ -271,6 +273,25 @@ class TestRefusals:
         assert [{"good": 1.0}] * 3 == data(run)
         assert 3 == run.stats().values_refused
         assert 1 == sum("'bad'" in line and "object" in line for line in caplog.messages)
+
+    @pytest.mark.parametrize("wrong", [{"reduce": "avg"}, {"reduce": ["mean", 7]}, {"summary": "maximum"}])
+    def test_a_definition_goes_without_what_means_nothing(
+        self, run: Run, caplog: pytest.LogCaptureFixture, wrong: dict[str, Any]
+    ):
+        run.define_metric("loss", step_metric="epoch", **wrong)
+
+        (defined,) = data(run)
+        assert ("loss", "epoch", None) == (defined["name"], defined["step_metric"], defined[next(iter(wrong))])
+        assert 1 == run.stats().values_refused
+        assert 1 == sum("is unknown" in line and "define_metric(loss)" in line for line in caplog.messages)
+
+    @pytest.mark.parametrize("right", [{"reduce": "mean:n"}, {"reduce": ["max", "std"]}, {"summary": "best,last"}])
+    def test_a_definition_that_means_something_goes_as_it_is(self, run: Run, right: dict[str, Any]):
+        run.define_metric("loss", **right)
+
+        (defined,) = data(run)
+        assert right.items() <= defined.items()
+        assert 0 == run.stats().values_refused
 
     def test_each_name_and_type_is_said_once(self, run: Run, caplog: pytest.LogCaptureFixture):
         for _ in range(2):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import sqlite3
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from sidestep.errors import SettingsError
 from sidestep.wire import checksum
 from sidestepd.config import Config
 from sidestepd.rowlog import RowLog
+from sidestepd.rows import Alert
 from sidestepd.rundir import RunFile, lay_out
 from sidestepd.spool import Entry, EntryKind, Spool, StoredSession
 from sidestepd.status import Ledger, Report, SessionReport, losses, report
@@ -61,6 +63,27 @@ def delivered(run_dir: Path, *, state: str | None = None, **ledger: object) -> N
     rowlog.close()
 
 
+def alert(cause: str, *, over: bool = False) -> Alert:
+    return Alert(cause=cause, title=cause, text="because", time=1.0, over=over)
+
+
+class TestAlerts:
+    def test_are_told_with_those_whose_causes_last(self, run_dir):
+        rowlog = RowLog(run_dir / "delivery.db")
+        alerts = [alert("a"), alert("b"), alert("a", over=True), alert("c"), alert("b", over=True), alert("b")]
+        rowlog.warn(alerts, through=7)
+        rowlog.close()
+
+        found = report(run_dir)
+
+        assert alerts == list(found.alerts)
+        assert ["c", "b"] == [it.cause for it in found.troubles]
+        assert "because" == found.to_json()["alerts"][0]["text"]
+
+    def test_are_none_in_a_run_without_any(self, run_dir):
+        assert ((), []) == (report(run_dir).alerts, report(run_dir).troubles)
+
+
 class TestState:
     def test_a_run_whose_daemon_holds_its_lock_is_running(self, run_dir):
         with (run_dir / "intake.lock").open("w") as lock:
@@ -92,6 +115,19 @@ class TestState:
         report(run_dir)
 
         assert before == sorted(run_dir.iterdir())
+
+    def test_a_spool_that_is_only_just_being_made_holds_nothing_yet(self, run_dir):
+        sqlite3.connect(run_dir / "spool.db").close()
+
+        assert (0, ()) == (report(run_dir).ledger.offered, report(run_dir).sessions)
+
+    def test_what_keeps_it_from_the_sink_is_told_until_it_is_finished(self, run_dir):
+        (run_dir / "trouble.json").write_text('{"trouble": "delivery ended with 70"}')
+        told = report(run_dir).trouble
+
+        delivered(run_dir, state="closed")
+
+        assert ("delivery ended with 70", "") == (told, report(run_dir).trouble)
 
 
 class TestLedger:
@@ -177,7 +213,7 @@ class TestJson:
     def test_it_holds_every_part_of_the_ledger_and_whether_it_balances(self, run_dir):
         text = json.dumps(report(run_dir).to_json())
 
-        parts = ["balances", "delivered", "dropped", "offered", "pending", "rejected", "unknown"]
+        parts = ["balances", "delivered", "dropped", "offered", "pending", "rejected", "unknown", "values_refused"]
         assert parts == sorted(json.loads(text)["ledger"])
 
 

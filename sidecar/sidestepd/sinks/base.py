@@ -80,6 +80,10 @@ class Sink(Protocol):
         """Set values of the run's summary. Idempotent."""
         ...
 
+    def alert(self, title: str, text: str, level: str) -> None:
+        """Tell people something. Whoever calls tells it once, also across crashes. `level`: INFO, WARN, ERROR."""
+        ...
+
     def write(self, row: Row) -> None:
         """Write one row, with a `step` above every earlier one's. Raises Retry, Reject or Fatal."""
         ...

@@ -1,7 +1,7 @@
 """Rows as lines of JSON in `rows.jsonl`, for those without wandb and for tests.
 
 A line is whole when it ends in a newline; a torn one, left by a crash, is cut off when the file is opened
-again. Config, definitions and summary are lines of their own, told apart by their only key.
+again. Config, definitions, summary and alerts are lines of their own, told apart by their only key.
 """
 
 from __future__ import annotations
@@ -60,6 +60,10 @@ class JsonlSink:
     def summary(self, values: Mapping[str, Any]) -> None:
         """One line."""
         self._append({"summary": dict(values)})
+
+    def alert(self, title: str, text: str, level: str) -> None:
+        """One line."""
+        self._append({"alert": {"title": title, "text": text, "level": level}})
 
     def write(self, row: Row) -> None:
         """One line with `_step` and `_timestamp`, as in wandb's history."""

@@ -28,6 +28,10 @@ logger = logging.getLogger(__name__)
 
 FLUSH_INTERVAL_S = 1.0
 """How often wandb-core writes what it has into its file."""
+MOST_TITLE = 63
+"""Characters that the title of an alert may have in wandb."""
+NO_WAIT_S = 0.001
+"""An alert shall not be held back because there was one of the same title; 0 would mean wandb's own minute."""
 REFUSED = (wandb.errors.Error, TypeError, ValueError)
 """What wandb raises when it does not like a value; pydantic's errors are ValueErrors."""
 BROKEN = (ConnectionError, wandb.errors.CommError, wandb.errors.UsageError, OSError)
@@ -68,6 +72,15 @@ class WandbSink:
     def summary(self, values: Mapping[str, Any]) -> None:
         """Beside what wandb derives from the rows."""
         _each(values, self._open_run.summary.update)
+
+    def alert(self, title: str, text: str, level: str) -> None:
+        """wandb sends it by mail or chat, as the user has set up there; offline it waits for `wandb sync`."""
+        try:
+            self._open_run.alert(title[:MOST_TITLE], text, level, wait_duration=NO_WAIT_S)
+        except BROKEN as error:
+            raise Fatal(f"wandb-core is gone: {error!r}") from error
+        except REFUSED as error:
+            logger.warning("wandb refuses the alert %.80r: %s", title, error)
 
     def write(self, row: Row) -> None:
         """One call."""

@@ -156,6 +156,11 @@ def history(path: Path, offset: int = 0) -> Iterator[HistoryRow]:
     return (_row(record.history) for record in records(path, offset) if record.HasField("history"))
 
 
+def alerts(path: Path) -> Iterator[tuple[str, str, str]]:
+    """Title, text and level of every alert in the file now."""
+    return ((it.alert.title, it.alert.text, it.alert.level) for it in records(path) if it.HasField("alert"))
+
+
 def nested_history(path: Path) -> Iterator[HistoryRow]:
     """The same, with nested names as dicts in dicts, as they were logged."""
     for record in records(path):
