@@ -193,11 +193,15 @@ class Training:
 
     def boots(self) -> int:
         """How often intake was started."""
-        return (self.run_dir / "logs" / "intake.log").read_text().count(": boot ")
+        return self._intake_log().count(": boot ")
 
     def deaths(self) -> int:
         """How often intake saw its delivery killed."""
-        return (self.run_dir / "logs" / "intake.log").read_text().count("delivery ended with -9")
+        return self._intake_log().count("delivery ended with -9")
+
+    def _intake_log(self) -> str:
+        path = self.run_dir / "logs" / "intake.log"
+        return path.read_text() if path.exists() else ""
 
     def log(self) -> str:
         """The end of what everybody wrote."""
@@ -207,10 +211,19 @@ class Training:
         return "\n".join(f"--- {path.name}\n{path.read_text()[-3000:]}" for path in paths if path.exists())
 
 
-def training(*, ranks: int, steps: int, rate: float = 100.0, pids: Path | None = None) -> list[str]:
-    """The command of a training."""
+def training(
+    *, ranks: int, steps: int, rate: float = 100.0, pids: Path | None = None, until: Path | None = None
+) -> list[str]:
+    """The command of a training. With `until` it goes on after its steps until that file is there."""
     words = ["--ranks", str(ranks), "--steps", str(steps), "--rate", str(rate)]
-    return [sys.executable, "-m", "tests.support.training", *words, *(["--pids", str(pids)] if pids else [])]
+    words += ["--pids", str(pids)] if pids else []
+    words += ["--until", str(until)] if until else []
+    return [sys.executable, "-m", "tests.support.training", *words]
+
+
+def steps_taken(until: Path) -> dict[int, int]:
+    """How many steps each rank of a training took in the end, where it was told when to end."""
+    return {int(path.suffix[1:]): int(path.read_text()) for path in until.parent.glob(f"{until.stem}.*")}
 
 
 def steps_of_ranks(rows: Sequence[HeldRow]) -> dict[int, list[int]]:
@@ -237,15 +250,16 @@ def duplicates(rows: Sequence[HeldRow]) -> int:
     )
 
 
-def assert_whole(run: Training, *, ranks: int, steps: int) -> status.Report:
+def assert_whole(run: Training, *, ranks: int, steps: int | Mapping[int, int]) -> status.Report:
     """Every step of every rank exactly once, `_step` strictly increases, and every record is accounted for."""
     rows, report = run.rows(), run.report()
-    assert {rank: list(range(steps)) for rank in range(ranks)} == steps_of_ranks(rows), run.log()
+    taken = dict.fromkeys(range(ranks), steps) if isinstance(steps, int) else steps
+    assert {rank: list(range(taken[rank])) for rank in range(ranks)} == steps_of_ranks(rows), run.log()
     assert list(_falls([row.step for row in rows])) == []
     assert (report.ledger.offered, 0, 0) == (report.ledger.delivered, report.ledger.pending, report.ledger.unknown)
     assert ({}, {}) == (_nonzero(report.ledger.dropped), _nonzero(report.ledger.rejected))
     assert report.ledger.balances
-    assert report.ledger.offered >= ranks * steps
+    assert report.ledger.offered >= sum(taken.values())
     return report
 
 
@@ -258,4 +272,4 @@ def _nonzero(counts: Mapping[str, int]) -> dict[str, int]:
     return {reason: count for reason, count in counts.items() if count}
 
 
-__all__ = ["Kill", "Training", "assert_whole", "duplicates", "steps_of_ranks", "training"]
+__all__ = ["Kill", "Training", "assert_whole", "duplicates", "steps_of_ranks", "steps_taken", "training"]
