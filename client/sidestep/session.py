@@ -31,6 +31,7 @@ from sidestep.errors import SidestepError, UnsupportedValue
 from sidestep.notices import Notices, say
 from sidestep.outbox import DropReason, Outbox
 from sidestep.ranks import Identity, is_on_one_node
+from sidestep.sender import Sender  # with zmq: loaded here, since init() has no time for it
 from sidestep.settings import WorkerSettings
 from sidestep.spill import Spill, folders, private_folder, waiting
 from sidestep.steps import Steps
@@ -325,8 +326,6 @@ class Session:
         address = self.settings.address
         if address is None and self._spill is None:
             return None
-        from sidestep.sender import Sender  # zmq comes with it, and only a process that sends needs that
-
         return Sender(
             address,
             hello,

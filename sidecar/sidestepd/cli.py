@@ -18,10 +18,11 @@ from typing import Any, TypeVar
 import click
 
 from sidestep.errors import SettingsError, SidestepError
-from sidestepd import collect, command, rundir, running, serving, status
+from sidestepd import collect, command, rundir, running, serving, status, transfer
+from sidestepd.command import Signals
 from sidestepd.config import SECTIONS, Given, is_option, variables
 from sidestepd.control import Control
-from sidestepd.errors import AlreadyRunning, CanNotRun, ExitCode, Unreachable
+from sidestepd.errors import AlreadyRunning, CanNotRun, ExitCode, Incomplete, Unreachable
 from sidestepd.rundir import RunFile
 from sidestepd.saying import say, table
 
@@ -37,6 +38,7 @@ _OPTIONS = {
     "--tags": "run.tags",
     "--notes": "run.notes",
     "--mode": "run.mode",
+    "--resume": "run.resume",
     "--dir": "run.dir",
     "--sink": "sink.kind",
     "--patience": "order.patience_s",
@@ -66,6 +68,12 @@ Exit codes:
    {ExitCode.INTERRUPTED}  stopped before all was complete; what was acknowledged is on disk:
        the same `sidestep serve` goes on, `sidestep drain RUN_DIR` finishes it
 """
+_SYNC_CODES = f"""\b
+Exit codes:
+    0  everything is on the server
+    2  this directory, or what is there already, does not allow it
+   {ExitCode.INTERRUPTED}  not everything is there yet; the line says why, and calling it again goes on
+"""
 
 
 def _every_option() -> str:
@@ -86,8 +94,8 @@ Every option, with its default and its variables, as --set takes it:
 Options are stronger than the environment, and that is stronger than the file
 that --config or SIDESTEP_CONFIG names (deploy/sidestepd.toml is one). What a
 script says in init() is stronger than the environment, weaker than options.
-wandb's own WANDB_API_KEY and WANDB_BASE_URL are left to wandb, and never
-written down; WANDB_SILENT silences all but errors and losses.
+wandb's own WANDB_API_KEY is read by the daemon alone, and never written down;
+WANDB_SILENT silences all but errors and losses.
 """
 
 
@@ -292,6 +300,47 @@ def show_status(run_dir: Path | None, as_json: bool) -> None:
     sys.exit(_saying_why(show))
 
 
+@main.command(epilog=_SYNC_CODES)
+@click.option("--project", help="The W&B project; otherwise as the run is called.")
+@click.option("--entity", help="The W&B user or team; otherwise as the run is called.")
+@click.option("--id", "run_id", help="The id there; otherwise the run's own.")
+@click.option("--server", help="The address of the W&B server; otherwise as for `sidestep run`.")
+@click.argument("run_dir", type=click.Path(path_type=Path, file_okay=False, exists=True))
+def sync(run_dir: Path, project: str | None, entity: str | None, run_id: str | None, server: str | None) -> None:
+    """Send a run to W&B, whole and once.
+
+    An offline run goes up as one run, however often its daemon was killed. A run
+    that was interrupted is finished first. Stopped at any time, it goes on from
+    what the server holds when it is called again.
+    """
+    target = transfer.Target(project=project, entity=entity, id=run_id, server=server)
+
+    def send() -> int:
+        with Signals() as signals:
+            say(transfer.send(run_dir.absolute(), target, running.Drain(signals)))
+        return 0
+
+    sys.exit(_saying_why(send))
+
+
+@main.command()
+@click.option("--sink", required=True, metavar="KIND:PLACE", help="jsonl:PATH, or wandb:DIR for an offline run.")
+@click.argument("run_dir", type=click.Path(path_type=Path, file_okay=False, exists=True))
+def replay(run_dir: Path, sink: str) -> None:
+    """Write a run's rows once more, into another place.
+
+    Reads the run directory and changes nothing in it. The rows come with the run's
+    configuration, summary and definitions. A run that is not finished is written
+    as it stands, with what is still in its spool.
+    """
+
+    def write() -> int:
+        say(transfer.write(run_dir.absolute(), sink))
+        return 0
+
+    sys.exit(_saying_why(write))
+
+
 main.add_command(collect.command)
 
 
@@ -339,6 +388,8 @@ def _saying_why(act: Callable[[], int]) -> int:
         code, why = 2, str(error)
     except AlreadyRunning as error:
         code, why = ExitCode.ALREADY_RUNNING, str(error)
+    except Incomplete as error:
+        code, why = ExitCode.INTERRUPTED, str(error)
     except SidestepError as error:
         code, why = ExitCode.UNAVAILABLE, str(error)
     say(why)

@@ -43,9 +43,14 @@ class RunOptions(Section):
     """What the run is called. What is not given is left to the first `init()`, then to wandb."""
 
     id: str | None = Field(default=None, max_length=128, description="The run's id; made up when not given.")
-    mode: Literal["offline", "disabled"] = Field(
+    mode: Literal["offline", "online", "disabled"] = Field(
         default="offline",
-        description="offline writes files for `wandb sync`; disabled runs the command without a daemon.",
+        description="offline writes files for `sidestep sync`; online sends to W&B meanwhile; disabled runs the "
+        "command without a daemon.",
+    )
+    resume: Literal["allow", "must", "never"] = Field(
+        default="allow",
+        description="Whether W&B may, must or must not have a run of this id; online only.",
     )
     project: str | None = Field(default=None, description="The W&B project.")
     entity: str | None = Field(default=None, description="The W&B user or team.")
@@ -79,12 +84,13 @@ class RunOptions(Section):
 
     @field_validator("mode", mode="before")
     @classmethod
-    def _offline_only(cls, value: object) -> object:
-        if value == "online":
-            raise ValueError(
-                "this release writes offline runs: say offline, and send the run afterwards by `wandb sync`"
-            )
-        return "offline" if value == "dryrun" else value
+    def _as_wandb_once_said(cls, value: object) -> object:
+        return {"dryrun": "offline", "run": "online"}.get(value, value) if isinstance(value, str) else value
+
+    @field_validator("resume", mode="before")
+    @classmethod
+    def _as_wandb_says(cls, value: object) -> object:
+        return "allow" if value in ("auto", "true", "True", True) else value
 
 
 class OrderOptions(Section):
@@ -151,6 +157,14 @@ class SinkOptions(Section):
 
     kind: Literal["wandb", "jsonl"] = Field(
         default="wandb", description="wandb, or jsonl for `rows.jsonl` in the run directory."
+    )
+    server: str | None = Field(
+        default=None,
+        pattern="^https?://",
+        description="The address of the W&B server, if not wandb's own.",
+    )
+    ask_every_s: float = Field(
+        default=15.0, gt=0, le=600, description="Online, how often the server is asked which rows it holds."
     )
 
 
@@ -340,6 +354,8 @@ KEYS = tuple(f"{section}.{field}" for section, model in SECTIONS.items() for fie
 _OTHER_NAMES = {
     "run.id": ("WANDB_RUN_ID",),
     "run.mode": ("WANDB_MODE", "SIDESTEP_MODE"),
+    "run.resume": ("WANDB_RESUME",),
+    "sink.server": ("WANDB_BASE_URL",),
     "run.project": ("WANDB_PROJECT",),
     "run.entity": ("WANDB_ENTITY",),
     "run.name": ("WANDB_NAME",),

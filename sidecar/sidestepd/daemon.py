@@ -115,6 +115,8 @@ class Daemon:
                 if standing.seen != seen:
                     seen, deadline = standing.seen, time.monotonic() + STUCK_AFTER_S
                 progress(standing.pending)
+                if standing.lasting:
+                    raise Incomplete(standing.trouble)
                 why = standing.trouble or why
             if time.monotonic() > deadline:
                 raise Incomplete(f"nothing moved for {STUCK_AFTER_S:.0f} s; {why}")

@@ -19,6 +19,8 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ from sidestepd.assemble import Assembler
 from sidestepd.clock import Clock, Horizon
 from sidestepd.config import Config
 from sidestepd.crashpoints import crash_point
-from sidestepd.errors import ExitCode, Fatal, SpoolDamaged
+from sidestepd.errors import ExitCode, Fatal, Retry, SpoolDamaged, Trouble
 from sidestepd.match import Event, Matcher
 from sidestepd.order import ReorderBuffer
 from sidestepd.processes import Beat, Lock, die_with_parent, read_json, write_json
@@ -36,9 +38,10 @@ from sidestepd.resolve import Closed, Folded, Lost, Resolver
 from sidestepd.rowlog import SENT, RowLog
 from sidestepd.rows import Alert, Bundle, Part, Raised, Row, Sampled
 from sidestepd.rules import Rule, Rules, Source, operations
+from sidestepd.rundir import TROUBLE
 from sidestepd.samples import Samples, first_ranks
 from sidestepd.settlement import Settlement
-from sidestepd.sinks import Confirmed, RunFacts, Sink, make_sink, write_all
+from sidestepd.sinks import MODES, Confirmed, RunFacts, Sink, load, make_sink, patiently, write_all
 from sidestepd.spool import Entry, EntryKind, SpoolReader
 from sidestepd.watch import Watch
 
@@ -66,10 +69,12 @@ class Delivery:
         *,
         horizon: Clock,
         beat: Callable[[], None],
+        troubled: Callable[[Trouble | None], None] = lambda _: None,
     ) -> None:
         order = config.order
         self.config = config
         self.spool, self.rowlog, self.sink, self.horizon, self.beat = spool, rowlog, sink, horizon, beat
+        self.troubled = troubled
         rules = Rules(
             Rule(pattern=name, reduce=operations(reduce), source=_source(config.source(f"reduce.{name}")))
             for name, reduce in config.reduce.items()
@@ -102,6 +107,8 @@ class Delivery:
         self._last_ready = 0.0
         self._last_confirm = 0.0
         self._progress_at = time.monotonic()
+        self.trouble: Trouble | None = None
+        """What is waited for outside of this process."""
         self._config_told: dict[str, Any] = {}
         self._summary_told: dict[str, Any] = {}
 
@@ -122,10 +129,23 @@ class Delivery:
                 self.samples.restore(self.marks["samples"])
         self.watch.take_up(*self.rowlog.alerts())
         self.assembler.latest.update(self.rowlog.latest())
-        held = self.sink.open(run, self.rowlog.meta("bookmark", {}))
+        bookmark = self.rowlog.meta("bookmark", {})
+        held = patiently(lambda: self.sink.open(run, bookmark), beat=self.beat, kept=self._keep)
+        self._tell_trouble(None)
         opened(self.sink.about())
+        self._begin(held)
         self._replay_declarations()
         self._resend(held)
+
+    def _begin(self, held: Confirmed) -> None:
+        """Go on behind what the run held when it was opened for the first time."""
+        base = self.rowlog.meta("base", None)
+        if base is None:
+            base = held.steps[-1] if held.steps else -1
+            self.rowlog.settle(base=base)
+        if base >= 0 and not self.checkpoint.fold:
+            self.resolver.begin_behind(base)
+        self.assembler.last = max(self.assembler.last, base)
 
     def _replay_declarations(self) -> None:
         definitions = self.rowlog.definitions()
@@ -136,13 +156,15 @@ class Delivery:
 
     def _resend(self, held: Confirmed) -> None:
         """Confirm the rows that the run holds, and write the others verbatim."""
-        missing, steps = [], set(held.steps)
+        missing: list[Row] = []
+        there: list[Row] = []
+        steps = held.steps if isinstance(held.steps, range) else frozenset(held.steps)
         for row, fate in self.rowlog.rows():
             self.assembler.remember(row)
             self.settlement.recall(row, settled=fate != SENT)
-            if fate == SENT and row.step not in steps:
-                missing.append(row)
-        self.settlement.confirm(steps)
+            if fate == SENT:
+                (there if row.step in steps else missing).append(row)
+        self.settlement.confirm(row.step for row in there)
         if missing:
             logger.info("sending %d rows again, from step %d on", len(missing), missing[0].step)
         self._write(missing)
@@ -176,7 +198,7 @@ class Delivery:
         self._tell_config()
         self._tell_summary()
         logger.info("finishing the run with exit code %s", self.exit_code)
-        self.sink.close(self.exit_code or 0)
+        patiently(lambda: self.sink.close(self.exit_code or 0), beat=self.beat, kept=self._keep)
         deadline = time.monotonic() + CLOSE_DEADLINE_S
         self._confirm()
         while self.settlement.unconfirmed and time.monotonic() < deadline:
@@ -263,7 +285,7 @@ class Delivery:
             self._write(rows[start : start + size])
 
     def _write(self, rows: Sequence[Row]) -> None:
-        for rejected in write_all(self.sink, rows, beat=self.beat):
+        for rejected in write_all(self.sink, rows, beat=self.beat, kept=self._keep):
             logger.warning("row %d was rejected: %s", rejected.row.step, rejected.reason)
             self.settlement.reject(rejected.row.step, rejected.reason)
         crash_point("delivery.written")
@@ -328,6 +350,7 @@ class Delivery:
     def _confirm(self) -> None:
         confirmed = self.sink.confirm()
         self.settlement.confirm(confirmed.steps)
+        self._tell_trouble(confirmed.trouble)
         self._see_progress(confirmed)
         if self.settlement.newest_snapshot != self.read_through:
             self.settlement.snapshot(self.read_through, self._fold())
@@ -338,10 +361,20 @@ class Delivery:
     def _see_progress(self, confirmed: Confirmed) -> None:
         """A sink that takes rows for ever and holds none stands still, though this process does not."""
         now, stall_s = time.monotonic(), self.config.delivery.stall_s
-        if confirmed.steps or not self.settlement.unconfirmed:
+        if confirmed.steps or confirmed.watched or not self.settlement.unconfirmed:
             self._progress_at = now
         elif now - self._progress_at > stall_s:
             raise Fatal(f"none of {self.settlement.unconfirmed} rows was confirmed within {stall_s:.0f} s")
+
+    def _keep(self, later: Retry) -> None:
+        self._tell_trouble(later.trouble)
+
+    def _tell_trouble(self, trouble: Trouble | None) -> None:
+        """Say once, in the log and to whoever asks for the run's status, what is waited for."""
+        if trouble != self.trouble:
+            self.trouble = trouble
+            logger.warning("waiting: %s", trouble.what) if trouble else logger.info("going on")
+            self.troubled(trouble)
 
     def _fold(self) -> bytes:
         fold: bytes = msgpack.packb(
@@ -404,10 +437,18 @@ def _source(given: str) -> Source:
     return Source.COMMAND_LINE if given.startswith("-") else Source.FILE
 
 
+def tell_trouble(directory: Path, trouble: Trouble | None) -> None:
+    """Write down what keeps rows from the run, for `sidestep status`; intake forgets it when it starts."""
+    if trouble:
+        write_json(directory / TROUBLE, asdict(trouble))
+    else:
+        (directory / TROUBLE).unlink(missing_ok=True)
+
+
 def settle_facts(run: Mapping[str, Any], config: Config, said: Mapping[str, Any]) -> dict[str, Any]:
     """What the run is called: the command line's word, then the first worker's `init()`, then the rest."""
     facts = {}
-    for name in ("project", "entity", "name", "group", "job_type", "tags", "notes"):
+    for name in ("project", "entity", "name", "group", "job_type", "tags", "notes", "mode", "resume"):
         given = config.source(f"run.{name}").startswith("-")
         facts[name] = run.get(name) if given else _named(name, said) or run.get(name)
     return {name: value for name, value in facts.items() if value}
@@ -422,8 +463,13 @@ def _told_once(said: Raised, now: float) -> Alert:
 def _named(name: str, said: Mapping[str, Any]) -> Any:
     """What `init()` calls the run, if it is of a kind that wandb takes."""
     value = said.get(name)
-    if name == "tags":
-        return [tag for tag in value if isinstance(tag, str) and tag] if isinstance(value, list) else None
+    match name:
+        case "tags":
+            return [tag for tag in value if isinstance(tag, str) and tag] if isinstance(value, list) else None
+        case "mode":
+            return value if value in MODES["wandb"] else None
+        case "resume":
+            return value if value in ("allow", "must", "never") else None
     return value if isinstance(value, str) else None
 
 
@@ -441,7 +487,17 @@ def wait_for_facts(
         facts = settle_facts(run, config, first.facts.get("settings", {}))
         rowlog.settle(run=facts)
     names = {name: facts.pop(name, None) for name in ("project", "entity", "name")}
-    return RunFacts(id=run["id"], directory=Path(run["dir"]), options=facts, **names)
+    how = {name: facts.pop(name) for name in ("mode", "resume") if name in facts}
+    return RunFacts(
+        id=run["id"],
+        directory=Path(run["dir"]),
+        server=config.sink.server,
+        ask_every_s=config.sink.ask_every_s,
+        stall_s=config.delivery.stall_s,
+        options=facts,
+        **names,
+        **how,
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -463,13 +519,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if rowlog.meta("state", None) == "closed":  # the last life did all of it, and died before it could say so
         return ExitCode.COMPLETE
     run = read_json(directory / "run.json") | {"dir": str(directory)}
-    sink = make_sink(config.sink.kind)  # importing wandb takes its time, best while workers import theirs
+    load(config.sink.kind)  # importing wandb takes its time, best while workers import theirs
     facts = wait_for_facts(spool, rowlog, run, config, beat)
+    sink = make_sink(config.sink.kind, facts.mode)
     horizon = Horizon(directory / "horizon")
-    delivery = Delivery(spool, rowlog, sink, config, horizon=horizon, beat=beat)
-    delivery.start(facts, lambda about: write_json(directory / "about.json", about))
-    delivery.serve()
-    delivery.finish()
+    troubled = partial(tell_trouble, directory)
+    delivery = Delivery(spool, rowlog, sink, config, horizon=horizon, beat=beat, troubled=troubled)
+    try:
+        delivery.start(facts, lambda about: write_json(directory / "about.json", about))
+        delivery.serve()
+        delivery.finish()
+    except Fatal as error:
+        if error.trouble:
+            tell_trouble(directory, error.trouble)
+        raise
     return ExitCode.COMPLETE
 
 

@@ -7,7 +7,7 @@ SidestepError
 ├── SinkError
 │   ├── Retry(after_s)        the row is kept and tried again
 │   ├── Reject(reason)        this row will never be taken; the next one may be
-│   └── Fatal(hint)           nothing more can be written by this process; a new one resumes from the spool
+│   └── Fatal(trouble)        nothing more can be written by this process; a new one resumes from the spool
 ├── AlreadyRunning            another process holds the run directory or the address
 ├── StartFailed               the daemon did not come up; the text ends with its log
 ├── Incomplete                the run could not be finished now, and can be taken up again
@@ -18,6 +18,7 @@ SidestepError
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from sidestep.errors import SidestepError
@@ -43,12 +44,21 @@ class SinkError(SidestepError):
     """A row was not written."""
 
 
-class Retry(SinkError):
-    """Not now."""
+@dataclass(frozen=True, slots=True)
+class Trouble:
+    """What keeps rows from the run although nothing here is broken; `lasting` if it takes a person to heal it."""
 
-    def __init__(self, why: str, *, after_s: float = 1.0) -> None:
+    what: str
+    lasting: bool = False
+
+
+class Retry(SinkError):
+    """Not now: again after `after_s` seconds, then at growing intervals of at most `most_s`."""
+
+    def __init__(self, why: str, *, after_s: float = 1.0, most_s: float = 30.0, lasting: bool = False) -> None:
         super().__init__(why)
-        self.after_s = after_s
+        self.after_s, self.most_s = after_s, most_s
+        self.trouble = Trouble(why, lasting)
 
 
 class Reject(SinkError):
@@ -60,7 +70,11 @@ class Reject(SinkError):
 
 
 class Fatal(SinkError):
-    """Not by this process."""
+    """Not by this process. `trouble` if it is none of its own."""
+
+    def __init__(self, why: str, *, trouble: Trouble | None = None) -> None:
+        super().__init__(why)
+        self.trouble = trouble
 
 
 class AlreadyRunning(SidestepError):

@@ -31,6 +31,8 @@ class Standing:
     pending: int
     seen: object
     trouble: str = ""
+    lasting: bool = False
+    """Whether somebody must do something about the trouble."""
 
 
 class Home(Protocol):
@@ -67,7 +69,7 @@ class RunHome:
     @property
     def resume(self) -> str:
         """By the run's directory."""
-        return f"sidestep drain {short(self.directory)}"
+        return f"sidestep {'sync' if self.run.mode == 'online' else 'drain'} {short(self.directory)}"
 
     def begin(self) -> None:
         """Lay it out if it is new."""
@@ -183,4 +185,5 @@ def _standing(run_dirs: Sequence[Path]) -> Standing | None:
         return None
     trouble = next((report.trouble for report in reports if report.trouble), "")
     seen = [(report.run.dir, report.ledger) for report in reports]
-    return Standing(sum(report.ledger.pending for report in reports), seen, trouble)
+    lasting = any(report.lasting for report in reports)
+    return Standing(sum(report.ledger.pending for report in reports), seen, trouble, lasting)

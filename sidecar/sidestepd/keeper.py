@@ -3,7 +3,7 @@
 - none is started before the lock of the last one is free and its wandb-core is gone
 - one that makes no progress is killed together with its wandb-core: the SDK can hang for ever
 - spawned from intake's main thread: delivery is killed by the kernel when that thread ends
-- one that does not get going is told in `trouble.json`, with the last word of its log, until one lives
+- one that does not get going is told in `deaths.json`, with the last word of its log, until one lives
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 
 from sidestepd.errors import ExitCode
 from sidestepd.processes import Lock, Pulse, kill_recorded, read_json, write_json
+from sidestepd.rundir import DEATHS
 
 logger = logging.getLogger("sidestepd.keeper")
 
@@ -117,12 +118,12 @@ class DeliveryKeeper:
         why = f"stood still for {self._stall_s:.0f} s" if self._stood_still else f"ended with {_said(code)}"
         times = f", {self._deaths} times in a row" if self._deaths > 1 else ""
         last = last_words(self.run_dir / "logs" / "delivery.log")
-        write_json(self.run_dir / "trouble.json", {"trouble": f"delivery {why}{times}" + (last and f": {last}")})
+        write_json(self.run_dir / DEATHS, {"what": f"delivery {why}{times}" + (last and f": {last}")})
         self._stood_still = False
 
     def _recovered(self) -> None:
         self._deaths = 0
-        (self.run_dir / "trouble.json").unlink(missing_ok=True)
+        (self.run_dir / DEATHS).unlink(missing_ok=True)
 
     def excuse(self, now: float) -> None:
         """This process itself stood still until `now`, and could not see whether delivery did."""

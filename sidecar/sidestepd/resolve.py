@@ -132,6 +132,10 @@ class Resolver:
         self._highest: dict[str, int] = {}
         self._launches = Launches()
 
+    def begin_behind(self, step: int) -> None:
+        """The run holds rows up to `step` from before its first session: counted steps go on behind them."""
+        self._highest[MAIN_AXIS] = step
+
     def read(self, entry: Entry, used: Used = lambda _: None) -> Iterator[Said]:
         """What one entry says; `used` tells the places of a row that holds a position already."""
         match entry.kind:

@@ -28,6 +28,10 @@ MAX_ID_CHARS = 128
 MAX_IPC_PATH_BYTES = 107
 """What fits into a sockaddr_un, without its final zero."""
 RUNS = "sidestep-runs"
+TROUBLE = "trouble.json"
+"""What keeps rows from the run while nothing here is broken; gone when that is over."""
+DEATHS = "deaths.json"
+"""Why there is no delivery that lives, likewise."""
 
 _ID_LETTERS = string.ascii_lowercase + string.digits
 _LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
@@ -39,6 +43,7 @@ class RunFile:
 
     id: str
     mode: str = "offline"
+    resume: str = "allow"
     project: str | None = None
     entity: str | None = None
     name: str | None = None
@@ -85,7 +90,7 @@ class RunFile:
 
     def with_what_wandb_made_of_it(self, about: Mapping[str, Any]) -> Self:
         """The same run, with the names that it was given in the end."""
-        made = {key: about[key] for key in ("project", "entity", "name", "url") if about.get(key)}
+        made = {key: about[key] for key in ("mode", "project", "entity", "name", "url") if about.get(key)}
         return replace(self, **made)
 
     def now(self, state: str, exit_code: int | None = None) -> Self:

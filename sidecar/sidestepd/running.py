@@ -15,7 +15,7 @@ from sidestepd.control import Control
 from sidestepd.daemon import Daemon
 from sidestepd.errors import CanNotRun, Deleted, ExitCode, Incomplete
 from sidestepd.home import RunHome, short
-from sidestepd.processes import write_json
+from sidestepd.processes import read_json, write_json
 from sidestepd.rundir import RunFile
 from sidestepd.saying import Progress, say, say_in_terminal, sum_up
 
@@ -87,11 +87,22 @@ def _attend(daemon: Daemon, words: Sequence[str], environ: Mapping[str, str], si
     except CanNotRun as error:
         say(str(error))
         return error.exit_code
+    warned = ""
     while running.exit_code is None:
         _keep_alive(daemon)
+        warned = _warn(daemon.home.directory, warned)
         for number in signals.wait(0.2):
             running.pass_on(number)
     return running.exit_code
+
+
+def _warn(run_dir: Path, warned: str) -> str:
+    """Say what keeps rows from the run until somebody does something; once, while there is time to do it."""
+    trouble = read_json(run_dir / rundir.TROUBLE)
+    what = str(trouble.get("what", "")) if trouble.get("lasting") else ""
+    if what and what != warned:
+        say(f"{what}. Rows are kept on disk meanwhile")
+    return what or warned
 
 
 def _keep_alive(daemon: Daemon) -> None:

@@ -104,8 +104,10 @@ def _tell(found: status.Report, run_dir: Path, *, complete: bool) -> None:
             f"{found.rows} rows of {_many(found.ranks, 'rank')}: {found.late_rows} late, "
             f"{sum(found.ledger.dropped.values())} dropped, {sum(found.ledger.rejected.values())} rejected"
         )
-        for wandb_dir in sorted((run_dir / "wandb").glob("offline-run-*"))[:1]:
-            say_in_terminal(f"wandb sync {short(wandb_dir.parent)}/offline-run-*")
+        if found.run.url:
+            say_in_terminal(f"at {found.run.url}")
+        elif any((run_dir / "wandb").glob("offline-run-*")):
+            say_in_terminal(f"sidestep sync {short(run_dir)}")
     for alert in found.troubles[:_MOST_ALERTS]:
         say(_alert(alert))
     lost = status.losses(found)
@@ -119,6 +121,7 @@ def table(found: status.Report) -> str:
     lines = [
         f"run       {run.id}" + (f" ({run.name})" if run.name else "") + f", {found.state}",
         f"in        {short(Path(run.dir))}",
+        *([f"at        {run.url}"] if run.url else []),
         f"rows      {found.rows}" + ("" if found.last_step is None else f", the last at step {found.last_step}"),
         f"late      {found.late_rows}, forced {found.forced}",
         f"records   {_equation(ledger)}",

@@ -19,7 +19,7 @@ from sidestepd.errors import SpoolDamaged
 from sidestepd.processes import Lock, read_json
 from sidestepd.rowlog import RowLogReader
 from sidestepd.rows import Alert
-from sidestepd.rundir import RunFile
+from sidestepd.rundir import DEATHS, TROUBLE, RunFile
 from sidestepd.spool import SpoolReader, StoredSession
 
 _TRIES = 20
@@ -87,6 +87,8 @@ class Report:
     """What is told of workers is then what delivery had read of them; the next start salvages the spool."""
     trouble: str = ""
     """Why nothing reaches the sink, as far as that is known."""
+    lasting: bool = False
+    """Whether the trouble takes a person to heal it."""
     alerts: tuple[Alert, ...] = ()
     """What people were told, in this order."""
 
@@ -126,6 +128,7 @@ def report(run_dir: Path) -> Report:
         run = replace(run, exit_code=rowlog.meta("exit_code"))
     # In this order: what delivery had read by then is in the spool, or was and is counted as settled.
     state, told = _state(run, run_dir, rowlog), rowlog.meta("ledger", {})
+    trouble = {} if state == "finished" else read_json(run_dir / TROUBLE) or read_json(run_dir / DEATHS)
     try:
         stored, unread = _spooled(run_dir / "spool.db", after=told.get("read_through", 0))
         damaged, found = False, [_session(one, state) for one in stored]
@@ -146,7 +149,8 @@ def report(run_dir: Path) -> Report:
         alerts=tuple(rowlog.alerts()),
         spool_bytes=sum(path.stat().st_size for path in run_dir.glob("spool.db*")),
         spool_damaged=damaged,
-        trouble="" if state == "finished" else str(read_json(run_dir / "trouble.json").get("trouble", "")),
+        trouble=str(trouble.get("what", "")),
+        lasting=bool(trouble.get("lasting", False)),
     )
 
 

@@ -121,6 +121,7 @@ def _measured_apart(condition: str, calls: int) -> Case:
         str(calls),
     ]
     environ = {name: value for name, value in os.environ.items() if not name.startswith("SIDESTEP_")}
+    environ["SIDESTEP_AUTOSTART"] = "0"
     done = subprocess.run(words, cwd=_REPOSITORY, env=environ, capture_output=True, text=True, check=False)
     if done.returncode:
         raise subprocess.CalledProcessError(done.returncode, words, done.stdout, done.stderr)

@@ -18,15 +18,17 @@ import psutil
 from sidestepd import status
 from sidestepd.processes import read_json
 from sidestepd.rowlog import RowLogReader
-from sidestepd.rundir import newest_run_dir
+from sidestepd.rundir import RunFile, newest_run_dir
 from sidestepd.sinks import wandb_log
 from tests.support.daemons import HeldRow, read_jsonl, see_gone
 from tests.support.waiting import eventually
+from tests.support.wandb_server import StandIn
 
 DEADLINE_S = 120.0
 ROOT = Path(__file__).resolve().parents[2]
 QUICK = {"order.patience_s": 2.0, "delivery.confirm_interval_s": 0.5, "delivery.backoff_s": 0.5}
 QUICK["samplers.enabled"] = False  # what is sampled has tests of its own
+ONLINE = {"run.mode": "online", "sink.ask_every_s": 0.5}
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,17 +49,20 @@ class Training:
     sink: str = "wandb"
     options: Mapping[str, Any] = field(default_factory=dict)
     environment: Mapping[str, str] = field(default_factory=dict)
+    server: StandIn | None = None
+    """Where the run goes; offline without one."""
     kills: list[Kill] = field(default_factory=list)
     _supervisor: psutil.Popen | None = None
 
     def __enter__(self) -> Self:
-        settings = [f"{name}={value}" for name, value in {**QUICK, "sink.kind": self.sink, **self.options}.items()]
+        chosen = {**QUICK, "sink.kind": self.sink, **(ONLINE if self.server else {}), **self.options}
+        settings = [f"{name}={value}" for name, value in chosen.items()]
         own = {k: v for k, v in os.environ.items() if not k.startswith(("SIDESTEP_", "WANDB_"))}
         self._supervisor = psutil.Popen(
             [sys.executable, "-m", "sidestep", "run", "--dir", str(self.base)]
             + [word for setting in settings for word in ("--set", setting)]
             + ["--", *self.command],
-            env=own | dict(self.environment),
+            env=own | (self.server.environment if self.server else {}) | dict(self.environment),
             cwd=ROOT,
             stdout=(self.base / "stdout").open("ab"),
             stderr=(self.base / "stderr").open("ab"),
@@ -181,16 +186,23 @@ class Training:
         """Every row, over all segments in their order."""
         if self.sink == "jsonl":
             return read_jsonl(self.run_dir)
+        if self.server:
+            held = self.server.rows(RunFile.read(self.run_dir).id, project="chaos")
+            return [HeldRow(row["_step"], row) for row in held]
         segments = wandb_log.segments(self.run_dir / "wandb")
         return [HeldRow(row.step, row.values) for path in segments for row in wandb_log.history(path)]
 
     def boots(self) -> int:
         """How often intake was started."""
-        return (self.run_dir / "logs" / "intake.log").read_text().count(": boot ")
+        return self._intake_log().count(": boot ")
 
     def deaths(self) -> int:
         """How often intake saw its delivery killed."""
-        return (self.run_dir / "logs" / "intake.log").read_text().count("delivery ended with -9")
+        return self._intake_log().count("delivery ended with -9")
+
+    def _intake_log(self) -> str:
+        path = self.run_dir / "logs" / "intake.log"
+        return path.read_text() if path.exists() else ""
 
     def log(self) -> str:
         """The end of what everybody wrote."""
@@ -200,10 +212,19 @@ class Training:
         return "\n".join(f"--- {path.name}\n{path.read_text()[-3000:]}" for path in paths if path.exists())
 
 
-def training(*, ranks: int, steps: int, rate: float = 100.0, pids: Path | None = None) -> list[str]:
-    """The command of a training."""
+def training(
+    *, ranks: int, steps: int, rate: float = 100.0, pids: Path | None = None, until: Path | None = None
+) -> list[str]:
+    """The command of a training. With `until` it goes on after its steps until that file is there."""
     words = ["--ranks", str(ranks), "--steps", str(steps), "--rate", str(rate)]
-    return [sys.executable, "-m", "tests.support.training", *words, *(["--pids", str(pids)] if pids else [])]
+    words += ["--pids", str(pids)] if pids else []
+    words += ["--until", str(until)] if until else []
+    return [sys.executable, "-m", "tests.support.training", *words]
+
+
+def steps_taken(until: Path) -> dict[int, int]:
+    """How many steps each rank of a training took in the end, where it was told when to end."""
+    return {int(path.suffix[1:]): int(path.read_text()) for path in until.parent.glob(f"{until.stem}.*")}
 
 
 def steps_of_ranks(rows: Sequence[HeldRow]) -> dict[int, list[int]]:
@@ -230,15 +251,16 @@ def duplicates(rows: Sequence[HeldRow]) -> int:
     )
 
 
-def assert_whole(run: Training, *, ranks: int, steps: int) -> status.Report:
+def assert_whole(run: Training, *, ranks: int, steps: int | Mapping[int, int]) -> status.Report:
     """Every step of every rank exactly once, `_step` strictly increases, and every record is accounted for."""
     rows, report = run.rows(), run.report()
-    assert {rank: list(range(steps)) for rank in range(ranks)} == steps_of_ranks(rows), run.log()
+    taken = dict.fromkeys(range(ranks), steps) if isinstance(steps, int) else steps
+    assert {rank: list(range(taken[rank])) for rank in range(ranks)} == steps_of_ranks(rows), run.log()
     assert list(_falls([row.step for row in rows])) == []
     assert (report.ledger.offered, 0, 0) == (report.ledger.delivered, report.ledger.pending, report.ledger.unknown)
     assert ({}, {}) == (_nonzero(report.ledger.dropped), _nonzero(report.ledger.rejected))
     assert report.ledger.balances
-    assert report.ledger.offered >= ranks * steps
+    assert report.ledger.offered >= sum(taken.values())
     return report
 
 
@@ -251,4 +273,4 @@ def _nonzero(counts: Mapping[str, int]) -> dict[str, int]:
     return {reason: count for reason, count in counts.items() if count}
 
 
-__all__ = ["Kill", "Training", "assert_whole", "duplicates", "steps_of_ranks", "training"]
+__all__ = ["Kill", "Training", "assert_whole", "duplicates", "steps_of_ranks", "steps_taken", "training"]

@@ -25,6 +25,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--rate", type=float, default=100.0, help="steps in a second")
     parser.add_argument("--pids", type=Path, help="where each rank writes its pid, under its number")
+    parser.add_argument("--until", type=Path, help="log on after the last step until this file is there")
     options = parser.parse_args()
     if "RANK" in os.environ:
         return train(options, int(os.environ["RANK"]))
@@ -48,11 +49,14 @@ def train(options: argparse.Namespace, rank: int) -> int:
         draft = options.pids / f".{rank}"
         draft.write_text(str(os.getpid()))
         draft.rename(options.pids / str(rank))
-    due = time.monotonic()
-    for step in range(options.steps):
+    due, step = time.monotonic(), 0
+    while step < options.steps or (options.until and not options.until.exists()):
         run.log({"mine": step, "mean": step + rank}, step=step)
+        step += 1
         due += 1 / options.rate
         time.sleep(max(0.0, due - time.monotonic()))
+    if options.until:
+        options.until.with_suffix(f".{rank}").write_text(str(step))
     run.finish(timeout=60.0)
     stats = run.stats()
     print(f"rank {rank}: {stats}", file=sys.stderr)

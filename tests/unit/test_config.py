@@ -151,9 +151,16 @@ class TestComplaints:
                 "sink.kind = csv (from SIDESTEP_SINK_KIND): must be 'wandb' or 'jsonl'",
             ),
             (
-                {"WANDB_MODE": "online"},
-                "run.mode = online (from WANDB_MODE): this release writes offline runs: say offline, and send the "
-                "run afterwards by `wandb sync`",
+                {"WANDB_MODE": "shared"},
+                "run.mode = shared (from WANDB_MODE): must be 'offline', 'online' or 'disabled'",
+            ),
+            (
+                {"WANDB_RESUME": "maybe"},
+                "run.resume = maybe (from WANDB_RESUME): must be 'allow', 'must' or 'never'",
+            ),
+            (
+                {"WANDB_BASE_URL": "api.wandb.ai"},
+                "sink.server = api.wandb.ai (from WANDB_BASE_URL): String should match pattern '^https?://'",
             ),
             (
                 {"WANDB_RUN_ID": "../up"},

@@ -85,7 +85,6 @@ class TestImporting:
         )
 
         heavy = {
-            "zmq",
             "wandb",
             "torch",
             "numpy",
@@ -97,9 +96,9 @@ class TestImporting:
             "pydantic",
         }
         assert set() == heavy & set(loaded)
-        assert "msgpack" in loaded
+        assert {"msgpack", "zmq"} <= set(loaded)
 
-    def test_init_adds_the_socket_alone(self):
+    def test_init_adds_nothing_heavy(self):
         loaded = in_a_fresh_process(
             "import sys, json, sidestep; run = sidestep.init(); run.log({'a': 1}); run.finish(timeout=0);"
             "print(json.dumps(sorted({name.partition('.')[0] for name in sys.modules})))",
@@ -107,7 +106,6 @@ class TestImporting:
         )
 
         assert set() == {"wandb", "torch", "numpy", "PIL", "sidestepd"} & set(loaded)
-        assert "zmq" in loaded
 
 
 class TestTheCommandWithoutADaemon:

@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import pytest
 
-from sidestep import sender
+from sidestep import session as sessions
 from sidestep.wire import Kind
 from sidestepd.config import Config
 from sidestepd.processes import write_json
@@ -67,7 +67,7 @@ class TestSession:
     ) -> None:
         """It is to be gone with its intake, and what it has not said then is nobody's loss."""
         made: list[dict[str, Any]] = []
-        monkeypatch.setattr(sender, "Sender", lambda *_, **options: made.append(options))
+        monkeypatch.setattr(sessions, "Sender", lambda *_, **options: made.append(options))
         hooks = (sys.excepthook, threading.excepthook, sys.exit)
 
         session = make_session({"id": "r", "address": f"ipc://{run_dir}/nobody"})

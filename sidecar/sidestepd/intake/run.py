@@ -32,7 +32,7 @@ from sidestepd.listen import Listener
 from sidestepd.processes import Lock, read_json
 from sidestepd.roster import Roster, Session, Verdict
 from sidestepd.rowlog import RowLogReader
-from sidestepd.rundir import RunFile
+from sidestepd.rundir import DEATHS, TROUBLE, RunFile
 from sidestepd.samplers.keeper import SamplersKeeper
 from sidestepd.spool import Entry, EntryKind, Spool, damage_mark
 
@@ -93,6 +93,8 @@ class Intake:
         run = RunFile.read(run_dir)
         lock = Lock(run_dir / "intake.lock")
         lock.acquire()
+        for told in (TROUBLE, DEATHS):  # that was then
+            (run_dir / told).unlink(missing_ok=True)
         spool = Spool(run_dir / "spool.db", above=RowLogReader(run_dir / "delivery.db").newest())
         clock = SpoolClock.starting_after(spool.latest())
         roster = Roster(
@@ -392,7 +394,8 @@ class Intake:
 
 
 def _known(about: dict[str, Any]) -> dict[str, Any]:
-    return {name: about[name] for name in ("name", "project", "entity", "url") if about.get(name)}
+    names = ("name", "project", "entity", "mode", "url", "starting_step")
+    return {name: about[name] for name in names if about.get(name)}
 
 
 def _sayable(facts: dict[str, Any]) -> dict[str, Any]:

@@ -23,14 +23,17 @@ FILE_NAME = "rows.jsonl"
 class JsonlSink:
     """Appends to one file, and syncs it when asked to confirm."""
 
-    def __init__(self) -> None:
-        self._path = Path()
+    def __init__(self, path: Path | None = None) -> None:
+        """Into `path`, or into `rows.jsonl` in the run directory."""
+        self._path = path or Path()
+        self._named = path is not None
         self._file: IO[bytes] | None = None
         self._written: list[int] = []
 
     def open(self, run: RunFacts, bookmark: Mapping[str, Any]) -> Confirmed:
         """Cut a torn line off, and tell of the rows beyond the bookmark."""
-        self._path = run.directory / FILE_NAME
+        if not self._named:
+            self._path = run.directory / FILE_NAME
         offset = int(bookmark.get("offset", 0))
         steps: list[int] = []
         self._file = self._path.open("ab")
