@@ -19,6 +19,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +32,15 @@ from sidestepd.crashpoints import crash_point
 from sidestepd.errors import ExitCode, Fatal, SpoolDamaged
 from sidestepd.order import ReorderBuffer
 from sidestepd.processes import Beat, Lock, die_with_parent, read_json, write_json
+from sidestepd.recovery import Recovery, settled_before
 from sidestepd.resolve import Closed, Folded, Lost, Resolver
+from sidestepd.room import Ballast, Patience
 from sidestepd.rowlog import SENT, RowLog
-from sidestepd.rows import Bundle, Row
+from sidestepd.rows import Bundle, Part, Row
 from sidestepd.rules import Rule, Rules, operations
 from sidestepd.settlement import Settlement
 from sidestepd.sinks import Confirmed, RunFacts, Sink, make_sink, write_all
-from sidestepd.spool import Entry, EntryKind, SpoolReader
+from sidestepd.spool import SALVAGE_STRIDE, Entry, EntryKind, SpoolReader, StoredSession
 
 logger = logging.getLogger("sidestepd.delivery")
 
@@ -63,18 +66,16 @@ class Delivery:
         *,
         horizon: Clock,
         beat: Callable[[], None],
+        wait_for_room: Callable[[], None] = lambda: None,
     ) -> None:
         order = config.order
         self.config = config
         self.spool, self.rowlog, self.sink, self.horizon, self.beat = spool, rowlog, sink, horizon, beat
+        self.wait_for_room = wait_for_room
         rules = Rules(Rule(pattern=name, reduce=operations(reduce)) for name, reduce in config.reduce.items())
         self.marks: dict[str, Any] = rowlog.meta("marks", {})
         self.resolver = Resolver(rules)
-        self.order = ReorderBuffer(
-            patience=order.patience_s,
-            capacity=order.capacity_rows,
-            released=self.marks.get("released"),
-        )
+        self.order = self._buffer()
         self.assembler = Assembler(
             rules, patience=order.patience_s, max_wait=order.max_wait_s, window=order.late_window_rows
         )
@@ -82,6 +83,8 @@ class Delivery:
         self.read_through = self.checkpoint.cursor
         self.settlement = Settlement(rowlog.meta("counts", {}), cursor=self.read_through)
         self.exit_code: int | None = None
+        self.recovery: Recovery | None = None
+        """What the run holds and the row log does not know of; None as long as the row log is whole."""
         self.unmatched: list[str] = []
         """Patterns that fitted no metric, known when the run is finished."""
         self._now = 0.0
@@ -95,6 +98,10 @@ class Delivery:
 
     def start(self, run: RunFacts, opened: Callable[[Mapping[str, Any]], None]) -> None:
         """Take up the state of the last life, open the run, say so, and send again what it lacks."""
+        held = self.sink.open(run, self.rowlog.meta("bookmark", {}))
+        opened(self.sink.about())
+        if self._knows_less_than(held):
+            self._learn_from_the_run()
         if self.checkpoint.fold:
             fold = msgpack.unpackb(self.checkpoint.fold, strict_map_key=False)
             self.resolver.restore(fold["resolver"])
@@ -103,10 +110,62 @@ class Delivery:
         if self.marks:
             self.assembler.restore(self.marks)
         self.assembler.latest.update(self.rowlog.latest())
-        held = self.sink.open(run, self.rowlog.meta("bookmark", {}))
-        opened(self.sink.about())
+        if self.recovery is not None:
+            self._count_anew(self.recovery)
         self._replay_declarations()
         self._resend(held)
+
+    # What is done when the row log lost something
+
+    def _knows_less_than(self, held: Confirmed) -> bool:
+        """Whether the row log lost something: it says so, or the run or the spool shows it."""
+        if self.rowlog.meta("recover", None) is not None:
+            return True
+        known = {row.step for row, _ in self.rowlog.rows()}
+        front = self.spool.front() or 0
+        skipped = front - self.checkpoint.cursor - 1
+        return not known.issuperset(held.steps) or 0 < skipped < SALVAGE_STRIDE
+
+    def _learn_from_the_run(self) -> None:
+        known = {row.step for row, _ in self.rowlog.rows()}
+        self.recovery = Recovery(row for row in self.sink.history() if row[0] not in known)
+        logger.error(
+            "%s lost something: %d rows of the run are not in it; the run and the spool are taken as the truth",
+            self.rowlog.path,
+            self.recovery.rows,
+        )
+        through = max((self.rowlog.meta("recover", None) or {}).get("through", 0), self.spool.newest())
+        self.rowlog.settle(recover={"through": through})
+        self.marks = self.recovery.over(self.marks or self.assembler.marks())
+        self.order = self._buffer()
+
+    def _count_anew(self, recovery: Recovery) -> None:
+        """Introduce the sessions of frames that are gone, and count what lay in those."""
+        stored, firsts = self.spool.sessions(), self.spool.firsts()
+        if not any(self.spool.path.parent.glob("quarantine/spool-*")):
+            for one in stored:
+                self._introduce(one, firsts.get(one.id, one.next))
+        resolver, front = self.resolver, self.spool.front() or self.spool.newest() + 1
+        kept = {one.id: resolver.sessions[one.id].next for one in stored if one.id in resolver.sessions}
+        rows = [(row, fate != SENT) for row, fate in self.rowlog.rows()]
+        given_up = resolver.folded + sum(resolver.dead.values()) + sum(self.settlement.rejected.values())
+        self.settlement.delivered, gone = settled_before(
+            kept, rows, cursor=self.checkpoint.cursor, front=front, given_up=given_up
+        )
+        self.settlement.rows = recovery.rows + sum(fate for _, fate in rows)
+        resolver.dead["spool_lost"] += gone  # `_take` will find them
+        resolver.see_released(recovery.released)
+
+    def _introduce(self, stored: StoredSession, first: int) -> None:
+        """A session, as if everything below `first` had been read of it."""
+        if stored.id not in self.resolver.sessions:
+            facts = {**stored.hello, **stored.counters}
+            self._hear(Entry.of_event(EntryKind.HELLO, stored.id, received=0.0, **facts))
+        session = self.resolver.sessions[stored.id]
+        session.next = max(session.next, first)
+        if stored.state != "live" and first == stored.next:
+            end = EntryKind.BYE if stored.state == "bye" else EntryKind.LEASE
+            self._hear(Entry.of_event(end, stored.id, first=first, received=0.0, **stored.counters))
 
     def _replay_declarations(self) -> None:
         definitions = self.rowlog.definitions()
@@ -180,6 +239,9 @@ class Delivery:
             self.resolver.dead["spool_lost"] -= kept
         if entry.kind is EntryKind.FRAME:
             self.settlement.read(entry)
+        self._hear(entry)
+
+    def _hear(self, entry: Entry) -> None:
         for said in self.resolver.read(entry, self.settlement.is_used):
             match said:
                 case Lost():
@@ -188,8 +250,17 @@ class Delivery:
                     self.settlement.settle(said.position.entry)
                 case Closed():
                     self.exit_code = said.exit_code
+                case Part() if self.recovery is not None and not said.used and self.recovery.holds(said):
+                    self.settlement.find(said.position)
+                    self.order.hear(replace(said, used=True), self._now)
                 case _:
                     self.order.hear(said, self._now)
+
+    def _buffer(self) -> ReorderBuffer:
+        order = self.config.order
+        return ReorderBuffer(
+            patience=order.patience_s, capacity=order.capacity_rows, released=self.marks.get("released")
+        )
 
     # Deciding and writing
 
@@ -218,6 +289,7 @@ class Delivery:
             self._write(rows[start : start + size])
 
     def _write(self, rows: Sequence[Row]) -> None:
+        self.wait_for_room()
         for rejected in write_all(self.sink, rows, beat=self.beat):
             logger.warning("row %d was rejected: %s", rejected.row.step, rejected.reason)
             self.settlement.reject(rejected.row.step, rejected.reason)
@@ -279,12 +351,19 @@ class Delivery:
 
     def _settle(self, confirmed: Confirmed, **meta: Any) -> None:
         settlement = self.settlement
+        checkpoint = settlement.checkpoint()
+        if (
+            self.recovery is not None
+            and checkpoint
+            and checkpoint.cursor >= self.rowlog.meta("recover", {})["through"]
+        ):
+            self.recovery, meta = None, {**meta, "recover": None}
         self.rowlog.settle(
             confirmed=settlement.take_confirmed(),
             rejected=settlement.take_rejected(),
             dead=settlement.take_dead(),
             latest=self.assembler.take_changed(),
-            checkpoint=settlement.checkpoint(),
+            checkpoint=checkpoint,
             keep_above=self.assembler.last - self.config.order.late_window_rows,
             bookmark=confirmed.bookmark,
             counts=settlement.counts(),
@@ -343,6 +422,9 @@ def wait_for_facts(
 ) -> RunFacts:
     """The run to open, once the first worker said what it is called; later lives open the same."""
     facts = rowlog.meta("run", None)
+    if facts is None and (about := read_json(Path(run["dir"]) / "about.json")):
+        facts = settle_facts(run, config, about)  # it was opened before, and the row log lost that
+        rowlog.settle(run=facts)
     while facts is None:
         beat()
         first = spool.first(EntryKind.HELLO, EntryKind.CLOSE)
@@ -370,14 +452,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     lock.acquire()
     config = Config.from_json((directory / "config.json").read_text())
     beat = Beat(directory / "delivery.beat")
-    spool, rowlog = SpoolReader(directory / "spool.db"), RowLog(directory / "delivery.db")
+    ballast = Ballast(directory / "delivery.ballast", config.spool.ballast_bytes)
+    patience = Patience(ballast, [directory], beat=beat)
+    spool = SpoolReader(directory / "spool.db")
+    rowlog = RowLog(directory / "delivery.db", when_full=patience.when_full)
     if rowlog.meta("state", None) == "closed":  # the last life did all of it, and died before it could say so
         return ExitCode.COMPLETE
     run = read_json(directory / "run.json") | {"dir": str(directory)}
     sink = make_sink(config.sink.kind)  # importing wandb takes its time, best while workers import theirs
     facts = wait_for_facts(spool, rowlog, run, config, beat)
     horizon = Horizon(directory / "horizon")
-    delivery = Delivery(spool, rowlog, sink, config, horizon=horizon, beat=beat)
+    delivery = Delivery(
+        spool, rowlog, sink, config, horizon=horizon, beat=beat, wait_for_room=patience.wait_for_room
+    )
     delivery.start(facts, lambda about: write_json(directory / "about.json", about))
     delivery.serve()
     delivery.finish()

@@ -19,7 +19,7 @@ import sqlite3
 import sys
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -47,9 +47,10 @@ from sidestep.wire import (
 from sidestepd.clock import Clock, Horizon, SpoolClock
 from sidestepd.config import Config
 from sidestepd.crashpoints import crash_point
-from sidestepd.errors import AlreadyRunning, ExitCode, SpoolDamaged, SpoolError
+from sidestepd.errors import AlreadyRunning, ExitCode, SpoolDamaged, SpoolError, SpoolFull
 from sidestepd.keeper import DeliveryKeeper
 from sidestepd.processes import Lock, read_json
+from sidestepd.room import RETRY_S, Ballast, Room, open_spool
 from sidestepd.roster import Roster, Verdict
 from sidestepd.rowlog import RowLogReader
 from sidestepd.spool import Entry, EntryKind, Spool, damage_mark
@@ -57,7 +58,8 @@ from sidestepd.spool import Entry, EntryKind, Spool, damage_mark
 logger = logging.getLogger("sidestepd.intake")
 
 WATCH_INTERVAL_S = 0.1
-DELETE_INTERVAL_S = 1.0
+LOOK_INTERVAL_S = 1.0
+"""How often what is settled is deleted, and room is measured."""
 FROZEN_S = 1.0
 """A longer pause of this process is not the silence of its workers."""
 MOST_AT_ONCE = 256
@@ -80,8 +82,9 @@ class Intake:
         run: dict[str, Any],
         run_dir: Path,
         clock: Clock,
+        room: Room,
     ) -> None:
-        self.socket, self.spool, self.roster, self.keeper = socket, spool, roster, keeper
+        self.socket, self.spool, self.roster, self.keeper, self.room = socket, spool, roster, keeper, room
         self.config, self.run, self.run_dir, self.clock = config, run, run_dir, clock
         self.boot = uuid.uuid4().hex
         self.rowlog = RowLogReader(run_dir / "delivery.db")
@@ -93,6 +96,8 @@ class Intake:
         self._replies: list[tuple[bytes, Message]] = []
         self._touched: set[bytes] = set()
         self._acknowledge: set[bytes] = set()
+        self._held: set[bytes] = set()
+        """Sessions that were told to keep what they have."""
         self._something = asyncio.Event()
         self._inbox = asyncio.Event()
         self._inbox.set()
@@ -177,7 +182,7 @@ class Intake:
             session=hello.session,
             first=self.roster.wanted(session),
             boot=self.boot,
-            credit=self.config.intake.credit_bytes,
+            credit=self.room.credit(self.config.intake.credit_bytes),
             flush_interval_s=self.config.intake.flush_interval_s,
             heartbeat_s=self.config.intake.heartbeat_s,
             run=self._facts(),
@@ -188,6 +193,10 @@ class Intake:
         if self._is_stranger(route, frame.session):
             return
         now = self._now()
+        if self.room.closed and frame.end > self.roster.sessions[frame.session].stored:
+            self.roster.sessions[frame.session].heard = now
+            self._hold(frame.session)
+            return
         match self.roster.frame(frame, now):
             case Verdict.TAKE:
                 self._write(Entry.of_frame(frame, received=now))
@@ -254,7 +263,20 @@ class Intake:
         return True
 
     def _ack(self, session: bytes, *, first: int, gap: bool = False) -> Ack:
-        return Ack(session=session, first=first, gap=gap, credit=self.config.intake.credit_bytes)
+        credit = self.room.credit(self.config.intake.credit_bytes)
+        return Ack(session=session, first=first, gap=gap, credit=credit)
+
+    def _hold(self, session: bytes) -> None:
+        """Have a session keep what it has until there is room."""
+        self._held.add(session)
+        if session in self._routes:
+            self._refuse(self._routes[session], session, "full", "its disk has no room: records wait here")
+
+    def _let_go_on(self) -> None:
+        """There is room: who was told to wait sends again from what is wanted."""
+        held, self._held = self._held, set()
+        for id_ in held & self._routes.keys():
+            self._send(self._routes[id_], self._ack(id_, first=self.roster.sessions[id_].next, gap=True))
 
     def _refuse(self, route: bytes, session: bytes, code: str, message: str, *, final: bool = False) -> None:
         self._send(route, Refuse(session=session, code=code, message=message, final=final))
@@ -278,10 +300,11 @@ class Intake:
             await self._something.wait()
             self._something.clear()
             await asyncio.sleep(self.config.intake.commit_interval_s)
-            await self._commit_once()
+            if not await self._commit_once():
+                await asyncio.sleep(RETRY_S)
 
-    async def _commit_once(self) -> None:
-        """Write what came in one transaction, then make good on it."""
+    async def _commit_once(self) -> bool:
+        """Write what came in one transaction, then make good on it; False if the disk has no room for it."""
         now = self._now()
         entries, self._entries = self._entries, []
         replies, self._replies = self._replies, []
@@ -291,9 +314,16 @@ class Intake:
         if entries or sessions:
             crash_point("intake.commit")
             self._committing = True
-            loop = asyncio.get_running_loop()
-            await loop.run_in_executor(self._writer, self.spool.commit, entries, sessions)
-            self._committing = False
+            try:
+                await self._in_writer(self.spool.commit, entries, sessions)
+            except SpoolFull as error:
+                self._ran_out(error, entries)
+                self._replies[:0], self._touched, self._acknowledge = (
+                    replies, self._touched | touched, self._acknowledge | acknowledge
+                )  # fmt: skip
+                return False
+            finally:
+                self._committing = False
             self._horizon.move(now)
             crash_point("intake.committed")
         for session in sessions:
@@ -303,19 +333,37 @@ class Intake:
                 self._send(self._routes[id_], self._ack(id_, first=self.roster.sessions[id_].stored))
         for route, message in replies:
             self._send(route, message)
+        return True
 
-    async def _delete_settled(self) -> None:
-        """Drop what delivery calls settled."""
+    def _ran_out(self, why: SpoolFull, entries: list[Entry]) -> None:
+        """Frames are left to their workers; what happened to sessions is tried again."""
+        self.room.ran_out(why)
+        entries = [*entries, *self._entries]
+        self._entries = self.roster.take_back(entries)
+        for id_ in dict.fromkeys(entry.session for entry in entries if entry.kind is EntryKind.FRAME):
+            self._hold(id_)
+        self._something.set()
+
+    async def _make_room(self) -> None:
+        """Drop what delivery calls settled, and see how much may be taken."""
         cursor = self.rowlog.cursor()
-        if cursor > self._cursor:
-            loop = asyncio.get_running_loop()
-            await loop.run_in_executor(self._writer, self.spool.delete_through, cursor)
-            self._cursor = cursor
+        try:
+            if cursor > self._cursor:
+                await self._in_writer(self.spool.delete_through, cursor)
+                self._cursor = cursor
+            await self._in_writer(self.room.look)
+        except SpoolFull as error:
+            self.room.ran_out(error)
+        if not self.room.closed:
+            self._let_go_on()
+
+    async def _in_writer(self, act: Callable[..., Any], *arguments: Any) -> None:
+        await asyncio.get_running_loop().run_in_executor(self._writer, act, *arguments)
 
     # The rest of the daemon
 
     async def _watch(self) -> None:
-        next_delete = 0.0
+        next_look = 0.0
         while self.exit_code is None:
             now = self._now()
             if not self._committing and not self._entries:
@@ -332,9 +380,9 @@ class Intake:
             if os.getppid() != self._parent and not self.closing and not self.roster.live:
                 logger.warning("whoever started this daemon is gone, and so are its workers: closing the run")
                 self._close(CLOSED_BY_ORPHAN)
-            if time.monotonic() >= next_delete:
-                await self._delete_settled()
-                next_delete = time.monotonic() + DELETE_INTERVAL_S
+            if time.monotonic() >= next_look:
+                await self._make_room()
+                next_look = time.monotonic() + LOOK_INTERVAL_S
             await asyncio.sleep(WATCH_INTERVAL_S)
 
     def _now(self) -> float:
@@ -370,6 +418,7 @@ class Intake:
             "gaps": self.roster.gaps,
             "malformed": self.malformed,
             "salvaged": self.spool.salvaged,
+            "room": self.room.facts(),
             "delivery": {"pid": self.keeper.pid, "restarts": self.keeper.restarts},
         }
 
@@ -405,7 +454,10 @@ async def serve(run_dir: Path) -> int:
     """Start, serve, and shut down one run's intake."""
     config = Config.from_json((run_dir / "config.json").read_text())
     run = read_json(run_dir / "run.json")
-    spool = Spool(run_dir / "spool.db", above=RowLogReader(run_dir / "delivery.db").newest())
+    above, options = RowLogReader(run_dir / "delivery.db").newest(), config.spool
+    ballast = Ballast(run_dir / "spool.ballast", options.ballast_bytes)
+    spool = open_spool(lambda: Spool(run_dir / "spool.db", above=above, quota=options.max_bytes), ballast)
+    room = Room(spool, ballast, [run_dir], quota=options.max_bytes, reserve=options.reserve_bytes)
     clock = SpoolClock.starting_after(spool.latest())
     roster = Roster(
         spool.sessions(),
@@ -416,7 +468,7 @@ async def serve(run_dir: Path) -> int:
     keeper = DeliveryKeeper(run_dir, stall_s=config.delivery.stall_s, backoff_s=config.delivery.backoff_s)
     context = zmq.Context()
     socket = bind(run["address"], context)
-    intake = Intake(socket, spool, roster, keeper, config=config, run=run, run_dir=run_dir, clock=clock)
+    intake = Intake(socket, spool, roster, keeper, config=config, run=run, run_dir=run_dir, clock=clock, room=room)
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGTERM, intake.stop)
     try:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sidestepd.processes import Lock, read_json
+from sidestepd.room import CLOSED_MARK
 from sidestepd.rowlog import RowLogReader
 from sidestepd.rundir import RunFile
 from sidestepd.spool import SpoolReader, StoredSession
@@ -76,6 +77,8 @@ class Report:
     sessions: tuple[SessionReport, ...]
     ledger: Ledger
     spool_bytes: int
+    full: bool = False
+    """No room is left: workers keep what they have."""
 
     @property
     def ranks(self) -> int:
@@ -117,6 +120,7 @@ def report(run_dir: Path) -> Report:
         sessions=sessions,
         ledger=_ledger(sessions, told, unread),
         spool_bytes=sum(path.stat().st_size for path in run_dir.glob("spool.db*")),
+        full=state == "running" and (run_dir / CLOSED_MARK).exists(),
     )
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +104,11 @@ class WandbSink:
         _sync(self._file)
         self._offsets[self._file.parent.name] = self._reader.offset
         return Confirmed(steps=steps, bookmark={"offsets": self._offsets})
+
+    def history(self) -> Iterator[tuple[int, Mapping[str, Any]]]:
+        """From the files of all segments."""
+        for segment in wandb_log.segments(self._file.parents[1]):
+            yield from ((row.step, row.values) for row in wandb_log.history(segment))
 
     def close(self, exit_code: int) -> None:
         """Finish the run and wait for wandb-core to end: only then is its file complete."""
