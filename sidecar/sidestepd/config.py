@@ -121,6 +121,10 @@ class IntakeOptions(Section):
 class SpoolOptions(Section):
     """Where acknowledged records wait to be written into the run, and how much room they may take."""
 
+    dir: Path | None = Field(
+        default=None,
+        description="A local disk for the databases; the run directory when not given, unless that is on a network.",
+    )
     max_bytes: int = Field(
         default=8 * 1024**3,
         ge=1024 * 1024,

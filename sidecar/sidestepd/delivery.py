@@ -25,6 +25,7 @@ from typing import Any
 
 import msgpack
 
+from sidestepd import placement
 from sidestepd.assemble import Assembler
 from sidestepd.clock import Clock, Horizon
 from sidestepd.config import Config
@@ -142,7 +143,8 @@ class Delivery:
     def _count_anew(self, recovery: Recovery) -> None:
         """Introduce the sessions of frames that are gone, and count what lay in those."""
         stored, firsts = self.spool.sessions(), self.spool.firsts()
-        if not any(self.spool.path.parent.glob("quarantine/spool-*")):
+        was_lost = self.spool.front() == 1 or any(self.spool.path.parent.glob("quarantine/spool-*"))
+        if not was_lost:  # then whatever is missing at its front was settled, and deleted
             for one in stored:
                 self._introduce(one, firsts.get(one.id, one.next))
         resolver, front = self.resolver, self.spool.front() or self.spool.newest() + 1
@@ -452,10 +454,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     lock.acquire()
     config = Config.from_json((directory / "config.json").read_text())
     beat = Beat(directory / "delivery.beat")
-    ballast = Ballast(directory / "delivery.ballast", config.spool.ballast_bytes)
-    patience = Patience(ballast, [directory], beat=beat)
-    spool = SpoolReader(directory / "spool.db")
-    rowlog = RowLog(directory / "delivery.db", when_full=patience.when_full)
+    home = placement.home(directory)
+    ballast = Ballast(home / "delivery.ballast", config.spool.ballast_bytes)
+    patience = Patience(ballast, [home, directory], beat=beat)
+    spool = SpoolReader(home / placement.SPOOL)
+    rowlog = RowLog(home / placement.ROW_LOG, when_full=patience.when_full)
     if rowlog.meta("state", None) == "closed":  # the last life did all of it, and died before it could say so
         return ExitCode.COMPLETE
     run = read_json(directory / "run.json") | {"dir": str(directory)}

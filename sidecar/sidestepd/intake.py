@@ -44,6 +44,7 @@ from sidestep.wire import (
     encode,
     session_of,
 )
+from sidestepd import placement
 from sidestepd.clock import Clock, Horizon, SpoolClock
 from sidestepd.config import Config
 from sidestepd.crashpoints import crash_point
@@ -87,7 +88,7 @@ class Intake:
         self.socket, self.spool, self.roster, self.keeper, self.room = socket, spool, roster, keeper, room
         self.config, self.run, self.run_dir, self.clock = config, run, run_dir, clock
         self.boot = uuid.uuid4().hex
-        self.rowlog = RowLogReader(run_dir / "delivery.db")
+        self.rowlog = RowLogReader(spool.path.with_name(placement.ROW_LOG))
         self.exit_code: int | None = None
         self.malformed = 0
         self.closing = spool.has_close()
@@ -454,10 +455,12 @@ async def serve(run_dir: Path) -> int:
     """Start, serve, and shut down one run's intake."""
     config = Config.from_json((run_dir / "config.json").read_text())
     run = read_json(run_dir / "run.json")
-    above, options = RowLogReader(run_dir / "delivery.db").newest(), config.spool
-    ballast = Ballast(run_dir / "spool.ballast", options.ballast_bytes)
-    spool = open_spool(lambda: Spool(run_dir / "spool.db", above=above, quota=options.max_bytes), ballast)
-    room = Room(spool, ballast, [run_dir], quota=options.max_bytes, reserve=options.reserve_bytes)
+    options = config.spool
+    home = placement.settle(run_dir, options.dir)
+    above = RowLogReader(home / placement.ROW_LOG).newest()
+    ballast = Ballast(home / "spool.ballast", options.ballast_bytes)
+    spool = open_spool(lambda: Spool(home / placement.SPOOL, above=above, quota=options.max_bytes), ballast)
+    room = Room(spool, ballast, [home, run_dir], quota=options.max_bytes, reserve=options.reserve_bytes)
     clock = SpoolClock.starting_after(spool.latest())
     roster = Roster(
         spool.sessions(),
@@ -490,7 +493,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     lock = Lock(run_dir / "intake.lock")
     try:
         lock.acquire()
-        return asyncio.run(serve(run_dir))
+        code = asyncio.run(serve(run_dir))
+        placement.bring_home(run_dir)
+        return code
     except AlreadyRunning as error:
         logger.error("%s", error)
         return ExitCode.ALREADY_RUNNING

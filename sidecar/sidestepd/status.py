@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from sidestepd import placement
 from sidestepd.processes import Lock, read_json
 from sidestepd.room import CLOSED_MARK
 from sidestepd.rowlog import RowLogReader
@@ -100,13 +101,14 @@ class Report:
 
 def report(run_dir: Path) -> Report:
     """Read a run directory. Raises SettingsError if it is none."""
-    rowlog = RowLogReader(run_dir / "delivery.db")
+    home = placement.home(run_dir)
+    rowlog = RowLogReader(home / placement.ROW_LOG)
     run = RunFile.read(run_dir).with_what_wandb_made_of_it(read_json(run_dir / "about.json"))
     if run.exit_code is None:  # a run that closed itself has nobody to write that into run.json
         run = replace(run, exit_code=rowlog.meta("exit_code"))
     # In this order: what delivery had read by then is in the spool, or was and is counted as settled.
     state, told = _state(run, run_dir, rowlog), rowlog.meta("ledger", {})
-    stored, unread = _spooled(run_dir / "spool.db", after=told.get("read_through", 0))
+    stored, unread = _spooled(home / placement.SPOOL, after=told.get("read_through", 0))
     sessions = tuple(sorted((_session(one, state) for one in stored), key=lambda one: one.rank))
     return Report(
         run=run,
@@ -119,8 +121,8 @@ def report(run_dir: Path) -> Report:
         unmatched=tuple(told.get("unmatched", ())),
         sessions=sessions,
         ledger=_ledger(sessions, told, unread),
-        spool_bytes=sum(path.stat().st_size for path in run_dir.glob("spool.db*")),
-        full=state == "running" and (run_dir / CLOSED_MARK).exists(),
+        spool_bytes=sum(path.stat().st_size for path in home.glob("spool.db*")),
+        full=state == "running" and (home / CLOSED_MARK).exists(),
     )
 
 
