@@ -123,11 +123,11 @@ class SpoolOptions(Section):
 
     dir: Path | None = Field(
         default=None,
-        description="A local disk for the databases; the run directory when not given, unless that is on a network.",
+        description="A local disk for the databases. Without it: the run directory, or one that is found.",
     )
     max_bytes: int = Field(
         default=8 * 1024**3,
-        ge=1024 * 1024,
+        ge=4 * 1024 * 1024,
         description="The spool's quota. From 70 % on workers are slowed, from 90 % on they keep what they have.",
     )
     reserve_bytes: int = Field(

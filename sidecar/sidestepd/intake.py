@@ -21,6 +21,7 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -194,8 +195,8 @@ class Intake:
         if self._is_stranger(route, frame.session):
             return
         now = self._now()
-        if self.room.closed and frame.end > self.roster.sessions[frame.session].stored:
-            self.roster.sessions[frame.session].heard = now
+        session = self.roster.sessions[frame.session]
+        if frame.first == session.next and not self.room.admit(len(frame.body)):
             self._hold(frame.session)
             return
         match self.roster.frame(frame, now):
@@ -206,14 +207,17 @@ class Intake:
             case Verdict.DUPLICATE:
                 self._acknowledge.add(frame.session)
                 self._something.set()
+            case _ if frame.session in self._held:
+                self._hold(frame.session)
             case _:
-                session = self.roster.sessions[frame.session]
                 self._send(route, self._ack(frame.session, gap=True, first=session.next))
 
     def _on_status(self, route: bytes, status: Status) -> None:
         if status.session == NO_SESSION:
             self._send(route, Status(info=self._report()))
         elif not self._is_stranger(route, status.session):
+            if status.session in self._held:
+                status = replace(status, more=False)
             entry = self.roster.heartbeat(status, self._now())
             self._touched.add(status.session)
             self._something.set()
@@ -270,6 +274,9 @@ class Intake:
     def _hold(self, session: bytes) -> None:
         """Have a session keep what it has until there is room."""
         self._held.add(session)
+        if (entry := self.roster.hold(session, self._now())) is not None:
+            self._write(entry)
+            self._touched.add(session)
         if session in self._routes:
             self._refuse(self._routes[session], session, "full", "its disk has no room: records wait here")
 
@@ -352,7 +359,9 @@ class Intake:
             if cursor > self._cursor:
                 await self._in_writer(self.spool.delete_through, cursor)
                 self._cursor = cursor
+            taken = self.room.taken
             await self._in_writer(self.room.look)
+            self.room.taken -= taken
         except SpoolFull as error:
             self.room.ran_out(error)
         if not self.room.closed:
@@ -419,7 +428,7 @@ class Intake:
             "gaps": self.roster.gaps,
             "malformed": self.malformed,
             "salvaged": self.spool.salvaged,
-            "room": self.room.facts(),
+            "room": {**self.room.facts(), "held": len(self._held)},
             "delivery": {"pid": self.keeper.pid, "restarts": self.keeper.restarts},
         }
 

@@ -85,30 +85,46 @@ class Room:
     """What intake asks before it takes a frame. `look` may run in another thread; it is called once at a time."""
 
     def __init__(self, spool: Spool, ballast: Ballast, disks: Iterable[Path], *, quota: int, reserve: int) -> None:
-        self.share = 0.0
-        """How much of the room is used; 1 is all of it."""
+        self.taken = 0
+        """Bytes of frames that were admitted, and may not have been there when it was measured."""
         self.closed = False
         """Nothing is taken."""
         self._spool, self._ballast, self._disks = spool, ballast, tuple(dict.fromkeys(disks))
         self._quota, self._reserve = quota, reserve
+        self._used, self._free, self._ran_out = 0, reserve + quota, False
         self._mark = spool.path.with_name(CLOSED_MARK)
 
     def look(self) -> None:
         """Measure, and open or close accordingly; where room is short, what the spool lacks is given back."""
         self._ballast.tend()
-        used = self._spool.used_bytes()
-        free = min(map(free_bytes, self._disks))
-        self.share = max(used / self._quota, (used + self._reserve) / max(free, 1))
+        self._used, self._ran_out = self._spool.used_bytes(), False
+        self._free = min(map(free_bytes, self._disks))
         if self.share >= SHRINK_AT:
             self._spool.shrink()
         if self.share >= CLOSE_AT:
-            self._close(f"{used / 1e6:.1f} MB are waiting to be written out, {free / 1e6:.1f} MB are free")
+            self._close(f"{self._used / 1e6:.1f} MB wait to be written out, {self._free / 1e6:.1f} MB are free")
         elif self.share <= OPEN_AT:
             self._open()
 
+    @property
+    def share(self) -> float:
+        """How much of the room was used when it was measured; 1 is all of it."""
+        return 1.0 if self._ran_out else self._share_with(0)
+
+    def _share_with(self, more: int) -> float:
+        used, free = self._used + more, self._free - more
+        return max(used / self._quota, (used + self._reserve) / max(free, 1))
+
+    def admit(self, size: int) -> bool:
+        """Whether a frame of `size` bytes may be taken; counts it if so."""
+        if not self.closed and self._share_with(self.taken + size) >= CLOSE_AT:
+            self._close(f"{(self._used + self.taken) / 1e6:.1f} MB wait to be written out")
+        self.taken += 0 if self.closed else size
+        return not self.closed
+
     def ran_out(self, why: object) -> None:
         """A commit failed for want of room."""
-        self.share = max(self.share, 1.0)
+        self._ran_out = True
         self._ballast.give_up()
         self._close(why)
 

@@ -129,6 +129,15 @@ class Roster:
         session.next, session.state, session.more = frame.end, "live", frame.more
         return Verdict.TAKE
 
+    def hold(self, id_: bytes, now: float) -> Entry | None:
+        """A session was told to keep what it has: patience runs against it, as room comes of rows that leave."""
+        session = self.sessions[id_]
+        session.heard = now
+        if not session.more:
+            return None
+        session.more = False
+        return Entry.of_event(EntryKind.COUNTERS, id_, received=now, more=False, **session.counters)
+
     def take_back(self, entries: Iterable[Entry]) -> list[Entry]:
         """The disk had no room: frames will come again; what happened to sessions is returned, to be written."""
         entries = list(entries)

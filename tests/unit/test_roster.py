@@ -359,3 +359,14 @@ class TestTakeBack:
         (left,) = roster.take_back([Entry.of_frame(frame(0), received=0.0), end])
 
         assert (EntryKind.LEASE, 0) == (left.kind, left.first)
+
+    def test_a_session_that_is_told_to_wait_is_not_waited_for_without_end(self):
+        """Its rows must leave for room to come of them."""
+        roster = roster_with()
+        roster.hello(Hello(session=ALICE, more=True), 0.0)
+
+        first, second = roster.hold(ALICE, 5.0), roster.hold(ALICE, 6.0)
+
+        assert first is not None
+        assert not first.facts["more"]
+        assert (None, 6.0) == (second, alice(roster).heard)
