@@ -47,6 +47,8 @@ logger = logging.getLogger("sidestepd.delivery")
 
 READ_LIMIT = 500
 """Entries taken from the spool at once."""
+SNAPSHOT_BYTES = 256 * 1024
+"""While catching up, a place up to which the spool may be deleted is noted this often."""
 READY_STRIDE_S = 0.02
 """While catching up, how far spool time may move before rows are let go."""
 NICENESS = 10
@@ -196,8 +198,13 @@ class Delivery:
             self.beat()
             horizon = self.horizon()  # asked before reading
             entries = self.spool.read(self.read_through, READ_LIMIT)
+            unmarked = 0
             for entry in entries:
                 self._take(entry)
+                unmarked += len(entry.body)
+                if unmarked >= SNAPSHOT_BYTES:  # so that a row that waits does not keep all that was read with it
+                    self.settlement.snapshot(self.read_through, self._fold())
+                    unmarked = 0
                 if self._now - self._last_ready >= READY_STRIDE_S:
                     self._let_go()
             if len(entries) < READ_LIMIT:

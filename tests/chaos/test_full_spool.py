@@ -24,7 +24,7 @@ def held_sessions(control: Control) -> int:
 
 
 def test_a_training_outlives_a_full_spool_and_loses_nothing(tmp_path: Path):
-    options = {"spool.max_bytes": 4 << 20, "delivery.stall_s": 600.0, "order.patience_s": 30.0}
+    options = {"spool.max_bytes": 4 << 20, "delivery.stall_s": 600.0}
     command = training(ranks=RANKS, steps=STEPS, rate=12_000.0)
     with Training(tmp_path, command, sink="jsonl", options=options) as run:
         delivery = run.wait_for("delivery")
