@@ -1,6 +1,8 @@
 """Profiles of hypothesis: `default` tries the same examples each time, `nightly` tries many, and new ones.
 
 HYPOTHESIS_PROFILE=nightly python -m pytest tests/unit
+
+No test starts a daemon by accident: those that want one to be started say so.
 """
 
 from __future__ import annotations
@@ -14,3 +16,4 @@ settings.register_profile(
 )
 settings.register_profile("nightly", settings.get_profile("default"), derandomize=False, max_examples=5_000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+os.environ.setdefault("SIDESTEP_AUTOSTART", "0")

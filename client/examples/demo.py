@@ -78,7 +78,7 @@ def show(run_dir: Path, found: Contents, status: dict[str, Any]) -> None:
         values = found.column(name)
         metrics.add_row(name, found.axes.get(name, "?"), str(len(values)), shown(values[0]), shown(values[-1]))
     console.print(metrics)
-    print(f"in {run_dir}; to send it to W&B: wandb sync {run_dir}/wandb/offline-run-*")
+    print(f"in {run_dir}; to send it to W&B: sidestep sync {run_dir}")
 
 
 def facts(found: Contents, status: dict[str, Any]) -> Iterator[tuple[str, str]]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from sidestep._current import bag, current, define_metric, finish, init, log
-from sidestep._run import Metric, Run, Stage
+from sidestep._run import Metric, Run, Scope, Stage
 from sidestep._version import __version__
 from sidestep.errors import SettingsError, SidestepError, UnsupportedValue
 from sidestep.session import Stats
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Metric",
     "Run",
+    "Scope",
     "Settings",
     "SettingsError",
     "SidestepError",

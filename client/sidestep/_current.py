@@ -9,26 +9,44 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import msgpack
 
-from sidestep import convert, ranks
+from sidestep import convert, exits, ranks
 from sidestep._run import Metric, Run, SilentRun
 from sidestep.bags import Bag, entries_of
 from sidestep.errors import UnsupportedValue
 from sidestep.notices import Notices
-from sidestep.session import EXIT_S, Session
+from sidestep.session import EXIT_S, NewCarrier, Session
 from sidestep.settings import Settings, WorkerSettings
 from sidestep.wire import MAX_CONTROL_BYTES, Kind
 
 HARMLESS = frozenset({"allow_val_change", "anonymous", "force"})
 """Keywords of wandb's that change nothing here, and that nobody misses."""
 
+VARIABLES = {
+    "id": ("WANDB_RUN_ID",),
+    "project": ("SIDESTEP_RUN_PROJECT", "WANDB_PROJECT"),
+    "entity": ("SIDESTEP_RUN_ENTITY", "WANDB_ENTITY"),
+    "name": ("SIDESTEP_RUN_NAME", "WANDB_NAME"),
+    "group": ("SIDESTEP_RUN_GROUP", "WANDB_RUN_GROUP"),
+    "job_type": ("SIDESTEP_RUN_JOB_TYPE", "WANDB_JOB_TYPE"),
+    "tags": ("SIDESTEP_RUN_TAGS", "WANDB_TAGS"),
+    "notes": ("SIDESTEP_RUN_NOTES", "WANDB_NOTES"),
+    "resume": ("WANDB_RESUME",),
+}
+"""The variables that stand for a keyword of `init()` where that is not given, the strongest first."""
+
 _notices = Notices()
 _run: Run | None = None
+_strict: bool | None = None
+_carrier: NewCarrier | None = None
+"""What takes records out of a process instead of a sender: a test's recorder."""
 
 
 def init(
@@ -58,8 +76,11 @@ def init(
         if reinit not in (True, "finish_previous"):
             return _joined(_run, config)
         _run.finish()
+    entries = _entries(settings)
+    autostart = entries.pop("autostart", None)
     wanted = _plain_keywords(
-        _entries(settings),
+        _from_wandb(os.environ),
+        entries,
         keywords,
         {
             "project": project, "entity": entity, "name": name, "id": id, "group": group, "job_type": job_type,
@@ -67,7 +88,8 @@ def init(
         },
     )  # fmt: skip
     _say_what_has_no_effect(keywords)
-    _run = _new_run(WorkerSettings.from_env(os.environ, strict=strict), wanted)
+    options = WorkerSettings.from_env(os.environ, strict=_strict if strict is None else strict)
+    _run = _new_run(options if autostart is None else replace(options, autostart=bool(autostart)), wanted)
     _run.config.update(config)
     _bind(_run)
     return _run
@@ -107,6 +129,21 @@ def bag(name: str) -> Bag:
     return _run.config if name == "config" else _run.summary
 
 
+@contextmanager
+def carried_by(carrier: NewCarrier, *, strict: bool) -> Iterator[None]:
+    """Have the runs that begin inside carried by something else than a sender; the one outside is untouched."""
+    global _run, _carrier, _strict, _notices
+    package = vars(sys.modules[__package__])
+    before = _run, _carrier, _strict, _notices, package["log"]
+    _run, _carrier, _strict, _notices, package["log"] = None, carrier, strict, Notices(), log
+    try:
+        yield
+        finish()
+    finally:
+        finish(exit_code=1)  # of what an exception left unfinished
+        _run, _carrier, _strict, _notices, package["log"] = before
+
+
 def _new_run(settings: WorkerSettings, keywords: Mapping[str, Any]) -> Run:
     identity = ranks.identify(
         os.environ,
@@ -117,14 +154,21 @@ def _new_run(settings: WorkerSettings, keywords: Mapping[str, Any]) -> Run:
         launch=settings.launch_id,
     )
     disabled = "disabled" in (keywords.get("mode"), settings.mode)
-    session = Session(settings=settings, identity=identity, keywords=keywords, notices=_notices, silent=disabled)
+    session = Session(
+        settings=settings,
+        identity=identity,
+        keywords=keywords,
+        notices=_notices,
+        silent=disabled,
+        carrier=_carrier,
+    )
     if disabled:
         return SilentRun(session, {**keywords, "mode": "disabled"})
     if settings.run_id and keywords.get("id", settings.run_id) != settings.run_id:
         _notices.once(
             "id", f"init(id={keywords['id']!r}): this process joins the run {settings.run_id!r} of its command"
         )
-    _watch_for_exceptions(session)
+    session.on_finish = exits.watch(session.ends_with)
     return Run(session, keywords)
 
 
@@ -153,6 +197,17 @@ def _entries(settings: Settings | Mapping[str, Any] | None) -> dict[Any, Any]:
         return {}
 
 
+def _from_wandb(environ: Mapping[str, str]) -> dict[str, Any]:
+    """What this process's environment says of its run, which need not be the daemon's environment."""
+    found: dict[str, Any] = {}
+    for name, variables in VARIABLES.items():
+        if said := next((environ[it].strip() for it in variables if environ.get(it, "").strip()), ""):
+            if name == "id" and environ.get("SIDESTEP_RUN_ID"):
+                continue  # the run of the command that this process belongs to
+            found[name] = [tag.strip() for tag in said.split(",") if tag.strip()] if name == "tags" else said
+    return found
+
+
 def _plain_keywords(*sources: Mapping[str, Any]) -> dict[str, Any]:
     """What of the keywords the daemon can be told: plain, given, and not too much."""
     plain: dict[str, Any] = {}
@@ -173,22 +228,6 @@ def _plain_keywords(*sources: Mapping[str, Any]) -> dict[str, Any]:
 def _say_what_has_no_effect(keywords: Mapping[str, Any]) -> None:
     if names := sorted(name for name, value in keywords.items() if value and name not in HARMLESS):
         _notices.once(("init", *names), f"init({', '.join(names)}): without effect here")
-
-
-def _watch_for_exceptions(session: Session) -> None:
-    """A training that dies of an exception exits with 1, which nothing else tells an exit handler."""
-    previous: Callable[..., Any] = sys.excepthook
-
-    def note(*exception: Any) -> None:
-        session.exit_code = 1
-        previous(*exception)
-
-    def restore() -> None:
-        if sys.excepthook is note:
-            sys.excepthook = previous
-
-    sys.excepthook = note
-    session.on_finish = restore
 
 
 def _too_early(what: str) -> None:

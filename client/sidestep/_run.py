@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,13 +16,13 @@ from time import time as now
 from types import TracebackType
 from typing import Any, NoReturn
 
-from sidestep import convert
+from sidestep import convert, definitions
 from sidestep.bags import Bag
 from sidestep.convert import PLAIN
 from sidestep.errors import UnsupportedValue
 from sidestep.outbox import DropReason
 from sidestep.session import EXIT_S, LARGE_BYTES, Refusal, Session, Stats
-from sidestep.steps import whole
+from sidestep.steps import OffsetSteps, truth, whole
 from sidestep.wire import MAX_NAME_CHARS, MAX_RECORD_BYTES, Kind
 
 MOST_NAMES = 65_536
@@ -29,6 +30,8 @@ MOST_NAMES = 65_536
 ANSWER_S = 5.0
 """How long reading `run.url` and its like may wait."""
 ASK_AGAIN_S = 0.1
+MAIN_AXIS = "global_step"
+"""The axis of what is logged outside a stage."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,8 +117,16 @@ class Axis:
 
     def stage(self, name: str) -> Stage:
         """A stage of this, with its own step; the same name gives the same stage."""
-        path = "/".join(part for part in (self._stage, str(name).strip("/")) if part)
+        path = "/".join(part for part in (self._stage, _text(name).strip("/")) if part)
         return Stage(self._session, path[:MAX_NAME_CHARS] or None)
+
+    def scope(self, name: str, step_offset: int | None = None) -> Scope:
+        """A sub-experiment: its metrics are named under `name`, and its step 0 is `step_offset` of this axis.
+
+        So sub-experiments that all count from 0 follow one another. Without an offset their steps are the axis's
+        own. For an axis of its own there is `stage`.
+        """
+        return Scope(self, name, step_offset)
 
     @property
     def step(self) -> int:
@@ -160,7 +171,7 @@ class Axis:
 
     def _take(self, step: Any, commit: Any) -> tuple[int, int]:
         try:
-            return self._steps.take(whole(step), commit)
+            return self._steps.take(whole(step), truth(commit))
         except UnsupportedValue as error:
             raise Refusal(DropReason.BAD_STEP, str(error)) from None
 
@@ -171,6 +182,9 @@ class Axis:
                 _name(name)
         except UnsupportedValue as error:
             raise Refusal(DropReason.UNSUPPORTED, f"define_metric: {error}") from None
+        for attribute, why in definitions.complaints(plain):
+            plain[attribute] = None
+            self._session.refuse_value(f"define_metric({plain['name']})", str, why)
         self._session.offer(self._session.pack(int(Kind.DEFINE), None, plain, self._stage))
 
     def __reduce__(self) -> NoReturn:
@@ -194,10 +208,86 @@ class Stage(Axis):
         return f"<sidestep.Stage {self.name!r}>"
 
 
+class Scope(Axis):
+    """A sub-experiment on the axis of the run, or of a stage: a prefix of names, and an offset of steps."""
+
+    __slots__ = ("_offset", "_prefix")
+
+    def __init__(self, parent: Axis, name: str, step_offset: int | None) -> None:
+        super().__init__(parent._session, parent._stage)
+        outer = parent if isinstance(parent, Scope) else None
+        self._prefix: str = f"{outer._prefix if outer else ''}{_text(name).strip('/')}/"
+        self._offset: int = outer._offset if outer else 0
+        self._steps = parent._steps
+        if step_offset is not None:
+            self._offset += self._checked(step_offset)
+            key = f"{self._stage or ''}\0{self._prefix}{self._offset}"
+            self._steps = self._session.steps.setdefault(key, OffsetSteps(self._offset))
+
+    @property
+    def name(self) -> str:
+        """What its metrics are named under."""
+        return self._prefix[:-1]
+
+    @property
+    def step(self) -> int:
+        """The step that the next call without one takes, counted from the offset."""
+        return self._steps.next - self._offset
+
+    def log(self, data: Mapping[str, Any], step: int | None = None, commit: bool | None = None) -> None:
+        """Say what happened at a step of this sub-experiment; else as `Axis.log`."""
+        try:
+            data = {f"{self._prefix}{name}": value for name, value in data.items()}
+        except Exception:  # noqa: BLE001 - what is no dict of names and values is found out below, and said
+            pass
+        super().log(data, step, commit)
+
+    def define_metric(
+        self, name: str, step_metric: Any = None, *args: Any, reduce: str | list[str] | None = None, **more: Any
+    ) -> Metric:
+        """As `Axis.define_metric`, of names in this sub-experiment."""
+        if isinstance(step_metric, str) and step_metric != MAIN_AXIS:
+            step_metric = self._prefix + step_metric
+        if isinstance(reduce, str):
+            reduce = self._weighed(reduce)
+        elif isinstance(reduce, list | tuple):
+            reduce = [self._weighed(one) for one in reduce]
+        return super().define_metric(f"{self._prefix}{name}", step_metric, *args, reduce=reduce, **more)
+
+    def stage(self, name: str) -> Stage:
+        """A stage of this sub-experiment: its steps are its own, and know no offset."""
+        return super().stage(f"{self._prefix}{_text(name).strip('/')}")
+
+    def _weighed(self, reduce: str) -> str:
+        """A reduction whose weight, if it has one, is a name in this sub-experiment."""
+        weighted = isinstance(reduce, str) and reduce.startswith("mean:")
+        return f"mean:{self._prefix}{reduce[5:]}" if weighted else reduce
+
+    def _checked(self, step_offset: Any) -> int:
+        try:
+            if (offset := whole(step_offset) or 0) >= 0:
+                return offset
+            raise UnsupportedValue(f"step_offset={step_offset!r:.80}: an offset is not negative")
+        except UnsupportedValue as error:
+            if self._session.settings.strict:
+                raise
+            self._session.notices.once(("scope", self._prefix), f"scope({self.name!r:.80}): {error}; taken as 0")
+            return 0
+
+    def __repr__(self) -> str:
+        return f"<sidestep.Scope {self.name!r} from step {self._offset}>"
+
+
 class Run(Axis):
     """The one run that every rank logs into. Made by `sidestep.init()`."""
 
-    __slots__ = ("_asked", "_config", "_keywords", "_summary")
+    __slots__ = (
+        "__dict__",
+        "_asked",
+        "_config",
+        "_keywords",
+        "_summary",
+    )  # users may add attributes, as to wandb's
 
     def __init__(self, session: Session, keywords: Mapping[str, Any]) -> None:
         super().__init__(session, None)
@@ -218,7 +308,7 @@ class Run(Axis):
 
     def flush(self, timeout: float = EXIT_S) -> bool:
         """Wait until the daemon has on its disk what this process said so far; False if it was not in time."""
-        return self._session.flush(timeout)
+        return self._session.flush(_seconds(timeout))
 
     def stats(self) -> Stats:
         """The ledger of this process."""
@@ -230,7 +320,7 @@ class Run(Axis):
         The run itself goes on until the command that it belongs to has ended.
         """
         code = self._session.exit_code if exit_code is None else exit_code
-        self._session.finish(timeout, _exit_status(code))
+        self._session.finish(_seconds(timeout), _exit_status(code))
 
     # What it is
 
@@ -327,8 +417,16 @@ class _Silent(Axis):
         """A stage as silent as this."""
         return _SilentStage(self._session, str(name))
 
+    def scope(self, name: str, step_offset: int | None = None) -> Scope:
+        """A sub-experiment as silent as this."""
+        return _SilentScope(self, name, step_offset)
+
 
 class _SilentStage(_Silent, Stage):
+    __slots__ = ()
+
+
+class _SilentScope(_Silent, Scope):
     __slots__ = ()
 
 
@@ -342,11 +440,28 @@ class SilentRun(_Silent, Run):
         self._config, self._summary = Bag(None, Kind.CONFIG), Bag(None, Kind.SUMMARY)
 
 
+def _text(name: Any) -> str:
+    """A name as users give it."""
+    try:
+        return str(name)
+    except Exception:  # noqa: BLE001 - a foreign value's own code may raise anything
+        return type(name).__name__
+
+
 def _exit_status(code: Any) -> int | None:
     """A code as users give it: anything that is no small number means failure."""
     if code is None or (isinstance(code, int) and abs(code) < 2**31):
         return None if code is None else int(code)
     return 1
+
+
+def _seconds(timeout: Any) -> float:
+    """A timeout as users give it: what is no number of seconds, or is too many, is the usual one."""
+    try:
+        seconds = float(timeout)
+    except (TypeError, ValueError, OverflowError):
+        return EXIT_S
+    return min(seconds, threading.TIMEOUT_MAX) if seconds >= 0 else 0.0 if seconds < 0 else EXIT_S
 
 
 def _entries(data: Any) -> dict[Any, Any]:

@@ -39,7 +39,12 @@ class Bag(MutableMapping[str, Any]):
 
     def setdefaults(self, entries: Mapping[str, Any]) -> dict[str, Any]:
         """Set the entries that are not there yet, and return all."""
-        self._store({name: value for name, value in entries.items() if name not in self._entries})
+        try:
+            given = entries_of(entries)
+        except UnsupportedValue as error:
+            self._refuse("setdefaults", entries, error)
+        else:
+            self._store({name: value for name, value in given.items() if name not in self._entries})
         return self.as_dict()
 
     def as_dict(self) -> dict[str, Any]:

@@ -56,6 +56,7 @@ class Dialogue:
         self._said_more = False
         self._heartbeat_s = 5.0
         self._leaving: Bye | None = None
+        self._silent = False
         self.asking = False
         self._hello_wait, self._ack_wait = HELLO_AGAIN_S[0], ACK_TIMEOUT_S[0]
         self._hello_at = self._ask_at = self._bye_at = self._heartbeat_at = 0.0
@@ -79,10 +80,34 @@ class Dialogue:
         self._leaving = Bye(session=self._hello.session, first=0, exit_code=exit_code)
         self._bye_at = 0.0
 
+    def leave_silently(self) -> None:
+        """Be over once everything is acknowledged: this is another's session, whose last word nobody knows."""
+        self._silent = True
+
     @property
     def leaving(self) -> bool:
-        """Whether BYE is to be said."""
-        return self._leaving is not None
+        """Whether the end is to be said, or come to."""
+        return self._leaving is not None or self._silent
+
+    # How things stand
+
+    def hello(self) -> Hello:
+        """The introduction, as of now."""
+        outbox = self._outbox
+        return replace(self._hello, first=outbox.acknowledged, more=outbox.pending > 0, **self._counters())
+
+    def status(self) -> Status:
+        """The counters, as of now."""
+        return Status(session=self._hello.session, more=self._outbox.more, **self._counters())
+
+    def bye(self) -> Bye:
+        """The last word, as of now."""
+        last = self._leaving or Bye(session=self._hello.session, first=0)
+        return replace(last, first=self._outbox.end, **self._counters())
+
+    def _counters(self) -> dict[str, Any]:
+        outbox = self._outbox
+        return {"offered": outbox.offered, "dropped": outbox.dropped, "values_refused": outbox.values_refused}
 
     # What happens to the connection
 
@@ -117,6 +142,8 @@ class Dialogue:
             self._greet()
         if self.phase is Phase.GREETING:
             return self._say_hello(now)
+        if self.phase is Phase.OPEN and self._silent and not self._outbox.pending:
+            self.phase = Phase.OVER
         if self.phase is Phase.OPEN:
             return self._say_frame(now) or self._say_question(now) or self._say_bye(now) or self._say_status(now)
         return None
@@ -193,15 +220,9 @@ class Dialogue:
             return None
         self._hello_at = now + self._hello_wait * (0.75 + 0.5 * self._jitter())
         self._hello_wait = min(self._hello_wait * 2, HELLO_AGAIN_S[1])
-        outbox = self._outbox
-        self._said_more = outbox.pending > 0
-        return replace(
-            self._hello,
-            first=outbox.acknowledged,
-            more=self._said_more,
-            offered=outbox.offered,
-            dropped=outbox.dropped,
-        )
+        hello = self.hello()
+        self._said_more = hello.more
+        return hello
 
     def _say_frame(self, now: float) -> Message | None:
         if self._held_until is not None:
@@ -221,20 +242,16 @@ class Dialogue:
         return RunInfo(session=self._hello.session)
 
     def _say_bye(self, now: float) -> Bye | None:
-        outbox = self._outbox
-        if self._leaving is None or outbox.pending or now < self._bye_at:
+        if self._leaving is None or self._outbox.pending or now < self._bye_at:
             return None
         self._bye_at = now + BYE_AGAIN_S
-        return replace(self._leaving, first=outbox.end, offered=outbox.offered, dropped=outbox.dropped)
+        return self.bye()
 
     def _say_status(self, now: float) -> Status | None:
         if now < self._heartbeat_at:
             return None
         self._heartbeat_at = now + self._heartbeat_s
-        outbox = self._outbox
-        return Status(
-            session=self._hello.session, more=outbox.more, offered=outbox.offered, dropped=outbox.dropped
-        )
+        return self.status()
 
     def _patience(self) -> float:
         return self._ack_wait * (1.0 + 0.25 * self._jitter())

@@ -57,9 +57,9 @@ def identify(
     said = _Said(environ, warn)
     launcher, rank = _started_by(said)
     world = said.number(*launcher.world) or 1
-    spawned = _torch_ranks(modules)
+    spawned = _torch_ranks(modules) or _ray_ranks(modules, said)
     if spawned is not None:
-        rank, world = spawned
+        rank, world = spawned.rank, spawned.world
 
     def born(leader: int) -> str:
         return f"{leader}-{started(leader)}"
@@ -67,16 +67,30 @@ def identify(
     if launcher is ALONE and spawned is None:
         found = born(pid)
     else:
-        found = _launch(said, launcher, world, node) or born(parent)
+        found = _launch(said, launcher, world, node) or (spawned and spawned.launch) or born(parent)
+    local_rank = said.number(*launcher.local, "LOCAL_RANK")
+    if local_rank is None and spawned is not None:
+        local_rank = spawned.local_rank
     return Identity(
         rank=rank,
         world=max(world, rank + 1),
-        local_rank=said.number(*launcher.local, "LOCAL_RANK") or 0,
+        local_rank=local_rank or 0,
         node=(said.text(*launcher.node) or node or said.text("HOSTNAME"))[:MAX_NAME_CHARS],
         pid=pid,
         launch=(launch or found)[:MAX_NAME_CHARS],
         attempt=_attempt(said, launcher),
     )
+
+
+def is_on_one_node(environ: Mapping[str, str], world: int) -> bool:
+    """Whether all processes of the launch are known to be on this node."""
+    if world == 1:
+        return True
+    said = _Said(environ, lambda _: None)
+    launcher, _ = _started_by(said)
+    if launcher is ALONE:  # somebody who numbers its processes itself, and meets at home
+        return said.text("MASTER_ADDR") in ("localhost", "127.0.0.1", "::1")
+    return _is_on_one_node(said, launcher, world)
 
 
 def start_of(pid: int) -> str:
@@ -350,7 +364,17 @@ def _attempt(said: _Said, launcher: Launcher) -> int:
     return requeues if restarts is None else requeues * REQUEUED + restarts
 
 
-def _torch_ranks(modules: Mapping[str, Any]) -> tuple[int, int] | None:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Spawned:
+    """What a library that is loaded says of this process."""
+
+    rank: int
+    world: int
+    local_rank: int | None = None
+    launch: str = ""
+
+
+def _torch_ranks(modules: Mapping[str, Any]) -> _Spawned | None:
     """Rank and world of torch's process group, if torch is there and has one; a world of one says nothing."""
     distributed = modules.get("torch.distributed")
     try:
@@ -359,4 +383,26 @@ def _torch_ranks(modules: Mapping[str, Any]) -> tuple[int, int] | None:
         rank, world = distributed.get_rank(), distributed.get_world_size()
     except (AttributeError, RuntimeError, ValueError):  # half imported, built without it, or just torn down
         return None
-    return (rank, world) if 0 <= rank < world > 1 else None
+    return _Spawned(rank=rank, world=world) if 0 <= rank < world > 1 else None
+
+
+def _ray_ranks(modules: Mapping[str, Any], said: _Said) -> _Spawned | None:
+    """What Ray Train says of this worker, if it is one: backends other than torch's set no variables.
+
+    The workers' parent is Ray's own process on each node, so the job and the experiment name the launch.
+    """
+    train = modules.get("ray.train")
+    if train is None:
+        return None
+    try:
+        context = train.get_context()
+        rank, world, local = context.get_world_rank(), context.get_world_size(), context.get_local_rank()
+        experiment = context.get_experiment_name()
+    except Exception:  # noqa: BLE001 - outside a worker each version of it raises something of its own
+        return None
+    if type(rank) is not int or type(world) is not int or not 0 <= rank < world > 1:
+        return None
+    job = said.text("RAY_JOB_ID")
+    return _Spawned(
+        rank=rank, world=world, local_rank=local, launch=f"ray.{job}.{experiment}" if experiment else ""
+    )

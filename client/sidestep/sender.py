@@ -4,6 +4,8 @@
 - while there is traffic it wakes every `flush_interval` and never in between: an answer can wait, the training
   loop's next bytecode can not. When nothing was said for a while it sleeps until it is woken
 - it survives any failure: counted, said once, and on with a fresh socket
+- when memory fills up it moves records to the spill, and at the end whatever nobody acknowledged; where no daemon
+  is known (`address` is None) that is all it does
 - a forked child inherits neither: `Sender` must not be used there (session.py sees to it)
 """
 
@@ -14,8 +16,9 @@ import select
 import socket as sockets
 import threading
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from math import ceil
+from pathlib import Path
 from time import monotonic
 from typing import Any
 
@@ -24,17 +27,33 @@ import zmq
 from sidestep.dialogue import Dialogue, Phase
 from sidestep.errors import RemoteProtocolError
 from sidestep.notices import Notices
-from sidestep.outbox import Outbox
-from sidestep.wire import MAX_CONTROL_BYTES, Frame, Hello, Refuse, VersionError, decode, encode
+from sidestep.outbox import DropReason, Outbox
+from sidestep.spill import Spill
+from sidestep.wire import MAX_CONTROL_BYTES, Bye, Frame, Hello, Refuse, VersionError, decode, encode
 
 LULL_S = 1.0
 """After this long without a record the sender sleeps. A shorter pause does not cost `log()` a wake-up call."""
 LONGEST_SLEEP_S = 1.0
 RECOVER_S = (0.1, 5.0)
 """The pause after a failure of the loop itself, the first and the longest."""
+SPILL_FROM, SPILL_TO = 1 / 2, 1 / 4
+"""Of the outbox's memory: when more than the first is in use, frames move to the spill until the second is."""
+SPILL_LOOK_S = 0.1
+"""How often a sender that waits for its daemon looks at memory that fills up."""
+SPILL_AGAIN_S = 5.0
+"""A spill that took no more is not tried again before."""
+JOIN_S = 0.1
+"""The time the thread has to end when there is none left for it."""
+KEEP_S = 1.0
+"""Of the time that `finish` has: what is left to the spill at most (and a quarter of it at most)."""
 LISTEN_S = 0.1
 """How often answers are looked for while nobody waits for one and the window has room."""
 ANSWERS_AT_ONCE = 256
+SILENT_S = 5.0
+"""A daemon that says nothing to a HELLO for so long is said to be away. It is greeted on and on all the same."""
+
+STARTING_S = 25.0
+"""A daemon that was only just started gets so much longer."""
 
 OPTIONS = {
     zmq.IMMEDIATE: 1,  # nothing is queued for a peer that is not there
@@ -57,17 +76,26 @@ class Sender:
 
     def __init__(
         self,
-        address: str,
+        address: str | None,
         hello: Hello,
         outbox: Outbox,
         notices: Notices,
         *,
         flush_interval_s: float | None = None,
+        spill: Spill | None = None,
+        on_welcome: Callable[[], None] = lambda: None,
+        when_alone: Callable[[], None] | None = None,
     ) -> None:
         self._address = address
+        self._when_alone = when_alone or _nothing  # called again and again, in this thread, while nobody answers
         self._outbox = outbox
         self._notices = notices
         self._dialogue = Dialogue(outbox, hello, jitter=random.random, flush_interval_s=flush_interval_s)
+        self._spill = spill
+        if spill is not None:
+            spill.hello = self._dialogue.hello
+        self._on_welcome: Callable[[], None] | None = on_welcome
+        self._spill_at = self._keep_until = 0.0
         self._bell = _Bell()
         self._flushes: deque[_Flush] = deque()
         self._questions: deque[threading.Event] = deque()
@@ -76,7 +104,10 @@ class Sender:
         self._last_record = (0, 0.0)
         self._listen_at = 0.0
         self._held_up = False
+        self._answered_at = monotonic() + (STARTING_S if when_alone else 0.0)
         self.failures = 0
+        self.kept_in: Path | None = None
+        """The file that holds what was not acknowledged in the end."""
         self._thread = threading.Thread(target=self._main, name="sidestep-sender", daemon=True)
 
     def start(self) -> None:
@@ -108,14 +139,39 @@ class Sender:
 
     def finish(self, timeout: float, exit_code: int | None) -> bool:
         """Send what is left, say BYE and stop; whether the daemon confirmed it in time."""
+        self._keep_until = ends = monotonic() + timeout
         self._dialogue.leave(exit_code)
         self.wake()
-        self._over.wait(timeout)
+        if self._address is not None:
+            self._over.wait(timeout - (min(KEEP_S, timeout / 4) if self._spill is not None else 0.0))
         confirmed = self._dialogue.phase is Phase.OVER
-        self._stopping = True
-        self.wake()
-        self._thread.join(0.5)
+        self._stop(max(ends - monotonic(), JOIN_S))
         return confirmed
+
+    def hand_on(self, bye: Bye | None, *, stall_s: float) -> str:
+        """Send what another session left behind, and its BYE if it said one; returns why not, "" if it is done.
+
+        Gives up when nothing was acknowledged for `stall_s`.
+        """
+        if bye is None:
+            self._dialogue.leave_silently()
+        else:
+            self._dialogue.leave(bye.exit_code)
+        self.start()
+        before = -1
+        while not self._over.wait(stall_s) and self._outbox.acknowledged > before:
+            before = self._outbox.acknowledged
+        trouble = self._dialogue.trouble
+        done = self._dialogue.phase is Phase.OVER and not (trouble is not None and trouble.final)
+        self._stop(JOIN_S)
+        if done:
+            return ""
+        return trouble.message if trouble is not None and trouble.final else "the daemon does not answer"
+
+    def forget(self) -> None:
+        """In a forked child: let go of what the parent goes on using."""
+        if self._spill is not None:
+            self._spill.leave()
 
     @property
     def run(self) -> Mapping[str, Any]:
@@ -129,8 +185,14 @@ class Sender:
 
     # The thread
 
+    def _stop(self, seconds: float) -> None:
+        self._stopping = True
+        self.wake()
+        self._thread.join(seconds)
+
     def _main(self) -> None:
         pause = RECOVER_S[0]
+        self._when_alone()
         while not self._ended():
             try:
                 with _Link(self._address, self._bell) as link:
@@ -139,11 +201,13 @@ class Sender:
             except Exception as error:  # noqa: BLE001 - the loop's head: whatever it is, records must leave
                 self.failures += 1
                 self._notices.once(
-                    ("sender", type(error)), f"the sender starts anew after {type(error).__name__}: {error}"
+                    ("sender", type(error)),
+                    f"no way to the daemon at {self._address}, tried again: {type(error).__name__}: {error}",
                 )
                 self._dialogue.interrupted()
                 self._bell.wait(pause)
                 pause = min(pause * 2, RECOVER_S[1])
+        self._keep()
         self._settle()
         self._bell.close()
 
@@ -162,14 +226,30 @@ class Sender:
             self._speak(link)
         else:
             self._dialogue.interrupted()
+            self._when_alone()
+        self._say_if_nobody_answers(now)
+        self._relieve(now)
+        if self._dialogue.phase is Phase.OPEN and self._on_welcome is not None:
+            on_welcome, self._on_welcome = self._on_welcome, None
+            on_welcome()
         self._settle()
+
+    def _say_if_nobody_answers(self, now: float) -> None:
+        if self._dialogue.phase is not Phase.GREETING:
+            self._answered_at = now
+        elif now - self._answered_at > SILENT_S:
+            self._notices.once(
+                "nobody answers",
+                f"no daemon answers at {self._address}: records wait here for it, as many as the outbox holds",
+            )
 
     def _wait(self, link: _Link) -> None:
         """Sleep until there is something to do, and no more often than the training loop can bear."""
         now = monotonic()
-        due = min(self._dialogue.due(now), LONGEST_SLEEP_S)
+        longest = SPILL_LOOK_S if self._spill is not None and self._outbox.in_use > SPILL_TO else LONGEST_SLEEP_S
+        due = min(self._dialogue.due(now), longest)
         if not link.connected:
-            link.wait_for_connection(LONGEST_SLEEP_S)
+            link.wait_for_connection(longest)
         elif self._dialogue.phase is Phase.GREETING:
             link.wait_for_answer(due)
         elif self._urgent():
@@ -216,7 +296,7 @@ class Sender:
             except VersionError as error:
                 self._dialogue.hear(Refuse(code="version", message=str(error), final=True), monotonic())
             except RemoteProtocolError as error:
-                self._notices.once("daemon speaks otherwise", f"the daemon at {self._address}: {error}")
+                self._notices.once("daemon speaks otherwise", f"{self._daemon}: {error}")
 
     def _speak(self, link: _Link) -> None:
         while (message := self._dialogue.say(monotonic())) is not None:
@@ -226,6 +306,44 @@ class Sender:
                     self._outbox.rewind()
                 break
         self._held_up = self._outbox.more
+
+    # The spill
+
+    def _relieve(self, now: float) -> None:
+        """Make room in memory, and write down beside the frames how the counters stand."""
+        outbox, spill = self._outbox, self._spill
+        if spill is None or outbox.in_use <= SPILL_FROM or now < self._spill_at:
+            return
+        while outbox.shelve() and outbox.in_use > SPILL_TO:
+            pass
+        if spill.path is not None:
+            spill.note(self._dialogue.status())
+            self._notices.once(
+                "spill", f"{self._daemon} is away, or too slow: records wait in {spill.path} until it takes them"
+            )
+        if outbox.full is not DropReason.OUTBOX_FULL:
+            self._spill_at = now + SPILL_AGAIN_S
+
+    def _keep(self) -> None:
+        """The process ends: put what was not acknowledged where it will be found."""
+        outbox, spill = self._outbox, self._spill
+        if spill is None:
+            return
+        if self._dialogue.phase is Phase.OVER:
+            spill.clear()
+            return
+        while monotonic() < self._keep_until and outbox.shelve():
+            pass
+        if outbox.shelved:
+            full = outbox.full
+            outbox.keep_what_is_shelved(DropReason.SPILL_FAILED if full is DropReason.OUTBOX_FULL else full)
+            spill.note(self._dialogue.bye())
+            self.kept_in = spill.path
+        spill.leave()
+
+    @property
+    def _daemon(self) -> str:
+        return "the daemon" if self._address is None else f"the daemon at {self._address}"
 
     def _settle(self) -> None:
         """Tell those who wait what has come of it."""
@@ -240,6 +358,10 @@ class Sender:
             self._questions.popleft().set()
         if over:
             self._over.set()
+
+
+def _nothing() -> None:
+    """A daemon of whom nothing is known but the address comes back by itself."""
 
 
 class _Flush:
@@ -297,7 +419,7 @@ class _Link:
     `connected`: a daemon is there, with room for a message to it. `heard`: something has come. As of `look`.
     """
 
-    def __init__(self, address: str, bell: _Bell) -> None:
+    def __init__(self, address: str | None, bell: _Bell) -> None:
         self.connected = self.heard = False
         self._bell = bell
         self._context = zmq.Context(io_threads=1)
@@ -305,9 +427,9 @@ class _Link:
             self._socket: zmq.Socket[bytes] = self._context.socket(zmq.DEALER)
             for option, value in OPTIONS.items():
                 self._socket.set(option, value)
-            if address.startswith("tcp:"):
-                self._socket.set(zmq.IPV6, 1)
-            self._socket.connect(address)
+            if address is not None:
+                self._socket.set(zmq.IPV6, int(address.startswith("tcp:")))
+                self._socket.connect(address)
         except BaseException:
             self._context.destroy(linger=0)
             raise

@@ -5,7 +5,8 @@
 - **fork**: in the child the outbox is replaced by a closed one and the session is dormant. It costs nothing
   until something is logged, which makes it a session of its own: another id, another outbox, another thread.
   The parent's socket, thread and queued records are never touched there
-- **exit**: what is queued is flushed, in `EXIT_S` at most, in children of multiprocessing too
+- **exit**: what is queued is flushed, in `EXIT_S` at most, in children of multiprocessing too; what the daemon
+  does not take in that time stays in the spill
 """
 
 from __future__ import annotations
@@ -13,14 +14,14 @@ from __future__ import annotations
 import atexit
 import os
 import platform
-import secrets
 import sys
 import threading
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from time import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from msgpack import Packer
 
@@ -28,13 +29,14 @@ from sidestep._version import __version__
 from sidestep.errors import SidestepError, UnsupportedValue
 from sidestep.notices import Notices, say
 from sidestep.outbox import DropReason, Outbox
-from sidestep.ranks import Identity
+from sidestep.ranks import Identity, is_on_one_node
 from sidestep.settings import WorkerSettings
+from sidestep.spill import Spill, folders, private_folder, waiting
 from sidestep.steps import Steps
 from sidestep.wire import MAX_RECORD_BYTES, Hello, Kind
 
 if TYPE_CHECKING:
-    from sidestep.sender import Sender
+    from sidestep.autostart import Starter
 
 EXIT_S = 5.0
 LARGE_BYTES = 64 * 1024
@@ -45,6 +47,9 @@ WHY = {
     DropReason.BAD_STEP: "this call can not be logged",
     DropReason.TOO_LARGE: "this call is too large",
     DropReason.OUTBOX_FULL: "the daemon is away, or too slow, and the outbox is full: new records are dropped",
+    DropReason.SPILL_FULL: "the daemon is away, or too slow, and the spill file is full: new records are dropped",
+    DropReason.SPILL_FAILED: "the daemon is away, or too slow, the outbox is full and there is nowhere to spill: "
+    "new records are dropped",
     DropReason.AFTER_FINISH: "log() after finish(): dropped",
     DropReason.REFUSED: "the daemon takes no more from this process: dropped",
     DropReason.INTERNAL: "a mistake in sidestep itself, please report it",
@@ -65,6 +70,37 @@ class Stats:
     """Values that were left out of records which were sent without them."""
 
 
+class Carrier(Protocol):
+    """Takes records out of a session's outbox: the sender, or what a test puts in its place."""
+
+    kept_in: Path | None
+
+    @property
+    def run(self) -> Mapping[str, Any]:
+        """What is known of the run."""
+
+    def start(self) -> None:
+        """Begin."""
+
+    def wake(self) -> None:
+        """There is something in an outbox that was idle, or no room in it."""
+
+    def flush(self, timeout: float) -> bool:
+        """Wait until all that was offered so far is acknowledged."""
+
+    def ask(self, timeout: float) -> Mapping[str, Any]:
+        """Wait for what the daemon says of the run."""
+
+    def finish(self, timeout: float, exit_code: int | None) -> bool:
+        """Deliver what is left and stop; whether that was confirmed."""
+
+    def forget(self) -> None:
+        """This is a forked child: touch nothing any more."""
+
+
+NewCarrier = Callable[[Hello, Outbox], Carrier | None]
+
+
 class Refusal(Exception):
     """A record is given up, for this reason. Never leaves this package."""
 
@@ -78,8 +114,9 @@ class Session:
     """One life of a process. The object outlives a fork; its id, outbox and sender do not."""
 
     __slots__ = (
-        "__weakref__", "_keywords", "_lock", "dormant", "exit_code", "finished", "id", "identity", "names",
-        "notices", "on_finish", "outbox", "packers", "sender", "settings", "silent", "steps", "values_refused",
+        "__weakref__", "_keywords", "_lock", "_new_carrier", "_spill", "_spills", "_starter", "dormant",
+        "exit_code", "finished", "id", "identity", "names", "notices", "on_finish", "outbox", "packers", "sender",
+        "settings", "silent", "steps",
     )  # fmt: skip
 
     def __init__(
@@ -90,6 +127,7 @@ class Session:
         keywords: Mapping[str, Any],
         notices: Notices,
         silent: bool = False,
+        carrier: NewCarrier | None = None,
     ) -> None:
         self.settings = settings
         self.identity = identity
@@ -100,13 +138,15 @@ class Session:
         self.on_finish: Callable[[], None] = lambda: None
         self.exit_code: int | None = None  # of the process, as soon as it is known
         self.steps: dict[str | None, Steps] = {}
-        self.values_refused = 0
         self.dormant = False
         self.finished = False
         self._keywords = keywords
+        self._new_carrier = carrier or self._new_sender
+        self._spills = not silent and carrier is None and settings.when_full == "spill"
+        self._starter: Starter | None = None
         self._lock = threading.Lock()
         self.outbox: Outbox
-        self.sender: Sender | None
+        self.sender: Carrier | None
         self._begin()
         if not silent:
             _living.add(self)
@@ -163,7 +203,9 @@ class Session:
         """Put a record into the outbox, or raise Refusal."""
         outbox = self.outbox
         if not outbox.offer(record):
-            raise Refusal(outbox.shut or DropReason.OUTBOX_FULL)
+            if self._spills and outbox.full is DropReason.OUTBOX_FULL:
+                self.wake()  # a sender that sleeps may be able to make room
+            raise Refusal(outbox.shut or outbox.full)
         if outbox.idle:
             self.wake()
 
@@ -177,7 +219,7 @@ class Session:
 
     def refuse_value(self, name: str, kind: type, why: str) -> None:
         """Count a value that its record goes without, and say so once for each name and type."""
-        self.values_refused += 1
+        self.outbox.values_refused += 1
         if self.settings.strict:
             raise UnsupportedValue(f"{name[:80]!r}: {why}")
         self.notices.once(("value", name, kind), f"{name[:80]!r} is left out: {why}")
@@ -186,12 +228,14 @@ class Session:
         """The ledger as it is now."""
         outbox = self.outbox
         acknowledged, pending, dropped = outbox.acknowledged, outbox.pending, outbox.dropped
+        if lost := outbox.lost:
+            acknowledged, dropped = acknowledged - lost, {**dropped, "spill_lost": lost}
         return Stats(
             offered=acknowledged + pending + sum(dropped.values()),
             acknowledged=acknowledged,
             pending=pending,
             dropped=dropped,
-            values_refused=self.values_refused,
+            values_refused=outbox.values_refused,
         )
 
     def flush(self, timeout: float) -> bool:
@@ -212,13 +256,17 @@ class Session:
             return
         confirmed = self.sender is not None and self.sender.finish(timeout, exit_code)
         if left := self.outbox.pending:
-            say(f"{left} records are not acknowledged {self._whose_fault(timeout)}")
+            say(f"{left} records are not acknowledged {self._whose_fault(timeout)}{self._where_they_are()}")
         elif self.sender is not None and not confirmed:
             say(f"everything is delivered, but the daemon did not confirm the end within {timeout:g} s")
 
     def at_exit(self) -> None:
         """What the interpreter does at its end."""
         self.finish(EXIT_S, self.exit_code)
+
+    def ends_with(self, exit_code: int) -> None:
+        """Something is about to end this process. What comes later knows better, but nothing unsays a failure."""
+        self.exit_code = exit_code or self.exit_code or 0
 
     # Fork
 
@@ -232,6 +280,8 @@ class Session:
 
     def forked(self) -> None:
         """In a child, right after the fork: touch nothing, and let `log()` find a closed outbox."""
+        if self.sender is not None:
+            self.sender.forget()
         _abandoned.append((self.sender, self.outbox))
         self.outbox = Outbox(bytes(16), 0)
         self.outbox.close(self._dormant_reason())
@@ -245,36 +295,93 @@ class Session:
     def _begin(self) -> None:
         for steps in self.steps.values():
             steps.restart()
-        self.id = secrets.token_bytes(16)
-        self.values_refused = 0
+        self.id = os.urandom(16)  # what `secrets` does, without its import, which takes 4 MB
         self.packers = [new_packer()]
-        self.outbox = Outbox(self.id, self.settings.outbox_bytes)
-        self.sender = self._new_sender()
+        self._spill = self._new_spill()
+        self.outbox = Outbox(self.id, self.settings.outbox_bytes, self._spill)
+        self.sender = None if self.silent else self._new_carrier(self._hello(), self.outbox)
         self.dormant = False
         if self.sender is not None:
             self.sender.start()
         if not self.silent and (util := sys.modules.get("multiprocessing.util")) is not None:
             util.Finalize(None, self.at_exit, exitpriority=0)  # its children leave without atexit
 
-    def _new_sender(self) -> Sender | None:
-        if self.silent:
+    def _new_spill(self) -> Spill | None:
+        if not self._spills:
             return None
-        if self.settings.address is None:
-            self.notices.once(
-                "no daemon",
-                "no daemon is known (SIDESTEP_ADDRESS is not set): nothing will be logged. "
-                "Start the training with `sidestep run -- COMMAND`",
-            )
+        run_dir, notices = self.settings.run_dir, self.notices
+        return Spill(
+            self.id,
+            folders=lambda: folders(run_dir),
+            limit=self.settings.spill_bytes,
+            say=lambda text: notices.once("spill failed", text),
+        )
+
+    def _new_sender(self, hello: Hello, outbox: Outbox) -> Carrier | None:
+        when_alone = self._find_daemon()
+        address = self.settings.address
+        if address is None and self._spill is None:
             return None
         from sidestep.sender import Sender  # zmq comes with it, and only a process that sends needs that
 
         return Sender(
-            self.settings.address,
-            self._hello(),
-            self.outbox,
+            address,
+            hello,
+            outbox,
             self.notices,
             flush_interval_s=self.settings.flush_interval_s,
+            spill=self._spill,
+            on_welcome=self._hand_on_what_others_left,
+            when_alone=when_alone,
         )
+
+    def _find_daemon(self) -> Callable[[], None] | None:
+        """Where no address was given, see to one; returns what the sender shall do while nobody answers."""
+        if self.settings.address is not None and self._starter is None:
+            return None
+        found: Starter | str | None = self._starter
+        if found is None:
+            found = "autostart is off" if not self.settings.autostart else self._new_starter()
+        if isinstance(found, str):
+            what = (
+                "nothing will be logged" if self._spill is None else "records are kept on disk for one to collect"
+            )
+            self.notices.once(
+                "no daemon",
+                f"no daemon is known (SIDESTEP_ADDRESS is not set, and {found}): {what}. "
+                "Start the training with `sidestep run -- COMMAND`",
+            )
+            return None
+        self._starter, self.settings = found, replace(self.settings, address=found.address)
+        return found.look
+
+    def _new_starter(self) -> Starter | str:
+        from sidestep.autostart import starter_for  # only a process that has no address needs it
+
+        folder = self._keywords.get("dir")
+        return starter_for(
+            self.identity.launch,
+            on_one_node=is_on_one_node(os.environ, self.identity.world),
+            notices=self.notices,
+            folder=folder if isinstance(folder, str) else None,
+        )
+
+    def _hand_on_what_others_left(self) -> None:
+        """Sessions of this run that ended on this node with a spill the daemon could not reach."""
+        run, address = self.settings.run_id, self.settings.address
+        if run is None or address is None or not (left := waiting(private_folder())):
+            return
+        threading.Thread(
+            target=self._hand_on, args=(left, address, run), name="sidestep-collect", daemon=True
+        ).start()
+
+    def _hand_on(self, left: list[Path], address: str, run: str) -> None:
+        from sidestep.collect import collect  # as the sender is
+
+        try:
+            collect(left, address, run=run, notices=self.notices)
+        except Exception as error:  # noqa: BLE001 - a thread's head: it is others' data, and no harm to this process
+            self.notices.once("hand on", f"what other workers kept in {left[0].parent} stays there: {error!r}")
 
     def _hello(self) -> Hello:
         who = self.identity
@@ -293,9 +400,21 @@ class Session:
         )
 
     def _whose_fault(self, timeout: float) -> str:
-        if self.sender is None:
+        if self.settings.address is None:
             return "because no daemon is known"
         return f"by the daemon at {self.settings.address} within {timeout:g} s"
+
+    def _where_they_are(self) -> str:
+        path = self.sender.kept_in if self.sender is not None else None
+        if path is None:
+            return ""
+        if self.settings.run_dir and path.is_relative_to(self.settings.run_dir):
+            who = "the run's daemon collects them"
+        elif self.settings.run_id:
+            who = "the next worker of this run on this node hands them on, or `sidestep collect`"
+        else:
+            who = "`sidestep run -- sidestep collect --any` makes a run of them"
+        return f"; {self.outbox.shelved} of them are kept in {path}: {who}"
 
 
 def new_packer() -> Packer:

@@ -1,20 +1,23 @@
 """A worker's options, and the keywords that wandb takes.
 
-- options come from the environment, where `sidestep run` puts them
+- options come from the environment, where `sidestep run` puts them, or from the file it wrote for who joins later
 - a bad value names itself, its source and what it should be; the default is used, since a training must not
   die of it, unless `strict`
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from sidestep.errors import SettingsError
 from sidestep.notices import say
 from sidestep.outbox import DEFAULT_BYTES
+from sidestep.spill import DEFAULT_BYTES as SPILL_BYTES
 from sidestep.wire import MAX_RECORD_BYTES
 
 
@@ -34,8 +37,14 @@ class WorkerSettings:
     """Raise where a training run would warn and count. For tests."""
     outbox_bytes: int = DEFAULT_BYTES
     """Records kept in memory until the daemon has them on its disk."""
+    when_full: str = "spill"
+    """When the daemon is away for longer than that lasts: `spill` to a file on disk, or `drop` and count."""
+    spill_bytes: int = SPILL_BYTES
+    """What the file may hold, for each process."""
     flush_interval_s: float | None = None
     """How long records wait for company before they are sent; the daemon's wish where it is not set."""
+    autostart: bool = True
+    """Where no address is known and all processes are on this node, the first of them starts a daemon."""
     launch_id: str | None = None
     """What the processes that were started together have in common, where torchrun does not say."""
 
@@ -57,9 +66,27 @@ class WorkerSettings:
                 if values.get("strict"):
                     raise SettingsError(message) from None
                 warn(f"{message}; using {field.default!r}")
+        for name, value in _context(environ, values, warn).items():
+            values.setdefault(name, value)
         if "mode" not in values and environ.get("WANDB_MODE", "").strip() == "disabled":
             values["mode"] = "disabled"
         return cls(**values)
+
+
+def _context(environ: Mapping[str, str], values: Mapping[str, Any], warn: Callable[[str], None]) -> dict[str, str]:
+    """What the file that SIDESTEP_CONTEXT names says of the run to join, where no address is given."""
+    path = environ.get("SIDESTEP_CONTEXT", "").strip()
+    if not path or values.get("address"):
+        return {}
+    try:
+        said = json.loads(Path(path).read_bytes())
+        return {name: str(said[name]) for name in ("address", "run_id", "run_dir") if said.get(name)}
+    except (OSError, ValueError, AttributeError) as error:
+        message = f"context = {path} (from SIDESTEP_CONTEXT): can not be read: {error}"
+        if values.get("strict"):
+            raise SettingsError(message) from None
+        warn(message)
+        return {}
 
 
 class Settings:
@@ -95,6 +122,12 @@ def _flag(raw: str) -> bool:
         raise ValueError("must be true or false") from None
 
 
+def _when_full(raw: str) -> str:
+    if raw not in ("spill", "drop"):
+        raise ValueError("must be spill or drop")
+    return raw
+
+
 def _bytes(raw: str) -> int:
     try:
         value = int(raw)
@@ -119,6 +152,9 @@ def _seconds(raw: str) -> float:
 
 _PARSE: Mapping[str, Callable[[str], Any]] = {
     "strict": _flag,
+    "autostart": _flag,
     "outbox_bytes": _bytes,
+    "spill_bytes": _bytes,
+    "when_full": _when_full,
     "flush_interval_s": _seconds,
 }

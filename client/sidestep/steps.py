@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from sidestep import convert
 from sidestep.errors import UnsupportedValue
-from sidestep.wire import Kind
+from sidestep.wire import END_OF_STEPS, Kind
 
 _COUNTED, _LOG = int(Kind.COUNTED), int(Kind.LOG)
 
@@ -37,12 +37,32 @@ class Steps:
                 self.next = (step := self.next) + 1
                 return self.kind, step
             return self.kind, self.next
-        if type(step) is not int or not 0 <= step < 2**63:
-            raise UnsupportedValue(f"step={step!r:.80}: a step is a whole number from 0 to 2**63 - 1")
+        if type(step) is not int or not 0 <= step < END_OF_STEPS:
+            raise UnsupportedValue(f"step={step!r:.80}: a step is a whole number from 0 to 2**61 - 1")
         if step >= self.next:
             self.kind = _LOG
             self.next = step + 1 if commit else step
         return _LOG, step
+
+
+class OffsetSteps(Steps):
+    """Steps of a sub-experiment, which begin at `offset` of the axis: its step 0 is said as that."""
+
+    __slots__ = ("offset",)
+
+    def __init__(self, offset: int) -> None:
+        self.offset = offset
+        super().__init__()
+
+    def restart(self) -> None:
+        """Begin at the offset, as in a new session."""
+        self.kind, self.next = _LOG, self.offset
+
+    def take(self, step: int | None, commit: bool | None) -> tuple[int, int]:
+        """As `Steps.take`, for a step that counts from the offset."""
+        if type(step) is int and step >= 0:
+            step += self.offset
+        return super().take(step, commit)
 
 
 def whole(step: object) -> int | None:
@@ -54,4 +74,9 @@ def whole(step: object) -> int | None:
         return int(number)
     if type(number) is int:
         return number
-    raise UnsupportedValue(f"step={step!r:.80}: a step is a whole number from 0 to 2**63 - 1")
+    raise UnsupportedValue(f"step={step!r:.80}: a step is a whole number from 0 to 2**61 - 1")
+
+
+def truth(commit: object) -> bool | None:
+    """`commit` as users give it, numpy's and torch's on the CPU too."""
+    return None if commit is None else bool(convert.plain(commit))

@@ -1,4 +1,20 @@
-"""A daemon for tests: it speaks the real wire over a real socket, and keeps what it is told in memory.
+"""For tests: a recorder for your own, and a daemon in memory for those of sidestep.
+
+    from sidestep.testing import record
+
+    with record() as logged:
+        train(steps=3)                    # calls sidestep.init() and log(), as ever
+    assert [0, 1, 2] == logged["step"]
+    assert logged["loss"][-1] < logged["loss"][0]
+
+needs no daemon, no thread and no file, and raises what a training run would count and say. As a fixture:
+
+    @pytest.fixture
+    def logged():
+        with record() as recorder:
+            yield recorder
+
+`FakeDaemon` speaks the real wire over a real socket, and keeps what it is told in memory:
 
     with FakeDaemon() as daemon:
         run = sidestep.init(...)          # with SIDESTEP_ADDRESS=daemon.address
@@ -19,18 +35,22 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from time import monotonic, sleep
 from types import TracebackType
 from typing import Any
 
 import zmq
 
+from sidestep import _current
 from sidestep.errors import RemoteProtocolError
+from sidestep.outbox import Outbox
 from sidestep.wire import (
     Ack,
     Bye,
     Frame,
     Hello,
+    Kind,
     Message,
     Record,
     Refuse,
@@ -45,6 +65,116 @@ from sidestep.wire import (
 
 CREDIT = 4 * 1024 * 1024
 POLL_MS = 5
+
+
+class Recorder:
+    """What was logged, as soon as it was. `records` holds all of it, in its order."""
+
+    def __init__(self) -> None:
+        self.records: list[Record] = []
+        self.exit_codes: list[int | None] = []
+        """How each finished run ended; None where nobody said."""
+        self._lock = threading.RLock()
+
+    def __getitem__(self, name: str) -> list[Any]:
+        """Every value logged under a name, which begins with that of its stage; KeyError if there is none."""
+        values = [values[name] for _, values in self._logged() if name in values]
+        if not values:
+            raise KeyError(name)
+        return values
+
+    def __contains__(self, name: str) -> bool:
+        """Whether anything was logged under a name."""
+        return any(name in values for _, values in self._logged())
+
+    @property
+    def names(self) -> list[str]:
+        """Every name that something was logged under."""
+        return sorted({name for _, values in self._logged() for name in values})
+
+    def steps(self, name: str) -> list[int | None]:
+        """The step of each value that was logged under a name."""
+        return [step for step, values in self._logged() if name in values]
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What the runs were configured with."""
+        return self._of(Kind.CONFIG)
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """What was put into the summary; the last values of metrics are added by the daemon."""
+        return self._of(Kind.SUMMARY)
+
+    @property
+    def definitions(self) -> dict[str, Mapping[str, Any]]:
+        """What was declared of metrics, by name or pattern."""
+        return {record.data["name"]: record.data for record in self.records if record.kind is Kind.DEFINE}
+
+    def take(self, outbox: Outbox) -> None:
+        """Take what is in an outbox. From any thread, and while it is being done."""
+        with self._lock:
+            while (frame := outbox.next_frame()) is not None:
+                found = decode_records(frame.body, frame.count)
+                self.records += [record for record in found if isinstance(record, Record)]
+                outbox.ack(frame.end)
+
+    def _logged(self) -> list[tuple[int | None, Mapping[str, Any]]]:
+        return [
+            (
+                record.step,
+                {f"{record.stage}/{name}" if record.stage else name: it for name, it in record.data.items()},
+            )
+            for record in list(self.records)
+            if record.kind in (Kind.LOG, Kind.COUNTED)
+        ]
+
+    def _of(self, kind: Kind) -> dict[str, Any]:
+        return {name: it for record in self.records if record.kind is kind for name, it in record.data.items()}
+
+
+class _Recording:
+    """Carries one session's records to a recorder, in the thread that logs them."""
+
+    kept_in: Path | None = None
+    run: Mapping[str, Any] = {"id": "recorded", "mode": "offline"}
+
+    def __init__(self, recorder: Recorder, outbox: Outbox) -> None:
+        self._recorder, self._outbox = recorder, outbox
+
+    def start(self) -> None:
+        """Have every call wake this."""
+        self._outbox.idle = True
+
+    def wake(self) -> None:
+        """Take what there is."""
+        self._recorder.take(self._outbox)
+
+    def flush(self, timeout: float) -> bool:  # noqa: ARG002 - a carrier's method, as below
+        """Nothing is ever left."""
+        self.wake()
+        return True
+
+    def ask(self, timeout: float) -> Mapping[str, Any]:  # noqa: ARG002
+        """What a run without a daemon is."""
+        return self.run
+
+    def finish(self, timeout: float, exit_code: int | None) -> bool:  # noqa: ARG002
+        """Note how it ended."""
+        self.wake()
+        self._recorder.exit_codes.append(exit_code)
+        return True
+
+    def forget(self) -> None:
+        """A child's records stay in the child."""
+
+
+@contextmanager
+def record(*, strict: bool = True) -> Iterator[Recorder]:
+    """Capture what is logged inside; `strict` raises what a training run would count and say once."""
+    recorder = Recorder()
+    with _current.carried_by(lambda _, outbox: _Recording(recorder, outbox), strict=strict):
+        yield recorder
 
 
 @dataclass(slots=True, kw_only=True)

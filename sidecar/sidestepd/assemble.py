@@ -7,13 +7,14 @@
 - in a merged row it can be told from a name alone which axis it belongs to
 - the value of the axis is data in every row, and every name is defined once, exactly, with its axis
 - a late row is a row of its own; a share of a value that was already written goes under `<name>.late`
+- attempts do not meet in a row; a step that an earlier attempt has in a row is said again, and says so
 - no I/O and no clock here: callers pass `now`
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import astuple, dataclass, replace
 from typing import Any
 
@@ -21,6 +22,8 @@ from sidestepd.reduce import is_number, reduce_parts
 from sidestepd.rows import MAIN_AXIS, Aggregate, Bundle, Definition, Latest, Position, Row
 from sidestepd.rules import Rules
 
+NOWHERE = (-1, -1)
+"""The attempt and step of an axis that is in no row."""
 OWN_PREFIX = "sidestep/"
 """Names that sidestep itself adds to rows."""
 
@@ -30,6 +33,7 @@ class _Draft:
     """A bundle reduced, without a `_step` yet. `since`: when it began to wait."""
 
     axis: str
+    attempt: int
     step: int
     time: float
     values: dict[str, Any]
@@ -37,6 +41,7 @@ class _Draft:
     ranks: int
     since: float
     conflicts: int
+    own: Mapping[str, Any]
 
 
 class Assembler:
@@ -50,11 +55,20 @@ class Assembler:
         """How far `_step` is ahead of the main axis."""
         self.late_rows = 0
         self.conflicts = 0
-        self.released: dict[str, int] = {}
-        """The highest step of each axis that is in a row."""
-        self.latest: dict[str, Latest] = {}
+        self.late_values = 0
+        self.forced_rows = 0
+        self.released: dict[tuple[str, int], int] = {}
+        """The highest step of each axis and attempt that is in a row."""
+        self._furthest: dict[str, tuple[int, int]] = {}
+        """The newest attempt of each axis, and the highest step of that which is in a row."""
+        self._latest: dict[str, Latest] = {}
+        self._recent: dict[str, Row] = {}
+        """The newest row of each name that is not in `_latest` yet: looked at once for many rows."""
         self.defined: dict[str, Definition] = {}
         self._defined_as_of: dict[str, int] = {}
+        self._settled: set[str] = set()
+        """Names whose values are no dicts, and that were defined as of the newest declaration."""
+        self._settled_as_of = 0
         self._aggregates: dict[str, Aggregate] = {}
         self._patience = patience
         self._max_wait = max_wait
@@ -62,9 +76,9 @@ class Assembler:
         self._waiting: dict[str, _Draft] = {}
         """The newest row of each other axis, in the order in which they came."""
         self._changed: dict[str, Latest] = {}
-        self._written: OrderedDict[tuple[str, int], set[str]] = OrderedDict()
-        self._forgotten: dict[str, int] = {}
-        """The step of each axis up to which it may be unknown what was written."""
+        self._written: OrderedDict[tuple[str, int, int], Set[str]] = OrderedDict()
+        self._forgotten: dict[tuple[str, int], int] = {}
+        """The step of each axis and attempt up to which it may be unknown what was written."""
         self._main_at: float | None = None
         self._interval = 0.0
         self._shift_told = 0
@@ -76,11 +90,12 @@ class Assembler:
         rows: list[Row] = []
         for bundle in bundles:
             draft = self._draft(bundle, now)
+            self.forced_rows += bundle.cause == "forced"
             if bundle.axis == MAIN_AXIS and not bundle.late:
                 rows.extend(self._main(draft, world))
                 continue
             waiting = self._waiting.get(draft.axis)
-            if waiting is not None and waiting.step <= draft.step:
+            if waiting is not None and (waiting.step <= draft.step or not bundle.late):
                 rows.extend(self._alone(draft.axis))
             if bundle.late:
                 rows.append(self._late(draft))
@@ -107,6 +122,7 @@ class Assembler:
         first = min(bundle.parts, key=lambda part: (part.rank, part.position.seq))
         return _Draft(
             axis=bundle.axis,
+            attempt=bundle.attempt,
             step=bundle.step,
             time=first.time,
             values={bundle.axis: bundle.step, **reduced.values},
@@ -114,6 +130,7 @@ class Assembler:
             ranks=len({part.rank for part in bundle.parts}),
             since=now,
             conflicts=reduced.conflicts,
+            own=bundle.own,
         )
 
     def _main(self, draft: _Draft, world: int) -> Iterator[Row]:
@@ -131,7 +148,7 @@ class Assembler:
 
     def _own(self, draft: _Draft, world: int) -> dict[str, Any]:
         """What sidestep says of a main row."""
-        own: dict[str, Any] = {}
+        own: dict[str, Any] = dict(draft.own)
         if world > 1:
             own[f"{OWN_PREFIX}ranks_reported"] = draft.ranks
         if self.shift or self._shift_told:
@@ -142,7 +159,7 @@ class Assembler:
         """Who of the waiting merges into a main row."""
         row = [main]
         for draft in self._waiting.values():
-            if self._can_meet([*row, draft]):
+            if draft.attempt == main.attempt and self._can_meet([*row, draft]):
                 row.append(draft)
         return row[1:]
 
@@ -160,39 +177,57 @@ class Assembler:
         return [self._row(draft, (), step=self.last + 1, values=draft.values) for draft in drafts]
 
     def _late(self, draft: _Draft) -> Row:
+        written = self._names_at(draft) - {draft.axis, *self.rules.step_metrics}
         self.late_rows += 1
-        written = self._names_at(draft.axis, draft.step) - {draft.axis, *self.rules.step_metrics}
+        self.late_values += len(written & draft.values.keys())
         values = {f"{name}.late" if name in written else name: value for name, value in draft.values.items()}
         values[f"{OWN_PREFIX}late_rows"] = self.late_rows
-        row = self._row(draft, (), step=self.last + 1, values=values)
-        return replace(row, late=True, restore=self._newer_than(draft.axis, draft.step, values))
+        return replace(self._row(draft, (), step=self.last + 1, values=values), late=True)
 
-    def _names_at(self, axis: str, step: int) -> set[str]:
+    def _names_at(self, draft: _Draft) -> Set[str]:
         """The names written at a step; of a step that left the window, the names whose values may be there."""
-        written = self._written.get((axis, step), set())
-        if step > self._forgotten.get(axis, -1):
+        written: Set[str] = self._written.get((draft.axis, draft.attempt, draft.step), frozenset())
+        if draft.step > self._forgotten.get((draft.axis, draft.attempt), -1):
             return written
-        return written | {name for name, it in self.latest.items() if it.axis == axis and it.step >= step}
+        place = (draft.attempt, draft.step)
+        return written | {
+            name for name, it in self.latest.items() if it.axis == draft.axis and (it.attempt, it.step) >= place
+        }
 
-    def _newer_than(self, axis: str, step: int, names: Iterable[str]) -> dict[str, Any]:
+    def _newer_than(self, draft: _Draft, names: Iterable[str]) -> dict[str, Any]:
         """Newer values of names, for the summary; wandb's own aggregates are left alone."""
-        newer = {}
+        newer, place = {}, (draft.attempt, draft.step)
         for name in names:
             latest = self.latest.get(name)
             if name.startswith(OWN_PREFIX) or latest is None or self.rules.of_made(name).summary is not None:
                 continue
-            if latest.axis == axis and latest.step > step:
+            if latest.axis == draft.axis and (latest.attempt, latest.step) > place:
                 newer[name] = latest.value
         return newer
 
+    def _is_behind(self, draft: _Draft) -> bool:
+        """Whether a row of its axis holds a later step, or a later attempt."""
+        return self._furthest.get(draft.axis, NOWHERE) > (draft.attempt, draft.step)
+
+    def _is_said_again(self, draft: _Draft) -> bool:
+        """Whether an earlier attempt came as far, and this one goes over it anew."""
+        return any(
+            axis == draft.axis and attempt < draft.attempt and step >= draft.step
+            for (axis, attempt), step in self.released.items()
+        )
+
     def _row(self, draft: _Draft, guests: Sequence[_Draft], *, step: int, values: dict[str, Any]) -> Row:
         drafts = (draft, *guests)
+        if draft.attempt and any(map(self._is_said_again, drafts)):
+            values[f"{OWN_PREFIX}attempt"] = draft.attempt
         row = Row(
             step=step,
             time=draft.time,
             values=values,
             places={it.axis: it.step for it in drafts},
             positions=tuple(position for it in drafts for position in it.positions),
+            attempt=draft.attempt,
+            restore=self._newer_than(draft, values) if self._is_behind(draft) else {},
         )
         self.conflicts += sum(it.conflicts for it in drafts)
         self.remember(row)
@@ -205,31 +240,57 @@ class Assembler:
     def remember(self, row: Row) -> None:
         """Note what a row holds, made now or in an earlier life."""
         self.last = max(self.last, row.step)
+        attempt, behind = row.attempt, False
         for axis, step in row.places.items():
-            self.released[axis] = max(step, self.released.get(axis, step))
-        for place in row.places.items():
-            self._written.setdefault(place, set()).update(row.values)
+            place = (axis, attempt)
+            furthest = self._furthest.get(axis, NOWHERE)
+            behind = behind or furthest > (attempt, step)
+            self._furthest[axis] = max((attempt, step), furthest)
+            self.released[place] = max(step, self.released.get(place, step))
+            before, names = self._written.get((axis, attempt, step)), row.values.keys()
+            self._written[axis, attempt, step] = names if before is None else before | names
         while len(self._written) > self._window:
-            (axis, step), _ = self._written.popitem(last=False)
-            self._forgotten[axis] = max(step, self._forgotten.get(axis, step))
-        for name, value in row.values.items():
-            axis = _axis_of(name, row.places)
-            self._note(name, Latest(axis=axis, step=row.places[axis], time=row.time, value=value))
+            (axis, attempt, step), _ = self._written.popitem(last=False)
+            self._forgotten[axis, attempt] = max(step, self._forgotten.get((axis, attempt), step))
+        if behind:
+            for name in row.values:
+                self._note(name, row)
+        else:
+            self._recent.update(dict.fromkeys(row.values, row))
 
-    def _note(self, name: str, new: Latest) -> None:
-        old = self.latest.get(name)
-        if old is None or old.axis != new.axis or old.step <= new.step or name.startswith(OWN_PREFIX):
-            self.latest[name] = self._changed[name] = new
+    @property
+    def latest(self) -> dict[str, Latest]:
+        """The newest value of each name."""
+        for name, row in self._recent.items():
+            axis = _axis_of(name, row.places)
+            new = Latest(
+                axis=axis, attempt=row.attempt, step=row.places[axis], time=row.time, value=row.values[name]
+            )
+            self._latest[name] = self._changed[name] = new
+        self._recent = {}
+        return self._latest
+
+    def _note(self, name: str, row: Row) -> None:
+        """Take a value of a row that is behind, unless there is a newer one."""
+        axis, old = _axis_of(name, row.places), self.latest.get(name)
+        place = (row.attempt, row.places[axis])
+        if old is None or old.axis != axis or (old.attempt, old.step) <= place or name.startswith(OWN_PREFIX):
+            self._recent[name] = row
 
     def take_changed(self) -> dict[str, Latest]:
         """The newest values that changed since this was asked last."""
+        _ = self.latest
         changed, self._changed = self._changed, {}
         return changed
 
     def new_definitions(self, rows: Iterable[Row]) -> list[Definition]:
         """Definitions for the names that these rows are the first to hold since anything was declared."""
         new: list[Definition] = []
+        if self._settled_as_of != self.rules.version:
+            self._settled, self._settled_as_of = set(), self.rules.version
         for row in rows:
+            if self._settled.issuperset(row.values) and dict not in map(type, row.values.values()):
+                continue
             for name in _leaves(row.values):
                 if self._defined_as_of.get(name) != self.rules.version:
                     self._defined_as_of[name] = self.rules.version
@@ -237,6 +298,7 @@ class Assembler:
                     if self.defined.get(name) != definition:
                         self.defined[name] = definition
                         new.append(definition)
+            self._settled.update(name for name, value in row.values.items() if type(value) is not dict)
         return new
 
     def _aggregate(self, values: Mapping[str, Any]) -> None:
@@ -280,7 +342,9 @@ class Assembler:
             "conflicts": self.conflicts,
             "interval": self._interval,
             "main_at": self._main_at,
-            "released": self.released,
+            "late_values": self.late_values,
+            "forced_rows": self.forced_rows,
+            "released": [[axis, attempt, step] for (axis, attempt), step in self.released.items()],
             "aggregates": {name: list(astuple(it)) for name, it in self._aggregates.items()},
         }
 
@@ -289,7 +353,10 @@ class Assembler:
         self.last, self.shift, self._shift_told = marks["last"], marks["shift"], marks["shift_told"]
         self.late_rows, self.conflicts = marks["late_rows"], marks["conflicts"]
         self._interval, self._main_at = marks["interval"], marks["main_at"]
-        self.released = dict(marks["released"])
+        self.late_values, self.forced_rows = marks["late_values"], marks["forced_rows"]
+        self.released = {(axis, attempt): step for axis, attempt, step in marks["released"]}
+        for (axis, attempt), step in self.released.items():
+            self._furthest[axis] = max((attempt, step), self._furthest.get(axis, NOWHERE))
         self._aggregates = {name: Aggregate(*values) for name, values in marks["aggregates"].items()}
         self._forgotten = dict(self.released)
 

@@ -9,10 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import sqlite3
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -21,18 +18,14 @@ from typing import Any, TypeVar
 import click
 
 from sidestep.errors import SettingsError, SidestepError
-from sidestepd import command, rundir, status
-from sidestepd.command import Command, Signals
-from sidestepd.config import KEYS, SECTIONS, Config, Given, variables
+from sidestepd import collect, command, rundir, running, serving, status, transfer
+from sidestepd.command import Signals
+from sidestepd.config import SECTIONS, Given, is_option, variables
 from sidestepd.control import Control
-from sidestepd.daemon import Daemon
-from sidestepd.errors import AlreadyRunning, CanNotRun, ExitCode, Incomplete
-from sidestepd.notify import notify
+from sidestepd.errors import AlreadyRunning, CanNotRun, ExitCode, Incomplete, Unreachable
 from sidestepd.rundir import RunFile
+from sidestepd.saying import say, table
 
-_QUIET_S = 1.0
-"""A drain shorter than this is not worth a line."""
-_STOP = (signal.SIGINT, signal.SIGTERM)
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 _OPTIONS = {
@@ -45,6 +38,7 @@ _OPTIONS = {
     "--tags": "run.tags",
     "--notes": "run.notes",
     "--mode": "run.mode",
+    "--resume": "run.resume",
     "--dir": "run.dir",
     "--sink": "sink.kind",
     "--patience": "order.patience_s",
@@ -59,23 +53,47 @@ _RUN_CODES = f"""\b
 Exit codes:
   that of CMD, or 128 + signal where a signal ended it; of our own:
 {_OUR_CODES}\
+   {ExitCode.DISK}  CMD succeeded, but somebody deleted the run directory
    {ExitCode.INTERRUPTED}  CMD succeeded, but the run is not complete yet; all that was
-       acknowledged is on disk: `sidestep serve RUN_DIR` takes it up
+       acknowledged is on disk: `sidestep drain RUN_DIR` takes it up
   {command.NOT_EXECUTABLE}  CMD can not be executed
   {command.NOT_FOUND}  there is no CMD of that name
 """
 _SERVE_CODES = f"""\b
 Exit codes:
 {_OUR_CODES}\
-   {ExitCode.INTERRUPTED}  stopped before the run was complete; all that was acknowledged
-       is on disk: `sidestep serve RUN_DIR` takes it up
+   {ExitCode.DISK}  somebody deleted the run directory
+   {ExitCode.INTERRUPTED}  stopped before all was complete; what was acknowledged is on disk:
+       the same `sidestep serve` goes on, `sidestep drain RUN_DIR` finishes it
 """
-_ENVIRONMENT = """\b
-Environment (weaker than options, stronger than the file that --config or
-SIDESTEP_CONFIG names; deploy/sidestepd.toml lists every option):
-  WANDB_PROJECT, WANDB_ENTITY, WANDB_NAME, WANDB_RUN_ID, WANDB_RUN_GROUP,
-  WANDB_JOB_TYPE, WANDB_TAGS, WANDB_NOTES, WANDB_MODE, WANDB_DIR
-  SIDESTEP_<SECTION>_<OPTION>, such as SIDESTEP_ORDER_PATIENCE_S
+_SYNC_CODES = f"""\b
+Exit codes:
+    0  everything is on the server
+    2  this directory, or what is there already, does not allow it
+   {ExitCode.INTERRUPTED}  not everything is there yet; the line says why, and calling it again goes on
+"""
+
+
+def _every_option() -> str:
+    """All options, as --set, the environment and the file name them."""
+    lines = []
+    for section, model in SECTIONS.items():
+        for name, field in model.model_fields.items():
+            default = "" if field.default is None else field.default
+            lines += [f"  {section}.{name} = {default}", f"      {field.description}"]
+            lines += [f"      {', '.join(variables(f'{section}.{name}'))}"]
+    return "\n".join(lines)
+
+
+_ENVIRONMENT = f"""\b
+Every option, with its default and its variables, as --set takes it:
+{_every_option()}
+\b
+Options are stronger than the environment, and that is stronger than the file
+that --config or SIDESTEP_CONFIG names (deploy/sidestepd.toml is one). What a
+script says in init() is stronger than the environment, weaker than options.
+wandb's own WANDB_API_KEY is read by the daemon alone, and never written down;
+WANDB_SILENT silences all but errors and losses.
 """
 
 
@@ -83,6 +101,12 @@ def _run_options(function: _F) -> _F:
     """The options that `run` and `serve` share; the checks are config.py's."""
     for add in (
         click.option("--set", "settings", multiple=True, metavar="SECTION.OPTION=VALUE", help="Any other option."),
+        click.option(
+            "--reduce",
+            multiple=True,
+            metavar="NAME=OPERATION[,...]",
+            help="How values of several ranks become one, by name or pattern.",
+        ),
         click.option(
             "--config", metavar="FILE", type=click.Path(path_type=Path), help="A TOML file with options."
         ),
@@ -93,6 +117,19 @@ def _run_options(function: _F) -> _F:
     ):
         function = add(function)
     return function
+
+
+def _target(function: _F) -> _F:
+    """Which daemon is meant."""
+    function = click.option("--address", help="Where it listens.")(function)
+    return click.argument("run_dir", type=click.Path(path_type=Path, file_okay=False), required=False)(function)
+
+
+def _address_of(run_dir: Path | None, address: str | None) -> str:
+    """The daemon at an address, of a run, of our environment, or of the newest run here."""
+    if run_dir:
+        return RunFile.read(run_dir).address
+    return address or os.environ.get("SIDESTEP_ADDRESS") or RunFile.read(_newest(os.environ)).address
 
 
 def _parameter(key: str) -> str:
@@ -123,8 +160,16 @@ def main() -> None:
     context_settings={"allow_interspersed_args": False, "ignore_unknown_options": False},
 )
 @_run_options
+@click.option("--context-file", metavar="FILE", type=click.Path(path_type=Path),
+              help="Write down where the run is, for those that join later by SIDESTEP_CONTEXT=FILE.")  # fmt: skip
 @click.argument("words", metavar="-- CMD...", nargs=-1, type=click.UNPROCESSED, required=True)
-def run(words: tuple[str, ...], config: Path | None, settings: tuple[str, ...], **options: str | None) -> None:
+def run(
+    words: tuple[str, ...],
+    context_file: Path | None,
+    config: Path | None,
+    settings: tuple[str, ...],
+    **options: Any,
+) -> None:
     """Run a command whose workers all log into one run.
 
     \b
@@ -136,7 +181,7 @@ def run(words: tuple[str, ...], config: Path | None, settings: tuple[str, ...], 
     by SIDESTEP_ADDRESS, SIDESTEP_RUN_ID and SIDESTEP_RUN_DIR, which CMD gets.
     Inside another `sidestep run` it joins that one's run.
     """
-    sys.exit(_saying_why(lambda: _run(words, config, _overrides(options, settings))))
+    sys.exit(_saying_why(lambda: running.run(words, config, _overrides(options, settings), context_file)))
 
 
 @main.command(epilog=f"{_SERVE_CODES}\n{_ENVIRONMENT}")
@@ -151,20 +196,84 @@ def serve(
     grace_s: float,
     config: Path | None,
     settings: tuple[str, ...],
-    **options: str | None,
+    **options: Any,
 ) -> None:
-    """Serve one run in the foreground, until SIGTERM or SIGINT.
+    """Serve the runs of whoever comes, in the foreground, until SIGTERM or SIGINT.
 
     \b
-    sidestep serve --address ipc:///run/sidestep/train.sock --id nightly
+    sidestep serve --address ipc:///run/sidestep/train.sock
     SIDESTEP_ADDRESS=ipc:///run/sidestep/train.sock torchrun ... train.py
 
+    Workers name their run by init(id=...), WANDB_RUN_ID or SIDESTEP_RUN_ID; those
+    that name none share one run per launch, and the second init() of a process
+    begins a second run. A run is finished when its last worker has left for
+    serve.linger_s. With --id it is one run that everybody joins.
+
     Says READY=1 to a service manager when workers can connect. Stopped, it waits
-    for its workers to leave and finishes the run; what is not done when --grace
-    is over stays on disk (exit code 75). With RUN_DIR it takes up such a run.
+    for its workers to leave and finishes their runs; what is not done when --grace
+    is over stays on disk (exit code 75). Started again with the same --dir and
+    --address it goes on with it; with RUN_DIR it takes up one interrupted run.
     """
     overrides = _overrides(options, settings)
-    sys.exit(_saying_why(lambda: _serve(run_dir, address, grace_s, config, overrides)))
+    sys.exit(_saying_why(lambda: serving.serve(run_dir, address, grace_s, config, overrides)))
+
+
+@main.command(epilog=f"\b\nExit codes:\n{_OUR_CODES}")
+@click.argument("run_dirs", metavar="RUN_DIR...", nargs=-1, required=True, type=click.Path(path_type=Path))
+def drain(run_dirs: tuple[Path, ...]) -> None:
+    """Finish runs that were interrupted, from what is on disk.
+
+    \b
+    sidestep drain sidestep-runs/20260102-030405-abcd1234
+
+    Writes what is left into the run and closes it, with exit code 0 if all of its
+    workers had left, else 1. Waits for no worker; `sidestep serve RUN_DIR` does.
+    """
+    sys.exit(_saying_why(lambda: serving.drain(run_dirs)))
+
+
+@main.command(
+    epilog=f"\b\nExit codes:\n    0  it has stopped\n   {ExitCode.UNAVAILABLE}  there is none, or it did not end\n"
+)
+@_target
+@click.option("--timeout", "timeout_s", type=click.FloatRange(min=0), default=120.0, show_default=True,
+              help="Seconds to wait for its end.")  # fmt: skip
+def stop(run_dir: Path | None, address: str | None, timeout_s: float) -> None:
+    """Stop a daemon as SIGTERM does, and wait for it.
+
+    Its runs are finished if that is possible within its --grace; what is not done
+    stays on disk, for `sidestep drain`. The command of a `sidestep run` is sent
+    SIGTERM, and decides.
+    """
+    sys.exit(_saying_why(lambda: serving.stop(_address_of(run_dir, address), timeout_s)))
+
+
+@main.command(epilog=f"\b\nExit codes:\n    0  it answers\n   {ExitCode.UNAVAILABLE}  nobody does\n")
+@_target
+@click.option("--timeout", "timeout_s", type=click.FloatRange(min=0), default=2.0, show_default=True,
+              help="Seconds to wait for an answer.")  # fmt: skip
+def ping(run_dir: Path | None, address: str | None, timeout_s: float) -> None:
+    """See whether a daemon answers: for health checks."""
+
+    def answer() -> int:
+        where = _address_of(run_dir, address)
+        with Control(where) as control:
+            info = control.ask_status(timeout_s)
+        if info is None:
+            raise Unreachable(f"nobody answers at {where}")
+        click.echo(f"process {info['pid']}, {info['live']} workers")
+        return 0
+
+    sys.exit(_saying_why(answer))
+
+
+@main.command(hidden=True)
+@click.argument("address")
+@click.argument("lock", type=int)
+@click.option("--dir", "folder", type=click.Path(path_type=Path))
+def autostarted(address: str, lock: int, folder: Path | None) -> None:
+    """Serve the launch of the worker that starts this; `lock` is the descriptor that holds the address."""
+    sys.exit(_saying_why(lambda: serving.autostarted(address, lock, folder)))
 
 
 @main.command("status")
@@ -182,278 +291,61 @@ def show_status(run_dir: Path | None, as_json: bool) -> None:
 
     def show() -> int:
         found = status.report(run_dir or _newest(os.environ))
-        text = json.dumps(found.to_json(), indent=2) if as_json else _table(found)
+        text = json.dumps(found.to_json(), indent=2) if as_json else table(found)
         click.echo(text)
         return 0
 
     sys.exit(_saying_why(show))
 
 
-# run
+@main.command(epilog=_SYNC_CODES)
+@click.option("--project", help="The W&B project; otherwise as the run is called.")
+@click.option("--entity", help="The W&B user or team; otherwise as the run is called.")
+@click.option("--id", "run_id", help="The id there; otherwise the run's own.")
+@click.option("--server", help="The address of the W&B server; otherwise as for `sidestep run`.")
+@click.argument("run_dir", type=click.Path(path_type=Path, file_okay=False, exists=True))
+def sync(run_dir: Path, project: str | None, entity: str | None, run_id: str | None, server: str | None) -> None:
+    """Send a run to W&B, whole and once.
+
+    An offline run goes up as one run, however often its daemon was killed. A run
+    that was interrupted is finished first. Stopped at any time, it goes on from
+    what the server holds when it is called again.
+    """
+    target = transfer.Target(project=project, entity=entity, id=run_id, server=server)
+
+    def send() -> int:
+        with Signals() as signals:
+            say(transfer.send(run_dir.absolute(), target, running.Drain(signals)))
+        return 0
+
+    sys.exit(_saying_why(send))
 
 
-def _run(words: Sequence[str], toml: Path | None, overrides: Mapping[str, Given]) -> int:
-    environ = dict(os.environ)
-    if _joins_outer_run(environ):
-        if overrides:
-            _say(f"joins run {environ.get('SIDESTEP_RUN_ID', '')}: its options are those of the outer command")
-        command.become(words, environ)
-    config = rundir.with_run_id(Config.load(toml, environ, overrides))
-    if config.run.mode == "disabled":
-        command.become(words, environ | {"SIDESTEP_MODE": "disabled"})
-    command.check(words, environ)
-    run_dir, found = _new_run(config)
-    with Signals() as signals:
-        daemon = Daemon(run_dir, config, found, pause=_Drain(signals))
-        try:
-            daemon.start()
-            _say_in_terminal(f"run {found.id} in {_short(run_dir)}")
-            code = _attend(daemon, words, environ | _exports(found), signals)
-            complete = _finish(daemon, code)
-        finally:
-            daemon.release()
-    return _sum_up(run_dir, code, complete=complete)
+@main.command()
+@click.option("--sink", required=True, metavar="KIND:PLACE", help="jsonl:PATH, or wandb:DIR for an offline run.")
+@click.argument("run_dir", type=click.Path(path_type=Path, file_okay=False, exists=True))
+def replay(run_dir: Path, sink: str) -> None:
+    """Write a run's rows once more, into another place.
+
+    Reads the run directory and changes nothing in it. The rows come with the run's
+    configuration, summary and definitions. A run that is not finished is written
+    as it stands, with what is still in its spool.
+    """
+
+    def write() -> int:
+        say(transfer.write(run_dir.absolute(), sink))
+        return 0
+
+    sys.exit(_saying_why(write))
 
 
-def _joins_outer_run(environ: dict[str, str]) -> bool:
-    """Whether there is a daemon around us; what a dead one left in the environment is taken out of it."""
-    address = environ.get("SIDESTEP_ADDRESS")
-    if not address:
-        return False
-    with Control(address) as control:
-        if control.ask_status(timeout_s=2.0) is not None:
-            return True
-    _say(f"nobody answers at SIDESTEP_ADDRESS={address}: starting a daemon of our own")
-    for name in ("SIDESTEP_ADDRESS", "SIDESTEP_RUN_ID", "SIDESTEP_RUN_DIR"):
-        environ.pop(name, None)
-    return False
-
-
-def _new_run(config: Config, address: str | None = None) -> tuple[Path, RunFile]:
-    run_dir = rundir.new_run_dir(config, now=time.time())
-    return run_dir, RunFile.of(config, run_dir, _address(run_dir, address))
-
-
-def _address(run_dir: Path, address: str | None) -> str:
-    if address:
-        rundir.check_address(address)
-    return address or rundir.private_address(run_dir)
-
-
-def _exports(run: RunFile) -> dict[str, str]:
-    return {"SIDESTEP_ADDRESS": run.address, "SIDESTEP_RUN_ID": run.id, "SIDESTEP_RUN_DIR": run.dir}
-
-
-def _attend(daemon: Daemon, words: Sequence[str], environ: Mapping[str, str], signals: Signals) -> int:
-    """Run the command to its end, keep the daemon alive meanwhile, and return the command's exit code."""
-    for number in signals.wait(0):
-        if number in _STOP:
-            return 128 + number
-    try:
-        running = Command(words, environ, in_foreground=command.in_foreground())
-    except CanNotRun as error:
-        _say(str(error))
-        return error.exit_code
-    while running.exit_code is None:
-        daemon.tend()
-        for number in signals.wait(0.2):
-            running.pass_on(number)
-    return running.exit_code
-
-
-def _finish(daemon: Daemon, exit_code: int) -> bool:
-    """Have the run finished; False, having said why, if that must wait for another time."""
-    progress = _Progress()
-    try:
-        daemon.close(exit_code)
-        daemon.wait_closed(progress)
-    except Incomplete as error:
-        progress.clear()
-        _say(f"the run is not complete: {error}. `sidestep serve {_short(daemon.run_dir)}` takes it up")
-        return False
-    progress.clear()
-    return True
-
-
-class _Drain:
-    """How the end of a run waits: the first signal is answered, the second ends the waiting."""
-
-    def __init__(self, signals: Signals, deadline: float | None = None) -> None:
-        self._signals = signals
-        self._deadline = deadline
-        self._asked = False
-
-    def __call__(self, seconds: float) -> None:
-        for number in self._signals.wait(seconds):
-            if number not in _STOP:
-                continue
-            if self._asked:
-                raise Incomplete(f"stopped by {number.name}")
-            self._asked = True
-            _say("writing the last rows; once more, and they are left on disk for later")
-        if self._deadline is not None and time.monotonic() > self._deadline:
-            raise Incomplete("its time to stop was over")
-
-
-# serve
-
-
-def _serve(
-    run_dir: Path | None, address: str | None, grace_s: float, toml: Path | None, given: Mapping[str, Given]
-) -> int:
-    if run_dir is None:
-        config = rundir.with_run_id(Config.load(toml, os.environ, given))
-        if config.run.mode == "disabled":
-            raise SettingsError(f"run.mode = disabled (from {config.source('run.mode')}): nothing to serve")
-        run_dir, found = _new_run(config, address)
-    elif toml or given:
-        named = ", ".join([one.source for one in given.values()] or ["--config"])
-        raise SettingsError(f"{named}: a run that is taken up keeps the options it began with")
-    else:
-        run_dir, config = run_dir.absolute(), _stored_config(run_dir)
-        if status.report(run_dir).state == "finished":
-            return _sum_up(run_dir, 0, complete=True)
-        found = RunFile.read(run_dir).at(run_dir, _address(run_dir, address))
-    with Signals() as signals:
-        daemon = Daemon(run_dir, config, found, pause=_Drain(signals))
-        try:
-            daemon.start()
-            _say(f"run {found.id} at {found.address} in {_short(run_dir)}")
-            notify("READY=1")
-            complete = _until_stopped(daemon, signals) or _wind_up(daemon, signals, grace_s)
-        finally:
-            daemon.release()
-    return _sum_up(run_dir, 0, complete=complete)
-
-
-def _stored_config(run_dir: Path) -> Config:
-    try:
-        return Config.from_json((run_dir / "config.json").read_bytes())
-    except (OSError, ValueError) as error:
-        raise SettingsError(f"{run_dir} can not be taken up: {error}") from None
-
-
-def _until_stopped(daemon: Daemon, signals: Signals) -> bool:
-    """Serve; True if the run was finished meanwhile, False if we are told to stop."""
-    while daemon.tend():
-        if any(number in _STOP for number in signals.wait(0.2)):
-            return False
-    return True
-
-
-def _wind_up(daemon: Daemon, signals: Signals, grace_s: float) -> bool:
-    """Wait for the workers to leave, then finish the run: all within `grace_s`."""
-    notify("STOPPING=1")
-    pause = daemon.pause = _Drain(signals, time.monotonic() + grace_s)
-    try:
-        while daemon.tend() and daemon.live_sessions() != 0:
-            pause(0.2)
-    except Incomplete as error:
-        _say(f"workers are still there: {error}. `sidestep serve {_short(daemon.run_dir)}` takes the run up")
-        return False
-    return _finish(daemon, 0)
-
-
-# Words
-
-
-class _Progress:
-    """One line, written over and over, while a run drains in a terminal."""
-
-    def __init__(self) -> None:
-        self._since = time.monotonic()
-        self._shown = False
-
-    def __call__(self, pending: int) -> None:
-        if sys.stderr.isatty() and time.monotonic() > self._since + _QUIET_S:
-            self._shown = True
-            click.echo(f"\r\033[Ksidestep: writing the last rows, {pending} records to go", err=True, nl=False)
-
-    def clear(self) -> None:
-        """Leave an empty line."""
-        if self._shown:
-            click.echo("\r\033[K", err=True, nl=False)
-
-
-def _sum_up(run_dir: Path, exit_code: int, *, complete: bool) -> int:
-    """Say what the run holds, and return our exit code."""
-    try:
-        found = status.report(run_dir)
-    except (OSError, sqlite3.Error, SidestepError) as error:
-        _say(f"can not read {_short(run_dir)}: {error}")
-    else:
-        _tell(found, run_dir, complete=complete)
-    return exit_code if complete or exit_code else ExitCode.INTERRUPTED
-
-
-def _tell(found: status.Report, run_dir: Path, *, complete: bool) -> None:
-    if complete:
-        _say_in_terminal(
-            f"{found.rows} rows of {_many(found.ranks, 'rank')}: {found.late_rows} late, "
-            f"{sum(found.ledger.dropped.values())} dropped, {sum(found.ledger.rejected.values())} rejected"
-        )
-        for wandb_dir in sorted((run_dir / "wandb").glob("offline-run-*"))[:1]:
-            _say_in_terminal(f"wandb sync {_short(wandb_dir.parent)}/offline-run-*")
-    lost = status.losses(found.ledger)
-    if lost and complete:
-        _say(f"not in the run: {lost}; `sidestep status {_short(run_dir)}` says more")
-
-
-def _table(found: status.Report) -> str:
-    run, ledger = found.run, found.ledger
-    lines = [
-        f"run       {run.id}" + (f" ({run.name})" if run.name else "") + f", {found.state}",
-        f"in        {_short(Path(run.dir))}",
-        f"rows      {found.rows}" + ("" if found.last_step is None else f", the last at step {found.last_step}"),
-        f"late      {found.late_rows}, forced {found.forced}",
-        f"records   {_equation(ledger)}",
-        f"spool     {found.spool_bytes / 1e6:.1f} MB"
-        + (", FULL: workers keep what they have" if found.full else ""),
-    ]
-    lines += [f"nothing matched the declared {pattern}" for pattern in found.unmatched]
-    lines += [
-        f"rank {one.rank:<4} {one.state:<5} {one.acknowledged} of {one.offered} acknowledged"
-        + (f", {_by_reason(one.dropped)} dropped" if any(one.dropped.values()) else "")
-        + f"   {one.node}:{one.pid}"
-        for one in found.sessions
-    ]
-    return "\n".join(lines)
-
-
-def _equation(ledger: status.Ledger) -> str:
-    return (
-        f"{ledger.offered} offered = {ledger.delivered} delivered + {_by_reason(ledger.rejected)} rejected"
-        f" + {_by_reason(ledger.dropped)} dropped + {ledger.pending} pending + {ledger.unknown} unknown"
-        + ("" if ledger.balances else "   DOES NOT BALANCE")
-    )
-
-
-def _by_reason(counts: Mapping[str, int]) -> str:
-    reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(counts.items()) if count)
-    return f"{sum(counts.values())} ({reasons})" if reasons else "0"
-
-
-def _many(count: int, noun: str) -> str:
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
-
-
-def _short(path: Path) -> str:
-    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
-
-
-def _say(text: str) -> None:
-    click.echo(f"sidestep: {text}", err=True)
-
-
-def _say_in_terminal(text: str) -> None:
-    if sys.stderr.isatty():
-        _say(text)
+main.add_command(collect.command)
 
 
 # Options
 
 
-def _overrides(options: Mapping[str, str | None], settings: Sequence[str]) -> dict[str, Given]:
+def _overrides(options: Mapping[str, Any], settings: Sequence[str]) -> dict[str, Given]:
     """What the command line says, with the option's own name as its source."""
     given = {
         key: Given(options[_parameter(key)], flag)
@@ -462,9 +354,14 @@ def _overrides(options: Mapping[str, str | None], settings: Sequence[str]) -> di
     }
     for setting in settings:
         key, equals, value = setting.partition("=")
-        if not equals or key not in KEYS:
+        if not equals or not is_option(key):
             raise click.BadParameter(f"{setting}: say SECTION.OPTION=VALUE; see deploy/sidestepd.toml")
         given[key] = Given(value, f"--set {key}")
+    for reduction in options["reduce"] or ():
+        name, equals, operations = reduction.rpartition("=")
+        if not equals or not name:
+            raise click.BadParameter(f"{reduction}: say NAME=OPERATION, such as 'train/*=max'")
+        given[f"reduce.{name}"] = Given(operations, "--reduce")
     return given
 
 
@@ -489,7 +386,9 @@ def _saying_why(act: Callable[[], int]) -> int:
         code, why = 2, str(error)
     except AlreadyRunning as error:
         code, why = ExitCode.ALREADY_RUNNING, str(error)
+    except Incomplete as error:
+        code, why = ExitCode.INTERRUPTED, str(error)
     except SidestepError as error:
         code, why = ExitCode.UNAVAILABLE, str(error)
-    _say(why)
+    say(why)
     return code

@@ -15,9 +15,17 @@ import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+)
 
 from sidestep.errors import SettingsError
 from sidestepd.rules import operations
@@ -35,9 +43,14 @@ class RunOptions(Section):
     """What the run is called. What is not given is left to the first `init()`, then to wandb."""
 
     id: str | None = Field(default=None, max_length=128, description="The run's id; made up when not given.")
-    mode: Literal["offline", "disabled"] = Field(
+    mode: Literal["offline", "online", "disabled"] = Field(
         default="offline",
-        description="offline writes files for `wandb sync`; disabled runs the command without a daemon.",
+        description="offline writes files for `sidestep sync`; online sends to W&B meanwhile; disabled runs the "
+        "command without a daemon.",
+    )
+    resume: Literal["allow", "must", "never"] = Field(
+        default="allow",
+        description="Whether W&B may, must or must not have a run of this id; online only.",
     )
     project: str | None = Field(default=None, description="The W&B project.")
     entity: str | None = Field(default=None, description="The W&B user or team.")
@@ -71,12 +84,13 @@ class RunOptions(Section):
 
     @field_validator("mode", mode="before")
     @classmethod
-    def _offline_only(cls, value: object) -> object:
-        if value == "online":
-            raise ValueError(
-                "this release writes offline runs: say offline, and send the run afterwards by `wandb sync`"
-            )
-        return "offline" if value == "dryrun" else value
+    def _as_wandb_once_said(cls, value: object) -> object:
+        return {"dryrun": "offline", "run": "online"}.get(value, value) if isinstance(value, str) else value
+
+    @field_validator("resume", mode="before")
+    @classmethod
+    def _as_wandb_says(cls, value: object) -> object:
+        return "allow" if value in ("auto", "true", "True", True) else value
 
 
 class OrderOptions(Section):
@@ -168,6 +182,69 @@ class SinkOptions(Section):
     kind: Literal["wandb", "jsonl"] = Field(
         default="wandb", description="wandb, or jsonl for `rows.jsonl` in the run directory."
     )
+    server: str | None = Field(
+        default=None,
+        pattern="^https?://",
+        description="The address of the W&B server, if not wandb's own.",
+    )
+    ask_every_s: float = Field(
+        default=15.0, gt=0, le=600, description="Online, how often the server is asked which rows it holds."
+    )
+
+
+class ServeOptions(Section):
+    """How `sidestep serve` keeps the runs that its workers name."""
+
+    linger_s: float = Field(
+        default=30.0, ge=0, description="A run is finished so long after its last worker left."
+    )
+    max_runs: int = Field(
+        default=32, gt=0, le=64, description="Runs open at once; workers of further ones wait for their turn."
+    )
+
+
+class WatchOptions(Section):
+    """What only who hears all ranks can say: silence, death, stragglers, and values that are no number."""
+
+    metrics: bool = Field(
+        default=True, description="Rows of several ranks say how long their step took and who was slowest."
+    )
+    per_rank: int = Field(
+        default=16, ge=0, description="With at most so many ranks, each one's straggler score is in the rows."
+    )
+    work_metric: str = Field(
+        default="",
+        description="A metric in which each rank logs how long it worked in a step; else the calls' times tell.",
+    )
+    alerts: bool = Field(
+        default=True,
+        description="What is found is told as alerts in the run; `sidestep status` shows it in any case.",
+    )
+    hangs: bool = Field(default=True, description="Tell of ranks that are silent, stalled or dead.")
+    silent_s: float = Field(
+        default=60.0,
+        gt=0,
+        description="A rank is silent after this, or after three times its longest pause if that is more.",
+    )
+    stalled_s: float = Field(
+        default=300.0, gt=0, description="So long may all ranks say nothing while their processes live; likewise."
+    )
+    stragglers: bool = Field(default=True, description="Tell of ranks that hold up the others.")
+    straggler_share: float = Field(
+        default=0.15, gt=0, description="A straggler needs this share more time than the median rank."
+    )
+    straggler_s: float = Field(default=30.0, ge=0, description="And has done so for this long.")
+    not_finite: tuple[str, ...] = Field(
+        default=("*loss*",),
+        description="Tell when a metric of these names or patterns is NaN or infinite, once for each name.",
+    )
+
+    @field_validator("not_finite", mode="before")
+    @classmethod
+    def _split_at_commas(cls, value: object) -> object:
+        if isinstance(value, str):
+            return tuple(name.strip() for name in value.split(",") if name.strip())
+        return value
 
 
 class UnsafeOptions(Section):
@@ -175,6 +252,19 @@ class UnsafeOptions(Section):
 
     duplicate_gate: bool = Field(default=True, description="A frame that was stored is not stored again.")
     row_log: bool = Field(default=True, description="Rows are written down before they are sent.")
+
+
+def _known_operations(value: str | list[str]) -> str | list[str]:
+    operations(value)
+    return value
+
+
+def _split(value: object) -> object:
+    """Several reductions in one word, as a command line has them."""
+    return value.split(",") if isinstance(value, str) and "," in value else value
+
+
+Reduction = Annotated[str | list[str], BeforeValidator(_split), AfterValidator(_known_operations)]
 
 
 class Config(Section):
@@ -186,7 +276,9 @@ class Config(Section):
     spool: SpoolOptions = Field(default_factory=SpoolOptions)
     delivery: DeliveryOptions = Field(default_factory=DeliveryOptions)
     sink: SinkOptions = Field(default_factory=SinkOptions)
-    reduce: dict[str, str | list[str]] = Field(
+    serve: ServeOptions = Field(default_factory=ServeOptions)
+    watch: WatchOptions = Field(default_factory=WatchOptions)
+    reduce: dict[str, Reduction] = Field(
         default_factory=dict,
         description="How values of several ranks become one, by name or pattern; the first match counts.",
     )
@@ -194,16 +286,6 @@ class Config(Section):
     sources: dict[str, str] = Field(
         default_factory=dict, description="Where each option was given, for messages and for `config.json`."
     )
-
-    @field_validator("reduce")
-    @classmethod
-    def _known_operations(cls, value: dict[str, str | list[str]]) -> dict[str, str | list[str]]:
-        for name, reduce in value.items():
-            try:
-                operations(reduce)
-            except ValueError as error:
-                raise ValueError(f"{name}: {error}") from None
-        return value
 
     @classmethod
     def load(
@@ -261,6 +343,8 @@ KEYS = tuple(f"{section}.{field}" for section, model in SECTIONS.items() for fie
 _OTHER_NAMES = {
     "run.id": ("WANDB_RUN_ID",),
     "run.mode": ("WANDB_MODE", "SIDESTEP_MODE"),
+    "run.resume": ("WANDB_RESUME",),
+    "sink.server": ("WANDB_BASE_URL",),
     "run.project": ("WANDB_PROJECT",),
     "run.entity": ("WANDB_ENTITY",),
     "run.name": ("WANDB_NAME",),
@@ -272,6 +356,11 @@ _OTHER_NAMES = {
 }
 _WORKERS_OWN = frozenset({"SIDESTEP_RUN_DIR"})
 """Variables that look like an option and are not: this one leads workers to their run."""
+
+
+def is_option(key: str) -> bool:
+    """Whether there is such an option; what is reduced may have any name."""
+    return key in KEYS or key.startswith("reduce.")
 
 
 def variables(key: str) -> tuple[str, ...]:
@@ -300,7 +389,9 @@ def _from_file(path: Path) -> dict[str, Given]:
     given = {key: Given(value, str(path)) for key, value in _flat(tables)}
     _refuse_unknown(given, str(path))
     given = {key: one for key, one in given.items() if one.value != ""}
-    return given | ({} if reduce is None else {"reduce": Given(reduce, str(path))})
+    if reduce is not None and not isinstance(reduce, dict):
+        return given | {"reduce": Given(reduce, str(path))}
+    return given | {f"reduce.{name}": Given(value, str(path)) for name, value in (reduce or {}).items()}
 
 
 def _from_overrides(overrides: Mapping[str, object]) -> dict[str, Given]:
@@ -313,7 +404,7 @@ def _from_overrides(overrides: Mapping[str, object]) -> dict[str, Given]:
 
 
 def _refuse_unknown(keys: Iterable[str], source: str) -> None:
-    unknown = [key for key in keys if key not in KEYS]
+    unknown = [key for key in keys if not is_option(key)]
     if unknown:
         raise SettingsError(
             "\n".join(f"{source}: {key} is no option{_nearest(key, (*KEYS, 'reduce'))}" for key in unknown)

@@ -1,7 +1,8 @@
-"""A run's daemon, as the process that supervises it sees it: start, tend, close, stop.
+"""A daemon, as the process that supervises it sees it: start, tend, close, stop.
 
 - intake is a session of its own: Ctrl-C in a terminal does not reach it, and it outlives its supervisor
-- an intake that dies is started again, sooner at first; one that ends well has finished the run
+- an intake that dies is started again, sooner at first; one that ends well has finished its runs
+- where the directory it serves from was deleted there is nothing to start again: that is said, and the end
 - the address is locked before anything is bound to it, and stays locked as long as supervisor or intake live
 """
 
@@ -10,7 +11,6 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
-import sqlite3
 import subprocess
 import sys
 import time
@@ -19,12 +19,10 @@ from pathlib import Path
 from typing import BinaryIO
 
 from sidestep.errors import SettingsError
-from sidestepd import rundir, status
-from sidestepd.config import Config
+from sidestepd import rundir
 from sidestepd.control import Control
-from sidestepd.errors import AlreadyRunning, ExitCode, Incomplete, StartFailed
-from sidestepd.processes import Lock
-from sidestepd.rundir import RunFile
+from sidestepd.errors import AlreadyRunning, Deleted, ExitCode, Incomplete, StartFailed
+from sidestepd.home import Home
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +30,8 @@ READY_WITHIN_S = 60.0
 STOP_WITHIN_S = 20.0
 STUCK_AFTER_S = 300.0
 """A drain in which nothing changed for so long is left for later."""
-_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 5.0
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 1.0
+"""Between the death of intake and its next start: well below the time in which a worker that ends gives up."""
 _HEALTHY_AFTER_S = 10.0
 _TICK_S = 0.2
 
@@ -41,19 +40,22 @@ Progress = Callable[[int], object]
 
 
 class Daemon:
-    """One run served at one address. `pause(seconds)` is how it waits; what that raises ends the waiting."""
+    """Intake, serving from one directory at one address.
+
+    `pause(seconds)` is how it waits; what that raises ends the waiting. `lock` holds the address already.
+    """
 
     def __init__(
-        self, run_dir: Path, config: Config, run: RunFile, *, pause: Callable[[float], object] = time.sleep
+        self, home: Home, *, pause: Callable[[float], object] = time.sleep, lock: BinaryIO | None = None
     ) -> None:
-        self.run_dir = run_dir
-        self.run = run
+        self.home = home
         self.restarts = 0
         self.pause = pause
-        self._config = config
-        self._control = Control(run.address)
+        self.deleted = False
+        """Somebody deleted the directory: there is nothing left to serve."""
+        self._control = Control(home.address)
         self._intake: subprocess.Popen[bytes] | None = None
-        self._lock: BinaryIO | None = None
+        self._lock = lock
         self._ours = False
         self._exit_code: int | None = None
         self._started_at = 0.0
@@ -61,24 +63,22 @@ class Daemon:
 
     def start(self) -> None:
         """Return when workers can be served, or raise StartFailed, AlreadyRunning or SettingsError."""
-        self._lock = _lock(self.run.address)
-        if not Lock.is_free(self.run_dir / "intake.lock"):
-            raise AlreadyRunning(f"another daemon serves {self.run_dir}")
+        self._lock = self._lock or _lock(self.home.address)
+        self.home.begin()
         self._ours = True
-        if self.run_dir.exists():
-            self.run.now("running").write(self.run_dir)
-        else:
-            rundir.lay_out(self.run_dir, self._config, self.run)
         self._spawn()
         self._wait_until_ready()
 
     def tend(self) -> bool:
-        """Start intake again if it died; False once the run is complete."""
+        """Start intake again if it died; False once all is complete. Raises Deleted."""
         code = self._intake.poll() if self._intake else None
         if code is None:
             return True
         if code == ExitCode.COMPLETE:
             return False
+        if not self.home.directory.is_dir():
+            self.deleted = True
+            raise Deleted(f"{self.home.directory} was deleted, and with it what was not yet in the run")
         lived_s = time.monotonic() - self._started_at
         if lived_s > _HEALTHY_AFTER_S:
             self._pause_s = _FIRST_PAUSE_S
@@ -97,7 +97,7 @@ class Daemon:
         return None if answer is None else int(answer.get("live", 0))
 
     def close(self, exit_code: int) -> None:
-        """Have the run finished with `exit_code`; returns when that is on disk. Raises Incomplete."""
+        """Have all finished, a single run with `exit_code`; returns when that is settled. Raises Incomplete."""
         self._exit_code = exit_code
         deadline = time.monotonic() + STUCK_AFTER_S
         while self.tend() and not self._control.close_run(exit_code):
@@ -106,18 +106,20 @@ class Daemon:
             self.pause(_TICK_S)
 
     def wait_closed(self, progress: Progress) -> None:
-        """Wait until all of the run is in the sink. Raises Incomplete if that comes to a standstill."""
+        """Wait until everything is in the sink. Raises Incomplete if that comes to a standstill."""
         seen, deadline = None, time.monotonic() + STUCK_AFTER_S
+        why = f"the logs in {self._log.parent} say why"
         while self.tend():
-            report = self._report()
-            if report and report.ledger != seen:
-                seen, deadline = report.ledger, time.monotonic() + STUCK_AFTER_S
-            if report:
-                progress(report.ledger.pending)
+            standing = self.home.standing()
+            if standing is not None:
+                if standing.seen != seen:
+                    seen, deadline = standing.seen, time.monotonic() + STUCK_AFTER_S
+                progress(standing.pending)
+                if standing.lasting:
+                    raise Incomplete(standing.trouble)
+                why = standing.trouble or why
             if time.monotonic() > deadline:
-                raise Incomplete(
-                    f"nothing moved for {STUCK_AFTER_S:.0f} s; the logs in {self._log.parent} say why"
-                )
+                raise Incomplete(f"nothing moved for {STUCK_AFTER_S:.0f} s; {why}")
             self.pause(_TICK_S)
 
     def stop(self) -> None:
@@ -131,30 +133,22 @@ class Daemon:
                 self._intake.wait()
 
     def release(self) -> None:
-        """Let go of the address, and write down whether the run is finished or can be taken up again."""
+        """Let go of the address, and write down whether all is finished or can be taken up again."""
         self.stop()
         self._control.shut()
-        try:
-            if self._ours and self.run_dir.exists():
-                self._ended().write(self.run_dir)
-            if self._lock:
-                _unlock(self._lock, self.run.address)
-        except OSError as error:  # The run is what it is; how the command ended still has to be told.
-            logger.warning("can not tidy up after the run: %s", error)
-
-    def _ended(self) -> RunFile:
         complete = self._intake is not None and self._intake.returncode == ExitCode.COMPLETE
-        return self.run.now("finished", self._exit_code) if complete else self.run.now("interrupted")
-
-    def _report(self) -> status.Report | None:
         try:
-            return status.report(self.run_dir)
-        except (OSError, sqlite3.Error):
-            return None
+            if self._ours:
+                self.home.ended(complete=complete, exit_code=self._exit_code)
+            if self._lock:
+                rundir.clear_address(self.home.address)
+                self._lock.close()
+        except (OSError, SettingsError) as error:  # It is what it is; how the command ended still has to be told.
+            logger.warning("can not tidy up: %s", error)
 
     @property
     def _log(self) -> Path:
-        return self.run_dir / "logs" / "intake.log"
+        return self.home.directory / "logs" / "intake.log"
 
     def _spawn(self) -> None:
         environ = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
@@ -162,7 +156,10 @@ class Daemon:
         with self._log.open("ab") as log:
             self._intake = subprocess.Popen(
                 # -P: a click.py or a queue.py in the directory of the training shall not be imported.
-                [sys.executable, "-P", "-m", "sidestepd.intake", str(self.run_dir)],
+                [
+                    *(sys.executable, "-P", "-m", "sidestepd.intake"),
+                    *(str(self.home.directory), "--parent", str(os.getpid())),
+                ],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -178,7 +175,7 @@ class Daemon:
             if code == ExitCode.COMPLETE:
                 return
             if code == ExitCode.ALREADY_RUNNING:
-                raise AlreadyRunning(f"another daemon serves {self.run_dir}")
+                raise AlreadyRunning(f"another daemon serves {self.home.directory}")
             if code is not None or time.monotonic() > deadline:
                 why = f"ended with {code}" if code is not None else f"did not answer in {READY_WITHIN_S:.0f} s"
                 raise StartFailed(f"the daemon {why}; the end of {self._log}:\n{_tail(self._log)}")
@@ -208,12 +205,6 @@ def _open(path: Path) -> BinaryIO:
         return path.open("ab")
     except OSError as error:
         raise SettingsError(f"can not lock {path}: {error.strerror}") from None
-
-
-def _unlock(lock: BinaryIO, address: str) -> None:
-    Path(address.removeprefix("ipc://")).unlink(missing_ok=True)
-    Path(lock.name).unlink(missing_ok=True)
-    lock.close()
 
 
 def _tail(log: Path, lines: int = 12) -> str:

@@ -1,6 +1,6 @@
 """Delivery: read the spool, put rows in order, write them down, write them out, and see them confirmed.
 
-    read ─▶ resolve ─▶ order ─▶ assemble ─▶ row log ─▶ sink ─▶ confirmed ─▶ cursor
+    read ─▶ resolve ─▶ match ─▶ order ─▶ assemble ─▶ row log ─▶ sink ─▶ confirmed ─▶ cursor
                                                                    intake deletes up to there ◀─┘
 
 - it knows nothing that is not in the spool or its own row log: killed anywhere, it goes on from both
@@ -19,7 +19,8 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,8 @@ from sidestepd.assemble import Assembler
 from sidestepd.clock import Clock, Horizon
 from sidestepd.config import Config
 from sidestepd.crashpoints import crash_point
-from sidestepd.errors import ExitCode, Fatal, SpoolDamaged
+from sidestepd.errors import ExitCode, Fatal, Retry, SpoolDamaged, Trouble
+from sidestepd.match import Event, Matcher
 from sidestepd.order import ReorderBuffer
 from sidestepd.processes import Beat, Lock, die_with_parent, read_json, write_json
 from sidestepd.recovery import Recovery, settled_before
@@ -38,10 +40,12 @@ from sidestepd.resolve import Closed, Folded, Lost, Resolver
 from sidestepd.room import Ballast, Patience
 from sidestepd.rowlog import SENT, RowLog
 from sidestepd.rows import Bundle, Part, Row
-from sidestepd.rules import Rule, Rules, operations
+from sidestepd.rules import Rule, Rules, Source, operations
+from sidestepd.rundir import TROUBLE
 from sidestepd.settlement import Settlement
-from sidestepd.sinks import Confirmed, RunFacts, Sink, make_sink, write_all
+from sidestepd.sinks import MODES, Confirmed, RunFacts, Sink, load, make_sink, patiently, write_all
 from sidestepd.spool import SALVAGE_STRIDE, Entry, EntryKind, SpoolReader, StoredSession
+from sidestepd.watch import Watch
 
 logger = logging.getLogger("sidestepd.delivery")
 
@@ -70,20 +74,26 @@ class Delivery:
         horizon: Clock,
         beat: Callable[[], None],
         wait_for_room: Callable[[], None] = lambda: None,
+        troubled: Callable[[Trouble | None], None] = lambda _: None,
     ) -> None:
         order = config.order
         self.config = config
         self.spool, self.rowlog, self.sink, self.horizon, self.beat = spool, rowlog, sink, horizon, beat
-        self.wait_for_room = wait_for_room
-        rules = Rules(Rule(pattern=name, reduce=operations(reduce)) for name, reduce in config.reduce.items())
+        self.wait_for_room, self.troubled = wait_for_room, troubled
+        rules = Rules(
+            Rule(pattern=name, reduce=operations(reduce), source=_source(config.source(f"reduce.{name}")))
+            for name, reduce in config.reduce.items()
+        )
         self.marks: dict[str, Any] = rowlog.meta("marks", {})
         self.resolver = Resolver(rules)
+        self.matcher = Matcher(patience=order.patience_s, capacity=order.capacity_rows)
         self.order = self._buffer()
         self.assembler = Assembler(
             rules, patience=order.patience_s, max_wait=order.max_wait_s, window=order.late_window_rows
         )
         self.checkpoint = rowlog.checkpoint()
         self.read_through = self.checkpoint.cursor
+        self.watch = Watch(config.watch)
         self.settlement = Settlement(rowlog.meta("counts", {}), cursor=self.read_through)
         self.exit_code: int | None = None
         self.recovery: Recovery | None = None
@@ -94,6 +104,8 @@ class Delivery:
         self._last_ready = 0.0
         self._last_confirm = 0.0
         self._progress_at = time.monotonic()
+        self.trouble: Trouble | None = None
+        """What is waited for outside of this process."""
         self._config_told: dict[str, Any] = {}
         self._summary_told: dict[str, Any] = {}
 
@@ -101,35 +113,59 @@ class Delivery:
 
     def start(self, run: RunFacts, opened: Callable[[Mapping[str, Any]], None]) -> None:
         """Take up the state of the last life, open the run, say so, and send again what it lacks."""
-        held = self.sink.open(run, self.rowlog.meta("bookmark", {}))
-        opened(self.sink.about())
-        if self._knows_less_than(held):
-            self._learn_from_the_run()
+        bookmark = self.rowlog.meta("bookmark", {})
+        held = patiently(lambda: self.sink.open(run, bookmark), beat=self.beat, kept=self._keep)
+        self._tell_trouble(None)
+        base = self._base(held)
+        opened({**self.sink.about(), "base": base})
+        if self._knows_less_than(held, base):
+            self._learn_from_the_run(held)
         if self.checkpoint.fold:
             fold = msgpack.unpackb(self.checkpoint.fold, strict_map_key=False)
             self.resolver.restore(fold["resolver"])
             self.order.restore(fold["order"])
+            self._hear(self.matcher.restore(fold["matcher"]))
+            self.watch.restore(fold["watch"])
             self.exit_code = fold["exit_code"]
         if self.marks:
             self.assembler.restore(self.marks)
+        self.watch.take_up(*self.rowlog.alerts())
         self.assembler.latest.update(self.rowlog.latest())
+        self._begin_behind(base)
         if self.recovery is not None:
             self._count_anew(self.recovery)
         self._replay_declarations()
         self._resend(held)
 
+    def _base(self, held: Confirmed) -> int:
+        """The last step of what the run held when it was opened for the first time; -1 if that was nothing."""
+        base: int | None = self.rowlog.meta("base", None)
+        if base is None:
+            base = held.steps[-1] if held.steps else -1
+            self.rowlog.settle(base=base)
+        return base
+
+    def _begin_behind(self, base: int) -> None:
+        """Go on behind what was there before us."""
+        if base >= 0 and not self.checkpoint.fold:
+            self.resolver.begin_behind(base)
+        self.assembler.last = max(self.assembler.last, base)
+
     # What is done when the row log lost something
 
-    def _knows_less_than(self, held: Confirmed) -> bool:
+    def _knows_less_than(self, held: Confirmed, base: int) -> bool:
         """Whether the row log lost something: it says so, or the run or the spool shows it."""
         if self.rowlog.meta("recover", None) is not None:
             return True
-        known = {row.step for row, _ in self.rowlog.rows()}
+        if isinstance(held.steps, range):  # which names steps that no row has
+            more = bool(held.steps) and held.steps[-1] > max(base, self.marks.get("last", -1))
+        else:
+            more = not {row.step for row, _ in self.rowlog.rows()}.issuperset(held.steps)
         front = self.spool.front() or 0
         skipped = front - self.checkpoint.cursor - 1
-        return not known.issuperset(held.steps) or 0 < skipped < SALVAGE_STRIDE
+        return more or 0 < skipped < SALVAGE_STRIDE
 
-    def _learn_from_the_run(self) -> None:
+    def _learn_from_the_run(self, held: Confirmed) -> None:
         known = {row.step for row, _ in self.rowlog.rows()}
         self.recovery = Recovery(row for row in self.sink.history() if row[0] not in known)
         logger.error(
@@ -139,7 +175,8 @@ class Delivery:
         )
         through = max((self.rowlog.meta("recover", None) or {}).get("through", 0), self.spool.newest())
         self.rowlog.settle(recover={"through": through})
-        self.marks = self.recovery.over(self.marks or self.assembler.marks())
+        last = held.steps[-1] if held.steps else -1  # a server may hold rows that no file here has
+        self.marks = self.recovery.over(self.marks or self.assembler.marks(), last=last)
         self.order = self._buffer()
 
     def _count_anew(self, recovery: Recovery) -> None:
@@ -158,18 +195,18 @@ class Delivery:
         )
         self.settlement.rows = recovery.rows + sum(fate for _, fate in rows)
         resolver.dead["spool_lost"] += gone  # `_take` will find them
-        resolver.see_released(recovery.released)
+        resolver.see_released(recovery.reached)
 
     def _introduce(self, stored: StoredSession, first: int) -> None:
         """A session, as if everything below `first` had been read of it."""
         if stored.id not in self.resolver.sessions:
             facts = {**stored.hello, **stored.counters}
-            self._hear(Entry.of_event(EntryKind.HELLO, stored.id, received=0.0, **facts))
+            self._read(Entry.of_event(EntryKind.HELLO, stored.id, received=0.0, **facts))
         session = self.resolver.sessions[stored.id]
         session.next = max(session.next, first)
         if stored.state != "live" and first == stored.next:
             end = EntryKind.BYE if stored.state == "bye" else EntryKind.LEASE
-            self._hear(Entry.of_event(end, stored.id, first=first, received=0.0, **stored.counters))
+            self._read(Entry.of_event(end, stored.id, first=first, received=0.0, **stored.counters))
 
     def _replay_declarations(self) -> None:
         definitions = self.rowlog.definitions()
@@ -180,13 +217,15 @@ class Delivery:
 
     def _resend(self, held: Confirmed) -> None:
         """Confirm the rows that the run holds, and write the others verbatim."""
-        missing, steps = [], set(held.steps)
+        missing: list[Row] = []
+        there: list[Row] = []
+        steps = held.steps if isinstance(held.steps, range) else frozenset(held.steps)
         for row, fate in self.rowlog.rows():
             self.assembler.remember(row)
             self.settlement.recall(row, settled=fate != SENT)
-            if fate == SENT and row.step not in steps:
-                missing.append(row)
-        self.settlement.confirm(steps)
+            if fate == SENT:
+                (there if row.step in steps else missing).append(row)
+        self.settlement.confirm(row.step for row in there)
         if missing:
             logger.info("sending %d rows again, from step %d on", len(missing), missing[0].step)
         self._write(missing)
@@ -218,11 +257,13 @@ class Delivery:
 
     def finish(self) -> None:
         """Everything that waits leaves; the run is finished, and seen to be whole."""
+        self._hear(self.matcher.flush())
+        self._tell_alerts()
         self._decide([*self._assemble(self.order.flush()), *self.assembler.flush()])
         self._tell_config()
         self._tell_summary()
         logger.info("finishing the run with exit code %s", self.exit_code)
-        self.sink.close(self.exit_code or 0)
+        patiently(lambda: self.sink.close(self.exit_code or 0), beat=self.beat, kept=self._keep)
         deadline = time.monotonic() + CLOSE_DEADLINE_S
         self._confirm()
         while self.settlement.unconfirmed and time.monotonic() < deadline:
@@ -248,10 +289,14 @@ class Delivery:
             self.resolver.dead["spool_lost"] -= kept
         if entry.kind is EntryKind.FRAME:
             self.settlement.read(entry)
-        self._hear(entry)
+        if entry.kind is not EntryKind.BOOT:  # before which nobody listened
+            self.watch.poll(self._now)
+        self._read(entry)
+        session = self.resolver.sessions.get(entry.session)
+        self.watch.read(entry, session.launch if session else "")
 
-    def _hear(self, entry: Entry) -> None:
-        for said in self.resolver.read(entry, self.settlement.is_used):
+    def _read(self, entry: Entry) -> None:
+        for said in self.resolver.read(entry, self.settlement.places_of):
             match said:
                 case Lost():
                     self.settlement.lose(said)
@@ -259,27 +304,41 @@ class Delivery:
                     self.settlement.settle(said.position.entry)
                 case Closed():
                     self.exit_code = said.exit_code
-                case Part() if self.recovery is not None and not said.used and self.recovery.holds(said):
-                    self.settlement.find(said.position)
-                    self.order.hear(replace(said, used=True), self._now)
                 case _:
-                    self.order.hear(said, self._now)
+                    self._hear(self.matcher.hear(said, self._now))
+
+    def _hear(self, events: Iterable[Event]) -> None:
+        for event in events:
+            if isinstance(event, Part):
+                event = self._find(event)
+                self.watch.hear(event, self._now)
+            self.order.hear(event, self._now)
+
+    def _find(self, part: Part) -> Part:
+        """What is said, marked as used if the run turns out to hold it."""
+        if self.recovery is None or part.used or not self.recovery.holds(part):
+            return part
+        self.settlement.find(part.position)
+        return replace(part, used=True)
 
     def _buffer(self) -> ReorderBuffer:
         order = self.config.order
         return ReorderBuffer(
-            patience=order.patience_s, capacity=order.capacity_rows, released=self.marks.get("released")
+            patience=order.patience_s, capacity=order.capacity_rows, released=self.marks.get("released", ())
         )
 
     # Deciding and writing
 
     def _let_go(self) -> None:
         self._last_ready = self._now
+        self._hear(self.matcher.ready(self._now))
+        self._tell_alerts()
         rows = self._assemble(self.order.ready(self._now))
         self._decide([*rows, *self.assembler.ready(self._now)])
 
     def _assemble(self, bundles: Iterable[Bundle]) -> list[Row]:
         world = max((session.world for session in self.resolver.sessions.values()), default=1)
+        bundles = self.watch.annotate(bundles)
         return self.assembler.add(bundles, world=world, now=self._now)
 
     def _decide(self, rows: Sequence[Row]) -> None:
@@ -299,10 +358,21 @@ class Delivery:
 
     def _write(self, rows: Sequence[Row]) -> None:
         self.wait_for_room()
-        for rejected in write_all(self.sink, rows, beat=self.beat):
+        for rejected in write_all(self.sink, rows, beat=self.beat, kept=self._keep):
             logger.warning("row %d was rejected: %s", rejected.row.step, rejected.reason)
             self.settlement.reject(rejected.row.step, rejected.reason)
         crash_point("delivery.written")
+
+    def _tell_alerts(self) -> None:
+        """Tell people what is found, at most once: it is written down before."""
+        self.watch.poll(self._now)
+        alerts = self.watch.take()
+        if alerts:
+            self.rowlog.warn(alerts, through=self.read_through)
+        for alert in alerts:
+            logger.warning("%s: %s", alert.title, alert.text)
+            if self.config.watch.alerts:
+                self.sink.alert(alert.title, alert.text, alert.level)
 
     def _tell_config(self) -> None:
         """Send what workers set of the configuration and the summary since this was done last."""
@@ -328,6 +398,9 @@ class Delivery:
         totals = {
             "sidestep/rows": self.settlement.rows + self.settlement.unconfirmed,
             "sidestep/late_rows": self.assembler.late_rows,
+            "sidestep/late_values": self.assembler.late_values,
+            "sidestep/conflicts": self.assembler.conflicts,
+            "sidestep/forced_rows": self.assembler.forced_rows,
             "sidestep/dropped": sum(self.ledger()["dropped"].values()),
         }
         self.sink.summary({**self.assembler.aggregated(), **self._set_by_workers(), **totals})
@@ -337,6 +410,7 @@ class Delivery:
     def _confirm(self) -> None:
         confirmed = self.sink.confirm()
         self.settlement.confirm(confirmed.steps)
+        self._tell_trouble(confirmed.trouble)
         self._see_progress(confirmed)
         if self.settlement.newest_snapshot != self.read_through:
             self.settlement.snapshot(self.read_through, self._fold())
@@ -347,14 +421,30 @@ class Delivery:
     def _see_progress(self, confirmed: Confirmed) -> None:
         """A sink that takes rows for ever and holds none stands still, though this process does not."""
         now, stall_s = time.monotonic(), self.config.delivery.stall_s
-        if confirmed.steps or not self.settlement.unconfirmed:
+        if confirmed.steps or confirmed.watched or not self.settlement.unconfirmed:
             self._progress_at = now
         elif now - self._progress_at > stall_s:
             raise Fatal(f"none of {self.settlement.unconfirmed} rows was confirmed within {stall_s:.0f} s")
 
+    def _keep(self, later: Retry) -> None:
+        self._tell_trouble(later.trouble)
+
+    def _tell_trouble(self, trouble: Trouble | None) -> None:
+        """Say once, in the log and to whoever asks for the run's status, what is waited for."""
+        if trouble != self.trouble:
+            self.trouble = trouble
+            logger.warning("waiting: %s", trouble.what) if trouble else logger.info("going on")
+            self.troubled(trouble)
+
     def _fold(self) -> bytes:
         fold: bytes = msgpack.packb(
-            {"resolver": self.resolver.state(), "order": self.order.state(), "exit_code": self.exit_code}
+            {
+                "resolver": self.resolver.state(),
+                "matcher": self.matcher.state(),
+                "order": self.order.state(),
+                "watch": self.watch.state(),
+                "exit_code": self.exit_code,
+            }
         )
         return fold
 
@@ -395,9 +485,9 @@ class Delivery:
             "rows": self.settlement.rows,
             "last_step": self.assembler.last,
             "late_rows": self.assembler.late_rows,
-            "forced": self.order.forced,
+            "forced": self.assembler.forced_rows,
             "conflicts": self.assembler.conflicts,
-            "waiting": self.order.waiting + self.assembler.waiting,
+            "waiting": self.matcher.waiting + self.order.waiting + self.assembler.waiting,
             "unmatched": self.unmatched,
             "sessions": {
                 id_.hex(): {
@@ -409,10 +499,23 @@ class Delivery:
         }  # fmt: skip
 
 
+def _source(given: str) -> Source:
+    """Where a reduction was given: an option, or a file."""
+    return Source.COMMAND_LINE if given.startswith("-") else Source.FILE
+
+
+def tell_trouble(directory: Path, trouble: Trouble | None) -> None:
+    """Write down what keeps rows from the run, for `sidestep status`; intake forgets it when it starts."""
+    if trouble:
+        write_json(directory / TROUBLE, asdict(trouble))
+    else:
+        (directory / TROUBLE).unlink(missing_ok=True)
+
+
 def settle_facts(run: Mapping[str, Any], config: Config, said: Mapping[str, Any]) -> dict[str, Any]:
     """What the run is called: the command line's word, then the first worker's `init()`, then the rest."""
     facts = {}
-    for name in ("project", "entity", "name", "group", "job_type", "tags", "notes"):
+    for name in ("project", "entity", "name", "group", "job_type", "tags", "notes", "mode", "resume"):
         given = config.source(f"run.{name}").startswith("-")
         facts[name] = run.get(name) if given else _named(name, said) or run.get(name)
     return {name: value for name, value in facts.items() if value}
@@ -421,8 +524,13 @@ def settle_facts(run: Mapping[str, Any], config: Config, said: Mapping[str, Any]
 def _named(name: str, said: Mapping[str, Any]) -> Any:
     """What `init()` calls the run, if it is of a kind that wandb takes."""
     value = said.get(name)
-    if name == "tags":
-        return [tag for tag in value if isinstance(tag, str) and tag] if isinstance(value, list) else None
+    match name:
+        case "tags":
+            return [tag for tag in value if isinstance(tag, str) and tag] if isinstance(value, list) else None
+        case "mode":
+            return value if value in MODES["wandb"] else None
+        case "resume":
+            return value if value in ("allow", "must", "never") else None
     return value if isinstance(value, str) else None
 
 
@@ -433,7 +541,7 @@ def wait_for_facts(
     facts = rowlog.meta("run", None)
     if facts is None and (about := read_json(Path(run["dir"]) / "about.json")):
         facts = settle_facts(run, config, about)  # it was opened before, and the row log lost that
-        rowlog.settle(run=facts)
+        rowlog.settle(run=facts, base=about.get("base", -1))
     while facts is None:
         beat()
         first = spool.first(EntryKind.HELLO, EntryKind.CLOSE)
@@ -443,7 +551,17 @@ def wait_for_facts(
         facts = settle_facts(run, config, first.facts.get("settings", {}))
         rowlog.settle(run=facts)
     names = {name: facts.pop(name, None) for name in ("project", "entity", "name")}
-    return RunFacts(id=run["id"], directory=Path(run["dir"]), options=facts, **names)
+    how = {name: facts.pop(name) for name in ("mode", "resume") if name in facts}
+    return RunFacts(
+        id=run["id"],
+        directory=Path(run["dir"]),
+        server=config.sink.server,
+        ask_every_s=config.sink.ask_every_s,
+        stall_s=config.delivery.stall_s,
+        options=facts,
+        **names,
+        **how,
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -469,15 +587,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if rowlog.meta("state", None) == "closed":  # the last life did all of it, and died before it could say so
         return ExitCode.COMPLETE
     run = read_json(directory / "run.json") | {"dir": str(directory)}
-    sink = make_sink(config.sink.kind)  # importing wandb takes its time, best while workers import theirs
+    load(config.sink.kind)  # importing wandb takes its time, best while workers import theirs
     facts = wait_for_facts(spool, rowlog, run, config, beat)
+    sink = make_sink(config.sink.kind, facts.mode)
     horizon = Horizon(directory / "horizon")
     delivery = Delivery(
-        spool, rowlog, sink, config, horizon=horizon, beat=beat, wait_for_room=patience.wait_for_room
+        spool,
+        rowlog,
+        sink,
+        config,
+        horizon=horizon,
+        beat=beat,
+        wait_for_room=patience.wait_for_room,
+        troubled=partial(tell_trouble, directory),
     )
-    delivery.start(facts, lambda about: write_json(directory / "about.json", about))
-    delivery.serve()
-    delivery.finish()
+    try:
+        delivery.start(facts, lambda about: write_json(directory / "about.json", about))
+        delivery.serve()
+        delivery.finish()
+    except Fatal as error:
+        if error.trouble:
+            tell_trouble(directory, error.trouble)
+        raise
     return ExitCode.COMPLETE
 
 

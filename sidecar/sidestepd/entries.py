@@ -59,6 +59,8 @@ class EntryKind(IntEnum):
     """Intake started; no session has been heard of since."""
     CLOSE = 7
     """The run shall be finished; nothing comes after."""
+    VITAL = 10
+    """What a session does not say itself: its process is "quiet", "heard" again, or "gone", and since when."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

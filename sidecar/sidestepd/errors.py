@@ -7,15 +7,18 @@ SidestepError
 ├── SinkError
 │   ├── Retry(after_s)        the row is kept and tried again
 │   ├── Reject(reason)        this row will never be taken; the next one may be
-│   └── Fatal(hint)           nothing more can be written by this process; a new one resumes from the spool
+│   └── Fatal(trouble)        nothing more can be written by this process; a new one resumes from the spool
 ├── AlreadyRunning            another process holds the run directory or the address
 ├── StartFailed               the daemon did not come up; the text ends with its log
 ├── Incomplete                the run could not be finished now, and can be taken up again
+├── Unreachable               no daemon answers, or none ends when told to
+├── Deleted                   the run directory is gone: nothing can be taken up again
 └── CanNotRun(exit_code)      the user's command is not there, or is none
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from sidestep.errors import SidestepError
@@ -41,12 +44,21 @@ class SinkError(SidestepError):
     """A row was not written."""
 
 
-class Retry(SinkError):
-    """Not now."""
+@dataclass(frozen=True, slots=True)
+class Trouble:
+    """What keeps rows from the run although nothing here is broken; `lasting` if it takes a person to heal it."""
 
-    def __init__(self, why: str, *, after_s: float = 1.0) -> None:
+    what: str
+    lasting: bool = False
+
+
+class Retry(SinkError):
+    """Not now: again after `after_s` seconds, then at growing intervals of at most `most_s`."""
+
+    def __init__(self, why: str, *, after_s: float = 1.0, most_s: float = 30.0, lasting: bool = False) -> None:
         super().__init__(why)
-        self.after_s = after_s
+        self.after_s, self.most_s = after_s, most_s
+        self.trouble = Trouble(why, lasting)
 
 
 class Reject(SinkError):
@@ -58,7 +70,11 @@ class Reject(SinkError):
 
 
 class Fatal(SinkError):
-    """Not by this process."""
+    """Not by this process. `trouble` if it is none of its own."""
+
+    def __init__(self, why: str, *, trouble: Trouble | None = None) -> None:
+        super().__init__(why)
+        self.trouble = trouble
 
 
 class AlreadyRunning(SidestepError):
@@ -71,6 +87,14 @@ class StartFailed(SidestepError):
 
 class Incomplete(SidestepError):
     """The run could not be finished now; nothing acknowledged is lost, and it can be taken up again."""
+
+
+class Unreachable(SidestepError):
+    """The daemon that was asked for does not answer."""
+
+
+class Deleted(SidestepError):
+    """Somebody deleted the run directory while it was in use."""
 
 
 class CanNotRun(SidestepError):
@@ -91,7 +115,7 @@ class ExitCode:
     SOFTWARE = 70
     """A bug; the log says where. The supervisor starts the process again."""
     DISK = 74
-    """The spool's disk failed. Never retried in the same process."""
+    """The spool's disk failed, or the run directory was deleted. Never retried in the same process."""
     INTERRUPTED = 75
     """Stopped before the run was complete; starting again on the same run directory resumes it."""
     ALREADY_RUNNING = 73

@@ -3,6 +3,7 @@
 - none is started before the lock of the last one is free and its wandb-core is gone
 - one that makes no progress is killed together with its wandb-core: the SDK can hang for ever
 - spawned from intake's main thread: delivery is killed by the kernel when that thread ends
+- one that does not get going is told in `deaths.json`, with the last word of its log, until one lives
 """
 
 from __future__ import annotations
@@ -10,12 +11,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 from sidestepd.errors import ExitCode
-from sidestepd.processes import Lock, Pulse, kill_recorded, read_json
+from sidestepd.processes import Lock, Pulse, kill_recorded, read_json, write_json
+from sidestepd.rundir import DEATHS
 
 logger = logging.getLogger("sidestepd.keeper")
 
@@ -24,6 +27,10 @@ KILL_WITHIN_S = 5.0
 """A process that hangs in the kernel is left to its lock."""
 HEALTHY_AFTER_S = 10.0
 """A life this long resets the backoff."""
+DEATHS_TO_TELL = 2
+"""One death is what a restart is for; so many in a row are told."""
+_LAST_WORDS_BYTES = 8192
+_LONGEST_WORDS = 300
 
 
 class DeliveryKeeper:
@@ -41,6 +48,9 @@ class DeliveryKeeper:
         self._started = 0.0
         self._retry_at = 0.0
         self._watched_from = 0.0
+        self._deaths = 0
+        """Lives in a row that were short, or ended for standing still."""
+        self._stood_still = False
         self._pulse = Pulse(run_dir / "delivery.beat")
 
     @property
@@ -59,7 +69,10 @@ class DeliveryKeeper:
             self._ended(code, now)
         elif self._stands_still(now):
             logger.error("delivery %d made no progress for %.0f s: killed", self._process.pid, self._stall_s)
+            self._stood_still = True
             self._process.kill()
+        elif self._deaths and now - self._started >= HEALTHY_AFTER_S and not self._is_silent(now):
+            self._recovered()
 
     def kill(self) -> None:
         """Kill delivery and its wandb-core; what they did not write down is sent again."""
@@ -85,18 +98,39 @@ class DeliveryKeeper:
     def _ended(self, code: int, now: float) -> None:
         self._process = None
         if code == ExitCode.COMPLETE:
+            self._recovered()
             self.done = True
             return
         self.restarts += 1
+        self._tell(code, now)
         if now - self._started >= HEALTHY_AFTER_S:
             self._backoff = FIRST_BACKOFF_S
         logger.warning("delivery ended with %d; started again in %.1f s", code, self._backoff)
         self._retry_at = now + self._backoff
         self._backoff = min(self._longest_backoff_s, 2 * self._backoff)
 
+    def _tell(self, code: int, now: float) -> None:
+        """Say why there is no delivery, if that is more than an accident."""
+        short = now - self._started < HEALTHY_AFTER_S
+        self._deaths = self._deaths + 1 if short or self._stood_still else 1
+        if self._deaths < DEATHS_TO_TELL and not self._stood_still:
+            return
+        why = f"stood still for {self._stall_s:.0f} s" if self._stood_still else f"ended with {_said(code)}"
+        times = f", {self._deaths} times in a row" if self._deaths > 1 else ""
+        last = last_words(self.run_dir / "logs" / "delivery.log")
+        write_json(self.run_dir / DEATHS, {"what": f"delivery {why}{times}" + (last and f": {last}")})
+        self._stood_still = False
+
+    def _recovered(self) -> None:
+        self._deaths = 0
+        (self.run_dir / DEATHS).unlink(missing_ok=True)
+
     def excuse(self, now: float) -> None:
         """This process itself stood still until `now`, and could not see whether delivery did."""
         self._watched_from = now
+
+    def _is_silent(self, now: float) -> bool:
+        return self._pulse.silence(now) > HEALTHY_AFTER_S
 
     def _stands_still(self, now: float) -> bool:
         return min(self._pulse.silence(now), now - self._watched_from) > self._stall_s
@@ -107,3 +141,27 @@ class DeliveryKeeper:
     def _recorded_core(self) -> dict[str, float] | None:
         core: dict[str, float] | None = read_json(self.run_dir / "about.json").get("core")
         return core
+
+
+def last_words(log: Path) -> str:
+    """What a log ends with, on one line: its last exception if that is what it ends with; "" if it is empty."""
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, log.stat().st_size - _LAST_WORDS_BYTES))
+            lines = file.read().decode(errors="replace").splitlines()
+    except OSError:
+        return ""
+    traceback = max((at for at, line in enumerate(lines) if line.startswith("Traceback ")), default=None)
+    if traceback is None:
+        return next((line.strip()[:_LONGEST_WORDS] for line in reversed(lines) if line.strip()), "")
+    error = next((at for at in range(traceback + 1, len(lines)) if not lines[at].startswith(" ")), len(lines))
+    return " ".join(" ".join(lines[error:]).split())[:_LONGEST_WORDS]
+
+
+def _said(code: int) -> str:
+    if code >= 0:
+        return str(code)
+    try:
+        return signal.Signals(-code).name
+    except ValueError:
+        return str(code)

@@ -6,7 +6,9 @@ A row leaves when every session that holds its axis has moved past its step, or 
 - a live session holds the axes it has spoken on; an axis it has not spoken on it holds for one patience,
   after the later of its HELLO and the axis's first row; so does a rank of a launch that has not come yet
 - patience runs for a row from when it was first passed, or said by all that hold its axis; it does not run
-  against a session that has not caught up, and runs afresh when intake starts
+  against a session that has not caught up, and runs afresh when intake starts; against one of which something
+  waits to be matched it runs twice as long
+- each attempt is ordered by itself: a session holds the axes of its own
 - who lets patience run out stops holding, until it speaks beyond what was released
 - the buffer is bounded: when it is full the oldest row of the fullest axis leaves at once
 - no I/O and no clock here: callers pass `now`, which never goes back
@@ -16,10 +18,12 @@ from __future__ import annotations
 
 import math
 from bisect import insort
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import Any
 
+from sidestepd.match import Event, Waits
 from sidestepd.resolve import Booted, Heard, Joined, Left
 from sidestepd.rows import Bundle, Cause, Part
 
@@ -29,11 +33,16 @@ NEVER = -1
 
 @dataclass(slots=True, kw_only=True)
 class _Member:
-    """A live session. `more`: it has not caught up, so patience does not run against it."""
+    """A live session. `more`: it has not caught up, so patience does not run against it.
+
+    `waits`: something that it said is still to be matched.
+    """
 
     joined: float
     launch: str = ""
+    attempt: int = 0
     more: bool = False
+    waits: bool = False
 
 
 @dataclass(slots=True, kw_only=True)
@@ -41,6 +50,7 @@ class _Launch:
     """Processes started together: ranks that are still to come hold every axis for one patience."""
 
     world: int
+    attempt: int = 0
     ranks: set[int] = field(default_factory=set)
     spoke: float | None = None
 
@@ -59,8 +69,10 @@ class _Pending:
 
 @dataclass(slots=True, kw_only=True)
 class _Axis:
-    """The rows of one axis, and how far each session has come on it."""
+    """The rows of one axis in one attempt, and how far each session has come on it."""
 
+    name: str
+    attempt: int
     released: int = NEVER
     highest: int = NEVER
     first_row: float = math.inf
@@ -82,26 +94,28 @@ class _Axis:
 class ReorderBuffer:
     """Rows of all axes, waiting for their sessions."""
 
-    def __init__(self, *, patience: float, capacity: int, released: Mapping[str, int] | None = None) -> None:
+    def __init__(self, *, patience: float, capacity: int, released: Iterable[tuple[str, int, int]] = ()) -> None:
+        """`released` are axes, attempts, and the highest steps that left in an earlier life."""
         self.patience = patience
         self.capacity = capacity
-        self.forced = 0
         self._members: dict[bytes, _Member] = {}
         self._launches: dict[str, _Launch] = {}
-        self._axes: dict[str, _Axis] = {}
-        self._late: dict[tuple[str, int], list[Part]] = {}
-        for name, step in (released or {}).items():
-            self._axis(name).released = step
+        self._axes: dict[tuple[str, int], _Axis] = {}
+        self._late: dict[tuple[str, int, int], list[Part]] = {}
+        for name, attempt, step in released:
+            self._axis(name, attempt).released = step
 
     # What is heard
 
-    def hear(self, said: Joined | Left | Heard | Booted | Part, now: float) -> None:
+    def hear(self, said: Event, now: float) -> None:
         """Take in what a session said, at spool time `now`."""
         match said:
             case Part():
                 self._add(said, now)
             case Heard():
                 self._member(said.session, now).more = said.more
+            case Waits():
+                self._member(said.session, now).waits = said.waiting
             case Joined():
                 self._join(said, now)
             case Left():
@@ -110,10 +124,10 @@ class ReorderBuffer:
                 self._boot(now)
 
     def _join(self, said: Joined, now: float) -> None:
-        launch = self._launches.setdefault(said.launch, _Launch(world=said.world))
+        launch = self._launches.setdefault(said.launch, _Launch(world=said.world, attempt=said.attempt))
         launch.ranks.add(said.rank)
         member = self._member(said.session, now)
-        member.launch, member.more = said.launch, said.more
+        member.launch, member.attempt, member.more = said.launch, said.attempt, said.more
 
     def _boot(self, now: float) -> None:
         """Nobody was heard of for a while: who is live may have a lot to say, and others are still to come."""
@@ -139,18 +153,22 @@ class ReorderBuffer:
             member = self._members[session] = _Member(joined=now)
         return member
 
-    def _axis(self, name: str) -> _Axis:
-        return self._axes.setdefault(name, _Axis())
+    def _axis(self, name: str, attempt: int) -> _Axis:
+        axis = self._axes.get((name, attempt))
+        if axis is None:
+            axis = self._axes[name, attempt] = _Axis(name=name, attempt=attempt)
+        return axis
 
     def _add(self, part: Part, now: float) -> None:
-        member, axis = self._member(part.session, now), self._axis(part.axis)
+        member, axis = self._member(part.session, now), self._axis(part.axis, part.attempt)
         launch = self._launches.get(member.launch)
         if launch is not None and launch.spoke is None:
             launch.spoke = now
         axis.first_row = min(axis.first_row, now)
-        axis.reached[part.session] = max(part.step, axis.reached.get(part.session, NEVER))
-        if part.step > axis.released or part.used:
-            axis.holding.add(part.session)
+        if part.moves or part.session not in axis.reached:
+            axis.reached[part.session] = max(part.step, axis.reached.get(part.session, NEVER))
+            if part.step > axis.released or part.used:
+                axis.holding.add(part.session)
         if part.step > axis.highest:
             self._pass(axis, part.step, now)
         if not part.used:
@@ -165,7 +183,7 @@ class ReorderBuffer:
 
     def _store(self, part: Part, axis: _Axis, now: float) -> None:
         if part.step <= axis.released:
-            self._late.setdefault((part.axis, part.step), []).append(part)
+            self._late.setdefault((part.axis, part.attempt, part.step), []).append(part)
             return
         row = axis.row(part.step)
         row.parts.append(part)
@@ -175,45 +193,39 @@ class ReorderBuffer:
     # What leaves
 
     def ready(self, now: float) -> list[Bundle]:
-        """The rows that may leave by `now`: late ones first, then each axis in order of its steps."""
-        bundles = list(self._leave_late())
-        for name, axis in self._axes.items():
-            if axis.rows:
-                bundles.extend(self._leave_axis(name, axis, now))
-        bundles.extend(self._leave_forced())
-        return bundles
+        """The rows that may leave by `now`: late ones first, then those of all axes as they were said."""
+        by_axis = [list(self._leave_axis(axis, now)) for axis in self._axes.values() if axis.rows]
+        return [*self._leave_late(), *_by_time(by_axis), *self._leave_forced()]
 
     def flush(self) -> list[Bundle]:
         """Everything leaves: nobody will speak again."""
-        bundles = list(self._leave_late())
-        for name, axis in self._axes.items():
-            while axis.steps:
-                bundles.append(self._release(name, axis, "closing"))
-        return bundles
+        by_axis = [[self._release(axis, "closing") for _ in axis.rows.copy()] for axis in self._axes.values()]
+        return [*self._leave_late(), *_by_time(by_axis)]
 
     def _leave_late(self) -> Iterator[Bundle]:
-        for (name, step), parts in sorted(self._late.items()):
-            yield Bundle(axis=name, step=step, parts=tuple(parts), cause="late")
+        for (name, attempt, step), parts in sorted(self._late.items()):
+            yield Bundle(axis=name, attempt=attempt, step=step, parts=tuple(parts), cause="late")
         self._late.clear()
 
-    def _leave_axis(self, name: str, axis: _Axis, now: float) -> Iterator[Bundle]:
+    def _leave_axis(self, axis: _Axis, now: float) -> Iterator[Bundle]:
         watermark = self._watermark(axis, now)
         while axis.steps:
             row = axis.rows[axis.steps[0]]
             if row.step < watermark:
-                yield self._release(name, axis, "passed")
+                yield self._release(axis, "passed")
                 continue
             if row.since is None and row.step == watermark == axis.highest:
                 row.since = now
             if not self._out_of_patience(axis, row, now):
                 return
             self._let_go(axis, row.step)
-            yield self._release(name, axis, "patience")
+            yield self._release(axis, "patience")
             watermark = self._watermark(axis, now)
 
     def _watermark(self, axis: _Axis, now: float) -> float:
         """The step below which everyone who holds the axis has moved on; infinity if nobody holds it."""
-        if any(launch.gathering(now, self.patience) for launch in self._launches.values()):
+        launches = self._launches.values()
+        if any(it.attempt == axis.attempt and it.gathering(now, self.patience) for it in launches):
             return NEVER
         if any(self._is_newcomer(session, axis, now) for session in self._members):
             return NEVER
@@ -221,18 +233,19 @@ class ReorderBuffer:
 
     def _is_newcomer(self, session: bytes, axis: _Axis, now: float) -> bool:
         """Whether a live session has not spoken on the axis and still may, in time."""
-        if session in axis.reached:
-            return False
         member = self._members[session]
+        if session in axis.reached or member.attempt != axis.attempt:
+            return False
         return member.more or now < max(member.joined, axis.first_row) + self.patience
 
     def _out_of_patience(self, axis: _Axis, row: _Pending, now: float) -> bool:
         if row.since is None or now < row.since + self.patience:
             return False
+        twice = row.since + 2 * self.patience
         return not any(
-            member.more and axis.reached.get(session, NEVER) <= row.step
+            (member.more or (member.waits and now < twice)) and axis.reached.get(session, NEVER) <= row.step
             for session, member in self._members.items()
-            if session in axis.holding or session not in axis.reached
+            if session in axis.holding or (session not in axis.reached and member.attempt == axis.attempt)
         )
 
     def _let_go(self, axis: _Axis, step: int) -> None:
@@ -242,15 +255,14 @@ class ReorderBuffer:
     def _leave_forced(self) -> Iterator[Bundle]:
         waiting = sum(len(axis.rows) for axis in self._axes.values())
         while waiting > self.capacity:
-            name, axis = max(self._axes.items(), key=lambda item: len(item[1].rows))
-            self.forced += 1
+            axis = max(self._axes.values(), key=lambda axis: len(axis.rows))
             waiting -= 1
-            yield self._release(name, axis, "forced")
+            yield self._release(axis, "forced")
 
-    def _release(self, name: str, axis: _Axis, cause: Cause) -> Bundle:
+    def _release(self, axis: _Axis, cause: Cause) -> Bundle:
         row = axis.pop()
         axis.released = row.step
-        return Bundle(axis=name, step=row.step, parts=tuple(row.parts), cause=cause)
+        return Bundle(axis=axis.name, attempt=axis.attempt, step=row.step, parts=tuple(row.parts), cause=cause)
 
     # What outlives a crash
 
@@ -262,18 +274,39 @@ class ReorderBuffer:
     def state(self) -> dict[str, Any]:
         """Who is live and how far each came, as plain values; rows are not in it."""
         return {
-            "members": {id_: [m.launch, m.joined, m.more] for id_, m in self._members.items()},
-            "launches": {n: [x.world, sorted(x.ranks), x.spoke] for n, x in self._launches.items()},
-            "axes": {n: [a.highest, a.first_row, a.reached, sorted(a.holding)] for n, a in self._axes.items()},
+            "members": {id_: [m.launch, m.attempt, m.joined, m.more] for id_, m in self._members.items()},
+            "launches": {n: [x.world, x.attempt, sorted(x.ranks), x.spoke] for n, x in self._launches.items()},
+            "axes": [
+                [a.name, a.attempt, a.highest, a.first_row, a.reached, sorted(a.holding)]
+                for a in self._axes.values()
+            ],
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Take up what `state` gave; what was released is told to the constructor."""
-        for id_, (launch, joined, more) in state["members"].items():
-            self._members[id_] = _Member(launch=launch, joined=joined, more=more)
-        for name, (world, ranks, spoke) in state["launches"].items():
-            self._launches[name] = _Launch(world=world, ranks=set(ranks), spoke=spoke)
-        for name, (highest, first_row, reached, holding) in state["axes"].items():
-            axis = self._axis(name)
+        for id_, (launch, attempt, joined, more) in state["members"].items():
+            self._members[id_] = _Member(launch=launch, attempt=attempt, joined=joined, more=more)
+        for name, (world, attempt, ranks, spoke) in state["launches"].items():
+            self._launches[name] = _Launch(world=world, attempt=attempt, ranks=set(ranks), spoke=spoke)
+        for name, attempt, highest, first_row, reached, holding in state["axes"]:
+            axis = self._axis(name, attempt)
             axis.highest, axis.first_row = highest, first_row
             axis.reached, axis.holding = dict(reached), set(holding)
+
+
+def _by_time(by_axis: Iterable[list[Bundle]]) -> list[Bundle]:
+    """Rows of several axes in the order in which they were said, each axis in the order of its steps.
+
+    So a row that waits for the next one of the main axis meets the one that was said next, even if many leave at
+    once because somebody was waited for.
+    """
+    found = [bundles for bundles in by_axis if bundles]
+    if len(found) == 1:
+        return found[0]
+    timed = []
+    for bundles in found:
+        newest = -math.inf
+        for bundle in bundles:
+            newest = max(newest, min(part.time for part in bundle.parts))
+            timed.append((newest, bundle))
+    return [bundle for _, bundle in sorted(timed, key=itemgetter(0))]

@@ -26,7 +26,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 class Lock:
-    """An exclusive lock on a file, held until the process ends."""
+    """An exclusive lock on a file, held until it is released or the process ends."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -38,6 +38,10 @@ class Lock:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise AlreadyRunning(f"another process holds {self.path}") from None
+
+    def release(self) -> None:
+        """Let go of it before the process ends. Others may hold it from then on."""
+        os.close(self._descriptor)
 
     @staticmethod
     def is_free(path: Path) -> bool:
@@ -52,7 +56,25 @@ class Lock:
         else:
             return True
         finally:
-            os.close(lock._descriptor)
+            lock.release()
+
+
+class Lifeline:
+    """A process that is no child of ours, told apart from another one that gets its number."""
+
+    def __init__(self, pid: int) -> None:
+        self._process: psutil.Process | None = None
+        with contextlib.suppress(psutil.Error, ValueError):
+            self._process = psutil.Process(pid)
+
+    def is_alive(self) -> bool:
+        """Whether it has not ended; false for one that was not there to begin with."""
+        if self._process is None:
+            return False
+        try:
+            return self._process.is_running() and self._process.status() != psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return False
 
 
 class Beat:

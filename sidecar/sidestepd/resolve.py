@@ -4,8 +4,8 @@ Everything learnt here follows from the entries alone, in their order: reading t
 on, with the state as of that checkpoint, teaches the same. No clock, no I/O.
 
 - a call belongs to one axis: its stage's, else the main one
-- a counted step is the session's count, on from the base of its launch on that axis: 0, or one past the
-  highest step that the run had seen when the launch first appeared
+- a counted step is the session's count, on from the base of its launch on that axis; the call says so, as long as
+  it may be matched with that of another rank
 - the value of a declared axis metric is in every row that needs it: if the call lacks it, the session's last,
   also where that metric is an axis of ours
 - what can not be read is `Dead`, once per record, never an exception
@@ -18,12 +18,11 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from sidestep.wire import Kind, Record, Undecodable, decode_records
+from sidestep.wire import END_OF_STEPS, Kind, Record, Undecodable, decode_records
+from sidestepd.attempts import Launches
 from sidestepd.entries import Entry, EntryKind
-from sidestepd.rows import MAIN_AXIS, Part, Position
+from sidestepd.rows import MAIN_AXIS, Call, Part, Position
 from sidestepd.rules import Rules, rule_from
-
-LOWEST_STEP, HIGHEST_STEP = 0, 2**62
 
 
 @dataclass(slots=True, kw_only=True)
@@ -34,6 +33,9 @@ class SessionFacts:
     world: int = 1
     node: str = ""
     launch: str = ""
+    attempt: int = 0
+    child: bool = False
+    """Another session stands for its rank: this one was forked from it, or spawned by it."""
     next: int = 0
     ended: str | None = None
     """"bye" or "lease", until it speaks again."""
@@ -55,6 +57,7 @@ class Joined:
     world: int
     launch: str
     more: bool
+    attempt: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +105,7 @@ class Folded:
 
 
 Said = Joined | Left | Heard | Booted | Closed | Lost | Folded | Part
+Used = Callable[[Position], Mapping[str, int] | None]
 
 
 class Resolver:
@@ -118,11 +122,14 @@ class Resolver:
         """Records that became part of this state."""
         self.dead: Counter[str] = Counter()
         self._highest: dict[str, int] = {}
-        self._bases: dict[str, dict[str, int]] = {}
-        self._launches: dict[str, int] = {}
+        self._launches = Launches()
 
-    def read(self, entry: Entry, used: Callable[[Position], bool] = lambda _: False) -> Iterator[Said]:
-        """What one entry says; `used` tells of positions that a row holds already."""
+    def begin_behind(self, step: int) -> None:
+        """The run holds rows up to `step` from before its first session: counted steps go on behind them."""
+        self._highest[MAIN_AXIS] = step
+
+    def read(self, entry: Entry, used: Used = lambda _: None) -> Iterator[Said]:
+        """What one entry says; `used` tells the places of a row that holds a position already."""
         match entry.kind:
             case EntryKind.FRAME:
                 yield from self._frame(entry, used)
@@ -135,6 +142,7 @@ class Resolver:
                 session.ended = "bye" if entry.kind is EntryKind.BYE else "lease"
                 if entry.kind is EntryKind.BYE:
                     session.final = entry.first
+                    self._say_bye(entry.session, session)
                 yield Left(entry.session)
             case EntryKind.COUNTERS:
                 self._counters(entry)
@@ -151,8 +159,7 @@ class Resolver:
     def _hello(self, entry: Entry) -> Iterator[Said]:
         facts, session = entry.facts, self._session(entry.session)
         if not session.launch:  # it is new, or its first HELLO went down with a spool
-            session.rank, session.world = facts["rank"], facts["world"]
-            session.node, session.launch = facts["node"], self._launch(facts["launch"], facts["rank"])
+            self._introduce(entry.session, session, facts)
         self._counters(entry)
         session.ended = None
         yield from self._skip_to(entry.first, session, entry)
@@ -161,18 +168,29 @@ class Resolver:
             rank=session.rank,
             world=session.world,
             launch=session.launch,
+            attempt=session.attempt,
             more=bool(facts.get("more")),
         )
 
-    def _launch(self, name: str, rank: int) -> str:
-        """The launch a new session belongs to: a rank seen again after its BYE opens a new one."""
-        number = self._launches.setdefault(name, 0)
-        launch = f"{name}#{number}"
-        if any(s.launch == launch and s.rank == rank and s.ended == "bye" for s in self.sessions.values()):
-            self._launches[name] = number + 1
-            launch = f"{name}#{number + 1}"
-        self._bases.setdefault(launch, {axis: step + 1 for axis, step in self._highest.items()})
-        return launch
+    def _introduce(self, id_: bytes, session: SessionFacts, facts: Mapping[str, Any]) -> None:
+        session.rank, session.world, session.node = facts["rank"], facts["world"], facts["node"]
+        launch = self._launches.join(
+            name=facts["launch"],
+            restarts=facts.get("attempt", 0),
+            rank=session.rank,
+            world=session.world,
+            highest=self._highest,
+        )
+        session.launch, session.attempt = launch.key, launch.attempt
+        elder = launch.ranks.get(session.rank)
+        if elder is None or self._session(elder).ended:
+            launch.ranks[session.rank] = id_
+        else:
+            session.child = True
+
+    def _say_bye(self, id_: bytes, session: SessionFacts) -> None:
+        if session.launch and self._launches[session.launch].ranks.get(session.rank) == id_:
+            self._launches[session.launch].done.add(session.rank)
 
     def _counters(self, entry: Entry) -> None:
         session, facts = self._session(entry.session), entry.facts
@@ -192,7 +210,7 @@ class Resolver:
         self.dead[reason] += count
         return Lost(position=position, count=count, reason=reason, in_frame=in_frame)
 
-    def _frame(self, entry: Entry, used: Callable[[Position], bool]) -> Iterator[Said]:
+    def _frame(self, entry: Entry, used: Used) -> Iterator[Said]:
         session = self._session(entry.session)
         session.ended = None
         yield from self._skip_to(entry.first, session, entry)
@@ -215,7 +233,7 @@ class Resolver:
         session: SessionFacts,
         record: Record,
         position: Position,
-        used: Callable[[Position], bool],
+        used: Used,
     ) -> Iterator[Said]:
         match record.kind:
             case Kind.LOG | Kind.COUNTED:
@@ -243,13 +261,20 @@ class Resolver:
                 self.config[name] = (rank, value)
 
     def _part(
-        self, id_: bytes, session: SessionFacts, record: Record, position: Position, used: bool
+        self,
+        id_: bytes,
+        session: SessionFacts,
+        record: Record,
+        position: Position,
+        places: Mapping[str, int] | None,
     ) -> Part | None:
         axis = f"{record.stage}/step" if record.stage else MAIN_AXIS
-        step = record.step or 0
+        step, call = record.step or 0, None
         if record.kind is Kind.COUNTED:
-            step += self._bases.get(session.launch, {}).get(axis, 0)
-        if not LOWEST_STEP <= step < HIGHEST_STEP:
+            if session.world > 1 and not session.child:
+                call = Call(step, frozenset(record.data))
+            step += self._base(session, axis)
+        if not 0 <= step < 2 * END_OF_STEPS:
             return None
         self._highest[axis] = max(step, self._highest.get(axis, step))
         return Part(
@@ -257,11 +282,16 @@ class Resolver:
             session=id_,
             rank=session.rank,
             axis=axis,
-            step=step,
+            step=step if places is None else places.get(axis, step),
             time=record.time,
             values=self._with_axis_metrics(session, axis, step, _staged(record.data, record.stage)),
-            used=used,
+            attempt=session.attempt,
+            used=places is not None,
+            call=call,
         )
+
+    def _base(self, session: SessionFacts, axis: str) -> int:
+        return self._launches[session.launch].bases.get(axis, 0) if session.launch else 0
 
     def _with_axis_metrics(
         self, session: SessionFacts, axis: str, step: int, values: Mapping[str, Any]
@@ -293,8 +323,7 @@ class Resolver:
             "folded": self.folded,
             "dead": dict(self.dead),
             "highest": dict(self._highest),
-            "bases": {launch: dict(bases) for launch, bases in self._bases.items()},
-            "launches": dict(self._launches),
+            "launches": self._launches.state(),
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -306,8 +335,7 @@ class Resolver:
         self.folded = state["folded"]
         self.dead = Counter(state["dead"])
         self._highest = dict(state["highest"])
-        self._bases = {launch: dict(bases) for launch, bases in state["bases"].items()}
-        self._launches = dict(state["launches"])
+        self._launches.restore(state["launches"])
 
 
 def _staged(data: Mapping[str, Any], stage: str | None) -> Mapping[str, Any]:

@@ -2,7 +2,8 @@
 
 - per session one number is kept, the next sequence: lower is a duplicate, higher is a gap, equal is taken
 - `next` moves when a frame is taken, `stored` when the spool has committed it: only that is acknowledged
-- a session is live from HELLO until BYE or the end of its lease; one that speaks again is live again
+- a session is live from HELLO until BYE, the end of its lease, or a HELLO of its launch with a higher restart
+  count; one that speaks again is live again
 - no I/O and no clock here: callers pass `now`, and write what is returned into the spool
 """
 
@@ -15,6 +16,9 @@ from typing import Any
 
 from sidestep.wire import Bye, Frame, Hello, Status
 from sidestepd.entries import Entry, EntryKind, StoredSession
+
+LOST = 1
+"""The exit code of a worker that ended without a word, as of one that an exception ended."""
 
 
 class Verdict(Enum):
@@ -41,11 +45,16 @@ class Session:
     """It had not caught up when it was heard last."""
     offered: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
+    began: float = 0.0
+    """When it said HELLO first."""
+    exit_code: int | None = None
+    """What its process ended with, as far as its BYE said."""
+    values_refused: int = 0
 
     @property
     def counters(self) -> dict[str, Any]:
         """What the worker counted, as of when it was heard last."""
-        return {"offered": self.offered, "dropped": self.dropped}
+        return {"offered": self.offered, "dropped": self.dropped, "values_refused": self.values_refused}
 
     def as_stored(self) -> StoredSession:
         """As it goes into the spool, together with all that was taken."""
@@ -55,7 +64,7 @@ class Session:
             state=self.state,
             heard=self.heard,
             hello=self.hello,
-            counters=self.counters,
+            counters=self.counters | {"began": self.began, "exit_code": self.exit_code},
         )
 
 
@@ -79,6 +88,9 @@ class Roster:
                 hello=dict(s.hello),
                 offered=s.counters.get("offered", 0),
                 dropped=dict(s.counters.get("dropped", {})),
+                began=s.counters.get("began", 0.0),
+                exit_code=s.counters.get("exit_code"),
+                values_refused=s.counters.get("values_refused", 0),
             )
             for s in stored
         }
@@ -94,7 +106,7 @@ class Roster:
 
     def hello(self, hello: Hello, now: float) -> Entry:
         """A session begins or comes back. A first unacknowledged record above what is stored moves it up."""
-        session = self.sessions.setdefault(hello.session, Session(id=hello.session))
+        session = self.sessions.setdefault(hello.session, Session(id=hello.session, began=now))
         session.next = max(session.next, hello.first) if self._gate else hello.first
         session.stored = max(session.stored, hello.first)
         session.state, session.heard, session.more = "live", now, hello.more
@@ -178,7 +190,7 @@ class Roster:
             return Verdict.DUPLICATE, None
         if bye.first > session.stored:
             return Verdict.GAP, None
-        session.state = "bye"
+        session.state, session.exit_code = "bye", bye.exit_code
         self._count(session, bye)
         entry = Entry.of_event(
             EntryKind.BYE,
@@ -200,9 +212,51 @@ class Roster:
             session.heard += seconds
             session.more = True
 
+    def lose(self, session: bytes, now: float) -> list[Entry]:
+        """The process of a session is known to be gone: nobody need wait for its lease to end."""
+        return [self._end(one, now) for one in self.live if one.id == session]
+
+    @property
+    def exit_code(self) -> int:
+        """What the run comes to by its workers: 0 if each rank's own process said BYE with 0, in its last attempt.
+
+        Else what the first of them said that did not, and 1 for one that ended without a word. A process that a
+        rank forked and left behind says nothing of the training.
+        """
+        newest: dict[str, int] = {}
+        for session in self.sessions.values():
+            launch, attempt = session.hello.get("launch", ""), session.hello.get("attempt", 0)
+            newest[launch] = max(newest.get(launch, 0), attempt)
+        own: dict[tuple[str, int], Session] = {}
+        for session in sorted(self.sessions.values(), key=lambda one: one.began):
+            launch, rank = session.hello.get("launch", ""), session.hello.get("rank", 0)
+            if session.hello.get("attempt", 0) == newest[launch]:
+                own.setdefault((launch, rank), session)
+        codes = [one.exit_code or 0 if one.state == "bye" else LOST for one in own.values()]
+        return next((code for code in codes if code), 0)
+
+    @property
+    def is_full_world(self) -> bool:
+        """Whether every rank of every launch that spoke was there."""
+        ranks: dict[str, set[int]] = {}
+        world: dict[str, int] = {}
+        for session in self.sessions.values():
+            launch = session.hello.get("launch", "")
+            ranks.setdefault(launch, set()).add(session.hello.get("rank", 0))
+            world[launch] = max(world.get(launch, 1), session.hello.get("world", 1))
+        return all(len(ranks[launch]) >= world[launch] for launch in ranks)
+
     def end_all(self, now: float) -> list[Entry]:
         """The command ended, and with it every lease."""
         return [self._end(session, now) for session in self.live]
+
+    def supersede(self, hello: Hello, now: float) -> list[Entry]:
+        """The sessions that end because their launch was started again."""
+        return [
+            self._end(session, now)
+            for session in self.live
+            if session.hello.get("launch") == hello.launch and session.hello.get("attempt", 0) < hello.attempt
+        ]
 
     def _end(self, session: Session, now: float) -> Entry:
         session.state = "lease"
@@ -210,5 +264,6 @@ class Roster:
 
     def _count(self, session: Session, said: Hello | Status | Bye) -> None:
         session.offered = max(session.offered, said.offered)
+        session.values_refused = max(session.values_refused, said.values_refused)
         for reason, count in said.dropped.items():
             session.dropped[reason] = max(session.dropped.get(reason, 0), count)

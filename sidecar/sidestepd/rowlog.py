@@ -19,7 +19,8 @@ Tables of `delivery.db`:
     definition(name, body, seal)                                names that wandb was told of
     latest(name, body, seal)                                    the newest value of each name: the run's summary
     dead(entry, seq, reason)                                    what could not be read
-    meta(key, value, seal)     'cursor', 'fold', 'marks', 'bookmark', 'ledger', 'recover', 'state', 'exit_code'
+    alert(cause, title, text, level, time, over, through, seal) what people were told, and what was read by then
+    meta(key, value, seal)     'cursor', 'fold', 'marks', 'bookmark', 'base', 'ledger', 'recover', 'state', ...
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ import msgpack
 
 from sidestepd.entries import Unreadable
 from sidestepd.errors import SpoolDamaged, SpoolFull
-from sidestepd.rows import Checkpoint, Dead, Definition, Latest, Position, Row
+from sidestepd.rows import Alert, Checkpoint, Dead, Definition, Latest, Position, Row
 from sidestepd.salvage import complete
 from sidestepd.spool import damage_mark, is_damage, is_full, keeps_from_opening
 
@@ -51,8 +52,14 @@ CREATE TABLE IF NOT EXISTS definition (
 CREATE TABLE IF NOT EXISTS latest (name TEXT PRIMARY KEY, body BLOB NOT NULL, seal INTEGER NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS dead (
     entry INTEGER NOT NULL, seq INTEGER NOT NULL, reason TEXT NOT NULL, PRIMARY KEY (entry, seq)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS alert (
+    id INTEGER PRIMARY KEY, cause TEXT NOT NULL, title TEXT NOT NULL, text TEXT NOT NULL, level TEXT NOT NULL,
+    time REAL NOT NULL, over INTEGER NOT NULL, through INTEGER NOT NULL, seal INTEGER NOT NULL);
 CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value, seal INTEGER NOT NULL) WITHOUT ROWID;
 """
+_ALERTS = "SELECT cause, title, text, level, time, over FROM alert ORDER BY id"
+_COLUMNS = "cause, title, text, level, time, over, through, seal"
+_WARN = f"INSERT INTO alert ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
 SENT, CONFIRMED = "sent", "confirmed"
 
 
@@ -134,6 +141,18 @@ class RowLog:
 
         self._commit(write)
 
+    def warn(self, alerts: Iterable[Alert], *, through: int) -> None:
+        """Write down what people are about to be told; `through` is the entry that was read last."""
+        rows = [
+            sealed(it.cause, it.title, it.text, it.level, float(it.time), int(it.over), through) for it in alerts
+        ]
+        self._commit(lambda: self._db.executemany(_WARN, rows))
+
+    def alerts(self) -> tuple[list[Alert], int]:
+        """What people were told, and the entry up to which was read when they were told last."""
+        through = self._db.execute("SELECT max(through) FROM alert").fetchone()[0]
+        return [_alert(*row) for row in self._db.execute(_ALERTS)], through or 0
+
     def rows(self) -> list[tuple[Row, str]]:
         """Every row still remembered, with its fate, in the order of their `_step`."""
         return [
@@ -164,7 +183,7 @@ class RowLog:
         """Let go of the file."""
         self._db.close()
 
-    def _commit(self, write: Callable[[], None]) -> None:
+    def _commit(self, write: Callable[[], object]) -> None:
         """One transaction, which is tried again when it lacked room."""
         while True:
             try:
@@ -225,6 +244,10 @@ class RowLogReader:
         with_reason = self._all("SELECT reason, count(*) FROM dead GROUP BY reason")
         return {str(reason): int(count) for reason, count in with_reason}
 
+    def alerts(self) -> list[Alert]:
+        """What people were told, in this order."""
+        return [_alert(*row) for row in self._all(_ALERTS)]
+
     def _one(self, query: str, *arguments: Any) -> Any:
         rows = self._all(query, *arguments)
         return rows[0][0] if rows else None
@@ -239,6 +262,10 @@ class RowLogReader:
             if "no such table" not in str(error):
                 logger.warning("%s can not be read: %s", self.path, error)
             return []
+
+
+def _alert(cause: str, title: str, text: str, level: str, time: float, over: int) -> Alert:
+    return Alert(cause=cause, title=title, text=text, level=level, time=time, over=bool(over))
 
 
 def _row_columns(row: Row) -> tuple[Any, ...]:
@@ -275,9 +302,10 @@ _SEALED = {
     "row": "SELECT step, content, positions, newest, records, seal, fate FROM row",
     "definition": "SELECT name, body, seal FROM definition",
     "latest": "SELECT name, body, seal FROM latest",
+    "alert": f"SELECT {_COLUMNS} FROM alert",
     "meta": "SELECT key, value, seal FROM meta",
 }
-_BY_ITSELF = frozenset({"run", "state", "exit_code"})
+_BY_ITSELF = frozenset({"run", "base", "state", "exit_code"})
 """What of `meta` is true without the rest."""
 _TOGETHER = frozenset({"cursor", "fold"})
 """True if both are there."""

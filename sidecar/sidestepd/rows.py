@@ -1,6 +1,6 @@
 """What flows from stage to stage behind the spool: values, no behaviour but packing.
 
-entry ─resolve▶ Part ─order▶ Bundle ─assemble▶ Row ─▶ row log and sink
+entry ─resolve▶ Part ─match▶ Part ─order▶ Bundle ─assemble▶ Row ─▶ row log and sink
 """
 
 from __future__ import annotations
@@ -22,11 +22,19 @@ class Position(NamedTuple):
     seq: int
 
 
+class Call(NamedTuple):
+    """A call without a step: the session's own count of it, and the names that were said."""
+
+    own: int
+    names: frozenset[str]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """What one rank said in one call, on one axis at one step.
+    """What one rank said in one call, on one axis at one step of one attempt.
 
-    `used`: a row of the row log holds it already; it only moves its session along.
+    `used`: a row of the row log holds it already; it only moves its session along. `call` is there where its step
+    may be that of the same call of a lower rank; a part that lies between such calls does not `move` its session.
     """
 
     position: Position
@@ -36,7 +44,10 @@ class Part:
     step: int
     time: float
     values: Mapping[str, Any]
+    attempt: int = 0
     used: bool = False
+    call: Call | None = None
+    moves: bool = True
 
 
 Cause = Literal["passed", "patience", "forced", "closing", "late"]
@@ -44,12 +55,17 @@ Cause = Literal["passed", "patience", "forced", "closing", "late"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bundle:
-    """Everything that was said at one step of one axis, ready to leave; parts in order of rank."""
+    """Everything that was said at one step of one axis, ready to leave; parts in order of rank.
+
+    `own` is what sidestep itself knows of the step, for a row of the main axis.
+    """
 
     axis: str
     step: int
     parts: tuple[Part, ...]
+    attempt: int = 0
     cause: Cause = "passed"
+    own: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def late(self) -> bool:
@@ -79,22 +95,23 @@ class Definition:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Latest:
-    """The newest value of a name: at the highest step of its axis, said at `time`."""
+    """The newest value of a name: at the highest step of its axis in the newest attempt, said at `time`."""
 
     axis: str
     step: int
     time: float
     value: Any
+    attempt: int = 0
 
     def pack(self) -> bytes:
         """As bytes."""
-        return bytes(msgpack.packb((self.axis, self.step, self.time, self.value)))
+        return bytes(msgpack.packb((self.axis, self.step, self.time, self.value, self.attempt)))
 
     @classmethod
     def unpack(cls, raw: bytes) -> Latest:
         """From bytes."""
-        axis, step, time, value = msgpack.unpackb(raw, strict_map_key=False)
-        return cls(axis=axis, step=step, time=time, value=value)
+        axis, step, time, value, attempt = msgpack.unpackb(raw, strict_map_key=False)
+        return cls(axis=axis, step=step, time=time, value=value, attempt=attempt)
 
 
 @dataclass(slots=True)
@@ -134,8 +151,9 @@ class Aggregate:
 class Row:
     """One call to a sink, decided.
 
-    `step` is wandb's `_step`; `places` the steps of the axes that met in it; `time` seconds since the epoch in
-    the worker. `restore` is what a late row must not leave behind in the summary: newer values, to be put back.
+    `step` is wandb's `_step`; `places` the steps of the axes that met in it, all of one `attempt`; `time` seconds
+    since the epoch in the worker. `restore` is what a late row must not leave behind in the summary: newer values,
+    to be put back.
     """
 
     step: int
@@ -143,26 +161,44 @@ class Row:
     values: Mapping[str, Any]
     places: Mapping[str, int]
     positions: tuple[Position, ...]
+    attempt: int = 0
     late: bool = False
     restore: Mapping[str, Any] = field(default_factory=dict)
 
     def pack(self) -> bytes:
         """As bytes, without the positions."""
-        return bytes(msgpack.packb((self.step, self.time, self.values, self.places, self.late, self.restore)))
+        parts = (self.step, self.time, self.values, self.places, self.attempt, self.late, self.restore)
+        return bytes(msgpack.packb(parts))
 
     @classmethod
     def unpack(cls, content: bytes, positions: bytes) -> Row:
         """From what `pack` and `pack_positions` made."""
-        step, time, values, places, late, restore = msgpack.unpackb(content, strict_map_key=False)
+        step, time, values, places, attempt, late, restore = msgpack.unpackb(content, strict_map_key=False)
         return cls(
             step=step,
             time=time,
             values=values,
             places=places,
+            attempt=attempt,
             late=late,
             restore=restore,
             positions=tuple(Position(*pair) for pair in msgpack.unpackb(positions)),
         )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Alert:
+    """What a person should look at, told once while `cause` lasts, and once more when it is `over`.
+
+    `level` is INFO, WARN or ERROR, as wandb has them; `time` is spool time.
+    """
+
+    cause: str
+    title: str
+    text: str
+    level: str = "WARN"
+    time: float = 0.0
+    over: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,6 +1,7 @@
 """What was declared of metrics: their axis metric, their reduction, their summary.
 
 - an exact name beats every pattern; among patterns the one declared first wins; each attribute by itself
+- what the command line says beats what the code says, and that beats what a file says
 - what is made of a name (`loss.max`, `loss/rank3`, `loss.late`) takes from its name what is not declared of itself
 - what is declared through a stage speaks of the stage's names, and of the main axis
 - a pattern may hold `*`, `?` and `[...]` anywhere, and `*` crosses `/`
@@ -12,18 +13,25 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from enum import IntEnum
 from fnmatch import fnmatchcase
 from typing import Any, TypeVar
 
+from sidestep.definitions import REDUCTIONS, SUMMARIES, is_reduction
 from sidestepd.rows import MAIN_AXIS
 
 T = TypeVar("T")
 
-SUMMARIES = frozenset({"min", "max", "mean", "first", "last", "none"})
-"""What wandb makes of a name's rows for the summary."""
-OPERATIONS = frozenset({"mean", "min", "max", "sum", "std", "count", "first", "last", "argmax_rank", "per_rank"})
-_MADE = re.compile(rf"(?P<name>.+)(\.late|\.({'|'.join(sorted(OPERATIONS))}|mean:.+)|/rank\d+)", re.DOTALL)
+_MADE = re.compile(rf"(?P<name>.+)(\.late|\.({'|'.join(sorted(REDUCTIONS))}|mean:.+)|/rank\d+)", re.DOTALL)
 """The names that the daemon makes of a name."""
+
+
+class Source(IntEnum):
+    """Who declared it, the strongest first."""
+
+    COMMAND_LINE = 0
+    CODE = 1
+    FILE = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +43,7 @@ class Rule:
     reduce: tuple[str, ...] | None = None
     summary: str | None = None
     hidden: bool | None = None
+    source: Source = Source.CODE
 
     @property
     def exact(self) -> bool:
@@ -78,8 +87,8 @@ def operations(reduce: str | Sequence[str] | None, prefix: str = "") -> tuple[st
         return None
     names = tuple(reduce) if isinstance(reduce, list | tuple) else (reduce,)
     for name in names:
-        if not isinstance(name, str) or not (name in OPERATIONS or (name.startswith("mean:") and name[5:])):
-            known = ", ".join(sorted(OPERATIONS))
+        if not is_reduction(name):
+            known = ", ".join(sorted(REDUCTIONS))
             raise ValueError(f"reduce={name!r:.80} is unknown: one of {known}, mean:NAME_OF_THE_WEIGHT")
     return tuple(f"mean:{prefix}{name[5:]}" if name.startswith("mean:") else name for name in names) or None
 
@@ -88,7 +97,7 @@ class Rules:
     """Every declaration so far, and what follows for a name."""
 
     def __init__(self, configured: Iterable[Rule] = ()) -> None:
-        self._rules: dict[str, Rule] = {}
+        self._rules: dict[tuple[str, Source], Rule] = {}
         self._answers: dict[str, Rule] = {}
         self.step_metrics: set[str] = set()
         self.summarized = False
@@ -100,7 +109,8 @@ class Rules:
 
     def declare(self, rule: Rule) -> None:
         """Add a declaration; a repeated pattern keeps its place and takes the new attributes."""
-        old = self._rules.get(rule.pattern)
+        key = (rule.pattern, rule.source)
+        old = self._rules.get(key)
         if old is not None:
             said = {
                 name: value
@@ -110,7 +120,7 @@ class Rules:
             rule = replace(old, **said)
         if rule == old:
             return
-        self._rules[rule.pattern] = rule
+        self._rules[key] = rule
         self._answers.clear()
         self.version += 1
         self.summarized = self.summarized or rule.summary is not None
@@ -139,7 +149,7 @@ class Rules:
 
     def _resolve(self, name: str) -> Rule:
         matches = [rule for rule in self._rules.values() if rule.fits(name)]
-        matches.sort(key=lambda rule: rule.pattern != name)
+        matches.sort(key=lambda rule: (rule.source, rule.pattern != name))
         return Rule(
             pattern=name,
             step_metric=_first(rule.step_metric for rule in matches),
@@ -154,10 +164,11 @@ class Rules:
         return [rule.pattern for rule in self._rules.values() if not rule.exact and not any(map(rule.fits, names))]
 
     def state(self) -> list[list[Any]]:
-        """As plain values."""
+        """What the code declared, as plain values."""
         return [
             [r.pattern, r.step_metric, list(r.reduce) if r.reduce else None, r.summary, r.hidden]
             for r in self._rules.values()
+            if r.source is Source.CODE
         ]
 
     def restore(self, state: Iterable[Sequence[Any]]) -> None:

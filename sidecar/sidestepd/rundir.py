@@ -24,9 +24,14 @@ from sidestep.errors import SettingsError
 from sidestepd.config import Config
 from sidestepd.processes import write_json
 
+MAX_ID_CHARS = 128
 MAX_IPC_PATH_BYTES = 107
 """What fits into a sockaddr_un, without its final zero."""
 RUNS = "sidestep-runs"
+TROUBLE = "trouble.json"
+"""What keeps rows from the run while nothing here is broken; gone when that is over."""
+DEATHS = "deaths.json"
+"""Why there is no delivery that lives, likewise."""
 
 _ID_LETTERS = string.ascii_lowercase + string.digits
 _LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
@@ -38,6 +43,7 @@ class RunFile:
 
     id: str
     mode: str = "offline"
+    resume: str = "allow"
     project: str | None = None
     entity: str | None = None
     name: str | None = None
@@ -74,13 +80,17 @@ class RunFile:
         """Replace `run.json`."""
         write_json(run_dir / "run.json", asdict(self))
 
+    def exports(self) -> dict[str, str]:
+        """What leads a process to this run: the variables of its environment."""
+        return {"SIDESTEP_ADDRESS": self.address, "SIDESTEP_RUN_ID": self.id, "SIDESTEP_RUN_DIR": self.dir}
+
     def at(self, run_dir: Path, address: str) -> Self:
         """The same run, wherever its directory lies now, at another address."""
         return replace(self, dir=str(run_dir), address=address)
 
     def with_what_wandb_made_of_it(self, about: Mapping[str, Any]) -> Self:
         """The same run, with the names that it was given in the end."""
-        made = {key: about[key] for key in ("project", "entity", "name", "url") if about.get(key)}
+        made = {key: about[key] for key in ("mode", "project", "entity", "name", "url") if about.get(key)}
         return replace(self, **made)
 
     def now(self, state: str, exit_code: int | None = None) -> Self:
@@ -123,6 +133,28 @@ def lay_out(run_dir: Path, config: Config, run: RunFile) -> None:
     except OSError as error:
         source = config.source("run.dir")
         raise SettingsError(f"run.dir = {config.run.dir} (from {source}): {error.strerror}") from None
+
+
+def stored_config(directory: Path) -> Config:
+    """The options with which a daemon began there. Raises SettingsError."""
+    try:
+        return Config.from_json((directory / "config.json").read_bytes())
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"{directory} can not be taken up: {error}") from None
+
+
+def name_of(address: str) -> str:
+    """A name for a directory that is this address's own."""
+    stem = "".join(letter if letter.isalnum() else "-" for letter in address)[-24:].strip("-")
+    return f"{stem}-{hashlib.sha256(address.encode(errors='surrogateescape')).hexdigest()[:6]}"
+
+
+def clear_address(address: str) -> None:
+    """Remove the files of an address that nobody is bound to any more."""
+    kind, _, path = address.partition("://")
+    if kind == "ipc":
+        for name in (path, f"{path}.lock"):
+            Path(name).unlink(missing_ok=True)
 
 
 def private_address(run_dir: Path, environ: Mapping[str, str] = os.environ) -> str:

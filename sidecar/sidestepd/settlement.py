@@ -37,6 +37,7 @@ class Settlement:
         self._rows: dict[int, tuple[Position, ...]] = {}
         self._decided_before: dict[Position, bool] = {}
         """Positions in rows of an earlier life whose frames are still to be read again; True: settled."""
+        self._places: dict[Position, Mapping[str, int]] = {}
         self._confirmed: list[int] = []
         self._refused: list[tuple[int, str]] = []
         self._dead: list[Dead] = []
@@ -92,9 +93,9 @@ class Settlement:
             gone += heappop(self._awaited) < entry
         return gone
 
-    def is_used(self, position: Position) -> bool:
-        """Whether a row of an earlier life holds the record."""
-        return position in self._decided_before
+    def places_of(self, position: Position) -> Mapping[str, int] | None:
+        """The places of the row of an earlier life that holds the record; None: no row does."""
+        return self._places.get(position)
 
     # Rows
 
@@ -103,6 +104,7 @@ class Settlement:
         for position in row.positions:
             if position.entry > self._cursor:
                 self._decided_before[position] = settled
+                self._places[position] = row.places
                 heappush(self._awaited, position.entry)
         if not settled:
             self._rows[row.step] = row.positions

@@ -7,6 +7,7 @@ nothing was lost without a count.
 
 from __future__ import annotations
 
+import sqlite3
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -14,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from sidestepd import placement
+from sidestepd.errors import SpoolDamaged
 from sidestepd.processes import Lock, read_json
 from sidestepd.room import CLOSED_MARK
 from sidestepd.rowlog import RowLogReader
-from sidestepd.rundir import RunFile
+from sidestepd.rows import Alert
+from sidestepd.rundir import DEATHS, TROUBLE, RunFile
 from sidestepd.spool import SpoolReader, StoredSession
 
 _TRIES = 20
@@ -28,7 +31,7 @@ class Ledger:
     """What became of every record. `rejected` and `dropped` are by reason.
 
     `pending` is on its way, in a worker or in the spool; `unknown` was offered by a worker that ended without
-    a word, and never came.
+    a word, and never came. `values_refused` counts no records but values, which workers left out of theirs.
     """
 
     offered: int = 0
@@ -37,6 +40,7 @@ class Ledger:
     dropped: Mapping[str, int] = field(default_factory=dict)
     pending: int = 0
     unknown: int = 0
+    values_refused: int = 0
 
     @property
     def balances(self) -> bool:
@@ -56,6 +60,7 @@ class SessionReport:
     offered: int
     acknowledged: int
     dropped: Mapping[str, int]
+    values_refused: int = 0
 
     @property
     def missing(self) -> int:
@@ -80,6 +85,24 @@ class Report:
     spool_bytes: int
     full: bool = False
     """No room is left: workers keep what they have."""
+    spool_damaged: bool = False
+    """What is told of workers is then what delivery had read of them; the next start salvages the spool."""
+    trouble: str = ""
+    """Why nothing reaches the sink, as far as that is known."""
+    lasting: bool = False
+    """Whether the trouble takes a person to heal it."""
+    alerts: tuple[Alert, ...] = ()
+    """What people were told, in this order."""
+
+    @property
+    def troubles(self) -> list[Alert]:
+        """The alerts whose causes last, or were never seen to end."""
+        open_: dict[str, Alert] = {}
+        for alert in self.alerts:
+            open_.pop(alert.cause, None)
+            if not alert.over:
+                open_[alert.cause] = alert
+        return list(open_.values())
 
     @property
     def ranks(self) -> int:
@@ -108,8 +131,13 @@ def report(run_dir: Path) -> Report:
         run = replace(run, exit_code=rowlog.meta("exit_code"))
     # In this order: what delivery had read by then is in the spool, or was and is counted as settled.
     state, told = _state(run, run_dir, rowlog), rowlog.meta("ledger", {})
-    stored, unread = _spooled(home / placement.SPOOL, after=told.get("read_through", 0))
-    sessions = tuple(sorted((_session(one, state) for one in stored), key=lambda one: one.rank))
+    trouble = {} if state == "finished" else read_json(run_dir / TROUBLE) or read_json(run_dir / DEATHS)
+    try:
+        stored, unread = _spooled(home / placement.SPOOL, after=told.get("read_through", 0))
+        damaged, found = False, [_session(one, state) for one in stored]
+    except SpoolDamaged:
+        damaged, found, unread = True, [_as_told(one) for one in told.get("sessions", {}).values()], 0
+    sessions = tuple(sorted(found, key=lambda one: one.rank))
     return Report(
         run=run,
         state=state,
@@ -123,15 +151,24 @@ def report(run_dir: Path) -> Report:
         ledger=_ledger(sessions, told, unread),
         spool_bytes=sum(path.stat().st_size for path in home.glob("spool.db*")),
         full=state == "running" and (home / CLOSED_MARK).exists(),
+        alerts=tuple(rowlog.alerts()),
+        spool_damaged=damaged,
+        trouble=str(trouble.get("what", "")),
+        lasting=bool(trouble.get("lasting", False)),
     )
 
 
-def losses(ledger: Ledger) -> str:
+def losses(found: Report) -> str:
     """What was lost, in one phrase; "" if nothing was."""
+    ledger, silent = found.ledger, found.lost_sessions
     parts = [f"{count} dropped ({reason})" for reason, count in sorted(ledger.dropped.items()) if count]
     parts += [f"{count} rejected ({reason})" for reason, count in sorted(ledger.rejected.items()) if count]
-    parts += [f"{ledger.unknown} of workers that ended without a word"] if ledger.unknown else []
-    parts += [] if ledger.balances else ["and the ledger does not balance, which is a defect: please report it"]
+    if silent:
+        who = f"{silent} worker{'s' if silent > 1 else ''} that ended without a word"
+        parts.append(f"{f'{ledger.unknown} and ' if ledger.unknown else ''}whatever else {who} had not sent")
+    parts += [f"{ledger.values_refused} values that can not be logged"] if ledger.values_refused else []
+    if not (ledger.balances or found.spool_damaged):
+        parts.append("and the ledger does not balance, which is a defect: please report it")
     return ", ".join(parts)
 
 
@@ -153,6 +190,10 @@ def _spooled(path: Path, *, after: int) -> tuple[list[StoredSession], int]:
             if sessions == reader.sessions():
                 break
         return sessions, records
+    except sqlite3.OperationalError as error:
+        if "no such table" not in str(error):  # it is only just being made
+            raise
+        return [], 0
     finally:
         reader.close()
 
@@ -169,6 +210,22 @@ def _session(stored: StoredSession, state: str) -> SessionReport:
         offered=max(stored.counters.get("offered", 0), stored.next + sum(dropped.values())),
         acknowledged=stored.next,
         dropped=dropped,
+        values_refused=stored.counters.get("values_refused", 0),
+    )
+
+
+def _as_told(session: Mapping[str, Any]) -> SessionReport:
+    """A session as delivery knows it, where the spool can not be asked."""
+    dropped: dict[str, int] = dict(session["dropped"])
+    ended = session["ended"]
+    return SessionReport(
+        rank=session["rank"],
+        node=session["node"],
+        pid=0,
+        state="live" if not ended else "bye" if session["final"] is not None else "lost",
+        offered=max(session["offered"], session["acknowledged"] + sum(dropped.values())),
+        acknowledged=session["acknowledged"],
+        dropped=dropped,
     )
 
 
@@ -183,6 +240,7 @@ def _ledger(sessions: Iterable[SessionReport], told: Mapping[str, Any], unread: 
         dropped=dict(by_workers + unreadable),
         pending=told.get("unsettled", 0) + unread + sum(s.missing for s in sessions if s.state != "lost"),
         unknown=sum(session.missing for session in sessions if session.state == "lost"),
+        values_refused=sum(session.values_refused for session in sessions),
     )
 
 

@@ -1,4 +1,4 @@
-"""That `log()` waits for nobody: timed with the daemon up, frozen, killed and absent.
+"""That `log()` waits for nobody: timed with the daemon up, frozen, killed, absent, and with parts of it broken.
 
     python -m tests.benchmarks.never_blocks [--calls N]
 
@@ -13,12 +13,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -29,6 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 import sidestep
+from sidestep.spill import private_folder, waiting
 from tests.benchmarks.measuring import (
     BUSY,
     Distribution,
@@ -43,7 +45,12 @@ from tests.benchmarks.measuring import (
 from tests.benchmarks.served import ServedRun
 from tests.benchmarks.workload import Step
 
-CONDITIONS = ("up", "frozen", "killed", "absent", "no address", "outbox full")
+SERVED = ("up", "spool slow", "spool disk full", "delivery hung", "wandb-core hung", "frozen", "killed")
+CONDITIONS = (*SERVED, "absent", "no address", "outbox full", "spilling", "spill disk full")
+ACKNOWLEDGING = ("up", "spool slow", "delivery hung", "wandb-core hung")
+"""What is logged in the others is not acknowledged."""
+FULL = {"outbox full": "outbox_full", "spill disk full": "spill_failed"}
+"""Where each record is dropped, and the reason."""
 FINISH_TIMEOUT_S = 1.0
 _SLACK_S = 0.5
 _TAIL_US = 500.0
@@ -62,6 +69,8 @@ class Case:
     acknowledged: int
     pending: int
     dropped: int
+    reasons: tuple[str, ...]
+    spilled: bool
     finish_s: float
     finish_timeout_s: float
     said: str = ""
@@ -71,7 +80,7 @@ class Case:
     def from_json(cls, values: dict[str, Any], said: str) -> Self:
         """What the measuring process printed."""
         times = {name: Distribution(**values.pop(name)) for name in ("log", "control")}
-        return cls(**times, **values, said=said)
+        return cls(**times, reasons=tuple(values.pop("reasons")), **values, said=said)
 
     @property
     def balances(self) -> bool:
@@ -120,7 +129,7 @@ def _measured_apart(condition: str, calls: int) -> Case:
 
 def _judge(case: Case, up: Case) -> Iterator[Judgement]:
     name, tail = case.condition, case.log.tail - case.control.tail
-    if name not in ("up", "outbox full"):  # a full one counts each record as dropped: the tail is what matters
+    if name != "up" and name not in FULL:  # there each record is counted as dropped: the tail is what matters
         yield judge_at_most(f"{name}: median over that of up", case.log.p50 / up.log.p50, 3, "times")
     yield judge_at_most(f"{name}: tail above that of the control", tail, _TAIL_US, "µs")
     yield judge_at_most(f"{name}: finish() returns", case.finish_s, case.finish_timeout_s + _SLACK_S, "s")
@@ -132,8 +141,13 @@ def _judge(case: Case, up: Case) -> Iterator[Judgement]:
 
 
 def _as_expected(case: Case) -> bool:
-    """Whether the condition was what it is called: only a daemon that is up acknowledges what is measured."""
-    return (case.acknowledged == case.offered) == (case.condition == "up")
+    """Whether the condition was what it is called."""
+    name = case.condition
+    return (
+        (case.acknowledged == case.offered) == (name in ACKNOWLEDGING)
+        and (name not in FULL or FULL[name] in case.reasons)
+        and case.spilled == (name == "spilling")
+    )
 
 
 # In a process of its own
@@ -144,7 +158,8 @@ def _measure_here(condition: str, calls: int) -> Case:
     with _brought_about(condition) as run:
         alike = statistics.median(time_calls_between(run.log, _PILOT, step))
         log, control = time_alternating(run.log, empty_for(alike), calls, step)
-        timeout = 5.0 if condition == "up" else FINISH_TIMEOUT_S
+        timeout = 5.0 if condition in ACKNOWLEDGING else FINISH_TIMEOUT_S
+        spilled = bool(waiting(private_folder()))
         before = time.monotonic()
         run.finish(timeout=timeout)
         finish_s = time.monotonic() - before
@@ -157,6 +172,8 @@ def _measure_here(condition: str, calls: int) -> Case:
             acknowledged=stats.acknowledged,
             pending=stats.pending,
             dropped=sum(stats.dropped.values()),
+            reasons=tuple(stats.dropped),
+            spilled=spilled,
             finish_s=finish_s,
             finish_timeout_s=timeout,
         )
@@ -166,29 +183,59 @@ def _measure_here(condition: str, calls: int) -> Case:
 def _brought_about(condition: str) -> Iterator[sidestep.Run]:
     """A run to log into, in this condition."""
     with tempfile.TemporaryDirectory() as folder:
-        if condition not in ("up", "frozen", "killed"):
-            if condition != "no address":
-                os.environ["SIDESTEP_ADDRESS"] = f"ipc://{folder}/nobody.sock"
-            if condition == "outbox full":
-                os.environ["SIDESTEP_OUTBOX_BYTES"] = str(16 * 1024 * 1024)
-            run = sidestep.init()
-            if condition == "outbox full":
-                _fill(run)
-            yield run
-            return
-        with ServedRun(Path(folder)) as served:
-            run = sidestep.init()
-            run.log({"connected": True})
-            if not run.flush(timeout=5):
-                raise RuntimeError("the daemon did not acknowledge while it was up")
-            {"up": len, "frozen": lambda _: served.freeze(), "killed": lambda _: served.kill()}[condition]("")
-            yield run
+        if condition in SERVED:
+            with _served(condition, Path(folder)) as run:
+                yield run
+        else:
+            os.environ["TMPDIR"] = folder
+            yield _alone(condition, folder)
 
 
-def _fill(run: sidestep.Run) -> None:
-    """Log until the outbox takes no more of the size that is measured."""
+@contextmanager
+def _served(condition: str, folder: Path) -> Iterator[sidestep.Run]:
+    settings = ["intake.commit_interval_s=1"] if condition == "spool slow" else []
+    with ServedRun(folder, *settings) as served:
+        os.environ["TMPDIR"] = str(folder)
+        run = sidestep.init()
+        run.log({"connected": True})
+        if not run.flush(timeout=30):
+            raise RuntimeError("the daemon did not acknowledge while it was up")
+        match condition:
+            case "frozen":
+                served.freeze()
+            case "killed":
+                served.kill()
+            case "spool disk full":
+                served.fill_the_disk()
+            case "delivery hung":
+                served.hang("sidestepd.delivery")
+            case "wandb-core hung":
+                served.hang("wandb-core")
+        yield run
+
+
+def _alone(condition: str, folder: str) -> sidestep.Run:
+    """Nobody listens; and in some conditions memory is full."""
+    if condition != "no address":
+        os.environ["SIDESTEP_ADDRESS"] = f"ipc://{folder}/nobody.sock"
+    if condition in (*FULL, "spilling"):
+        os.environ["SIDESTEP_OUTBOX_BYTES"] = str(4 * 1024 * 1024)
+    if condition == "outbox full":
+        os.environ["SIDESTEP_WHEN_FULL"] = "drop"
+    run = sidestep.init()
+    if condition == "spill disk full":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    if condition == "spilling":
+        _fill(run, lambda: bool(waiting(private_folder())))
+    elif condition in FULL:
+        _fill(run, lambda: FULL[condition] in run.stats().dropped)
+    return run
+
+
+def _fill(run: sidestep.Run, full: Callable[[], bool]) -> None:
+    """Log until it is full, also for what is no larger than what is measured."""
     large = {"text": "x" * 10_000}
-    while not run.stats().dropped:
+    while not full():
         run.log(large)
     for data in islice(scalars(), 100):
         run.log(data)

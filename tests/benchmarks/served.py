@@ -17,6 +17,8 @@ from typing import IO, Self
 
 import psutil
 
+from tests.support.waiting import eventually
+
 _HOLD = """
 import json, os, sys
 print(json.dumps({"pid": os.getpid(), "environ": dict(os.environ)}), flush=True)
@@ -27,8 +29,9 @@ sys.stdin.read()
 class ServedRun:
     """A run that is served while this context is open, and joined by an `init()` in it."""
 
-    def __init__(self, base: Path) -> None:
+    def __init__(self, base: Path, *settings: str) -> None:
         words = [sys.executable, "-m", "sidestep", "run", "--mode", "offline", "--dir", str(base)]
+        words += [word for setting in settings for word in ("--set", setting)]
         self._supervisor = subprocess.Popen(
             [*words, "--", sys.executable, "-c", _HOLD], stdin=subprocess.PIPE, stdout=subprocess.PIPE
         )
@@ -52,6 +55,31 @@ class ServedRun:
         """All of the daemon: supervisor, intake, delivery, wandb-core."""
         supervisor = psutil.Process(self._supervisor.pid)
         return [supervisor, *(it for it in supervisor.children(recursive=True) if it.pid != self._holder)]
+
+    def find(self, what: str) -> psutil.Process:
+        """The process whose command line says so, when it is there."""
+
+        def found() -> psutil.Process | None:
+            for process in self.processes():
+                try:
+                    if any(what in word for word in process.cmdline()[:4]):
+                        return process
+                except psutil.NoSuchProcess:
+                    pass
+            return None
+
+        return eventually(found, 60.0, f"there is no {what}")
+
+    def hang(self, what: str) -> None:
+        """Stop one process where it is."""
+        process = self.find(what)
+        process.suspend()
+        eventually(lambda: process.status() == psutil.STATUS_STOPPED, 10.0, f"{process} goes on")
+
+    def fill_the_disk(self) -> None:
+        """Let no file of its grow any more: of what needs no privileges this is nearest to a disk that is full."""
+        for process in self.processes():
+            process.rlimit(psutil.RLIMIT_FSIZE, (0, 0))
 
     def freeze(self) -> int:
         """Stop every process where it is, and return how many there are."""

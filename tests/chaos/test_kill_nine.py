@@ -8,11 +8,13 @@ from __future__ import annotations
 import itertools
 import os
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
 from tests.support.chaos import Training, assert_whole, duplicates, training
+from tests.support.wandb_server import StandIn
 
 pytestmark = pytest.mark.chaos
 
@@ -38,8 +40,31 @@ class TestKillNine:
     def test_every_step_is_there_after_a_long_night(self, tmp_path: Path):
         self.kill_and_look(tmp_path, steps=LONG_STEPS, kills=LONG_KILLS, at_least=LONG_KILLS)
 
-    def kill_and_look(self, base: Path, *, steps: int, kills: int, at_least: int) -> None:
-        with Training(base, training(ranks=4, steps=steps)) as run:
+    def test_every_step_is_on_the_server_exactly_once(self, tmp_path: Path):
+        with StandIn(tmp_path / "server") as server:
+            self.kill_and_look(tmp_path, steps=4000, kills=5, at_least=4, server=server)
+
+            assert server.tallies()["lines said otherwise"] == 0
+
+    @pytest.mark.nightly
+    @pytest.mark.timeout(3600)
+    @pytest.mark.parametrize("online", [False, True])
+    def test_twenty_kills_at_two_hundred_records_a_second(self, tmp_path: Path, online: bool):
+        """From each of four ranks, until the last was killed."""
+        with StandIn(tmp_path / "server") if online else nullcontext() as server:
+            self.kill_and_look(tmp_path, steps=24_000, rate=200.0, kills=20, at_least=20, server=server)
+
+    def kill_and_look(
+        self,
+        base: Path,
+        *,
+        steps: int,
+        kills: int,
+        at_least: int,
+        rate: float = 100.0,
+        server: StandIn | None = None,
+    ) -> None:
+        with Training(base, training(ranks=4, steps=steps, rate=rate), server=server) as run:
             kill_in_turn(run, kills)
             exit_code = run.wait(timeout=120 + steps / 50)
 

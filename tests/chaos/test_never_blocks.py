@@ -1,4 +1,4 @@
-"""`log()` with the daemon up, frozen, killed and absent: it returns, raises nothing, and each record is counted.
+"""`log()` with the daemon up, away and broken in parts: it returns, raises nothing, and each record is counted.
 
 How fast it returns is for `python -m tests.benchmarks.never_blocks` to judge, against a control in the same run.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.benchmarks.never_blocks import CONDITIONS, Case, measure
+from tests.benchmarks.never_blocks import ACKNOWLEDGING, CONDITIONS, FULL, Case, measure
 
 pytestmark = pytest.mark.chaos
 
@@ -32,11 +32,13 @@ class TestWhateverTheDaemonDoes:
         assert case.balances
         assert case.offered > CALLS
 
-    def test_only_a_daemon_that_is_up_acknowledges(self, cases, condition):
-        """The fault happened: what is logged during it is not acknowledged."""
+    def test_the_condition_is_what_it_is_called(self, cases, condition):
+        """The fault happened: what is logged during it is acknowledged, dropped or spilled as it must be."""
         case = cases[condition]
 
-        assert (condition == "up") == (case.acknowledged == case.offered)
+        assert (condition in ACKNOWLEDGING) == (case.acknowledged == case.offered)
+        assert case.spilled == (condition == "spilling")
+        assert FULL.get(condition, "") in (*case.reasons, "")
 
     def test_finish_returns_in_its_time_and_says_what_is_left(self, cases, condition):
         case = cases[condition]

@@ -1,4 +1,4 @@
-"""What every kind of sink must keep to: a new one is picked up by being in KINDS.
+"""What every kind of sink must keep to, in each mode: a new one is picked up by being in MODES.
 
 Each life of a sink is a process of its own, as it is in delivery: it can be killed, and wandb's core with it.
 """
@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -18,21 +19,28 @@ import psutil
 import pytest
 
 from sidestepd.rows import Row
-from sidestepd.sinks import KINDS, make_sink, wandb_log
+from sidestepd.sinks import MODES, make_sink, wandb_log
 from tests.support.daemons import DEADLINE_S, see_gone
 from tests.support.waiting import eventually
+from tests.support.wandb_server import StandIn
+
+ONLINE, OFFLINE, JSONL = "wandb online", "wandb offline", "jsonl offline"
+EVERY_KIND = [f"{kind} {mode}" for kind, modes in MODES.items() for mode in modes]
+FILES = [kind for kind in EVERY_KIND if kind != ONLINE]
 
 LIFE = """
 import json, os, sys
 from pathlib import Path
-from sidestepd.errors import Reject
+from sidestepd.errors import Retry
 from sidestepd.rows import Definition, Row
-from sidestepd.sinks import RunFacts, make_sink
+from sidestepd.sinks import RunFacts, make_sink, patiently
 
-sink = make_sink(sys.argv[1])
+kind, mode = sys.argv[1].split()
+sink = make_sink(kind, mode)
 
 def plain(confirmed):
-    return {"steps": list(confirmed.steps), "bookmark": dict(confirmed.bookmark)}
+    trouble = confirmed.trouble.what if confirmed.trouble else None
+    return {"steps": list(confirmed.steps), "bookmark": dict(confirmed.bookmark), "trouble": trouble}
 
 def rows(steps, values):
     for step in steps:
@@ -42,17 +50,27 @@ def rows(steps, values):
 def do(name, *arguments):
     match name:
         case "open":
-            run = RunFacts(id="tested", directory=Path(sys.argv[2]), project="p", options={"tags": ["t"]})
-            return plain(sink.open(run, arguments[0]))
+            run = RunFacts(id="tested", directory=Path(sys.argv[2]), mode=mode, project="p",
+                           options={"tags": ["t"]}, ask_every_s=0.2)
+            return plain(patiently(lambda: sink.open(run, arguments[0]), beat=lambda: None))
         case "write":
             for row in rows(*arguments):
                 sink.write(row)
+        case "try_write":
+            try:
+                return do("write", *arguments)
+            except Retry as later:
+                return str(later)
+        case "set":
+            return setattr(sink, *arguments)
         case "confirm":
             return plain(sink.confirm())
         case "define":
             return sink.define([Definition(name=name, step_metric=axis) for name, axis in arguments[0]])
         case "about":
             return dict(sink.about())
+        case "close":
+            return patiently(lambda: sink.close(*arguments), beat=lambda: None)
         case _:
             return getattr(sink, name)(*arguments)
 
@@ -67,6 +85,8 @@ class Life:
 
     def __init__(self, kind: str, directory: Path) -> None:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+        if kind == ONLINE:
+            environment |= server_of(directory).environment
         self._process = subprocess.Popen(
             [sys.executable, "-c", LIFE, kind, str(directory)],
             stdin=subprocess.PIPE,
@@ -138,26 +158,40 @@ class Life:
                 pass
 
 
+def server_of(directory: Path) -> StandIn:
+    """The W&B server of an online run."""
+    return StandIn(directory / "server")
+
+
 def rows_in(kind: str, directory: Path) -> list[tuple[int, dict[str, Any]]]:
     """What somebody who opens the run finds in it: each row's step and values, over all its files."""
-    if kind == "wandb":
+    if kind == OFFLINE:
         segments = wandb_log.segments(directory / "wandb")
         return [(row.step, dict(row.values)) for path in segments for row in wandb_log.history(path)]
+    if kind == ONLINE:
+        return [(row["_step"], row) for row in server_of(directory).rows("tested")]
     lines = [json.loads(line) for line in (directory / "rows.jsonl").read_bytes().splitlines()]
     return [(line["_step"], line) for line in lines if "_step" in line]
 
 
 def said_in(kind: str, directory: Path) -> dict[str, Any]:
     """The configuration, summary, definitions and exit code that the run ends with."""
+    return {OFFLINE: said_in_segments, ONLINE: said_online, JSONL: said_in_lines}[kind](directory)
+
+
+def said_in_lines(directory: Path) -> dict[str, Any]:
     said: dict[str, Any] = {"config": {}, "summary": {}, "define": {}, "exit_code": None}
-    if kind == "jsonl":
-        for line in map(json.loads, (directory / "rows.jsonl").read_bytes().splitlines()):
-            said["config"] |= line.get("config", {})
-            said["summary"] |= line.get("summary", {})
-            if "define_metric" in line:
-                said["define"][line["define_metric"]["name"]] = line["define_metric"]["step_metric"]
-            said["exit_code"] = line.get("exit_code", said["exit_code"])
-        return said
+    for line in map(json.loads, (directory / "rows.jsonl").read_bytes().splitlines()):
+        said["config"] |= line.get("config", {})
+        said["summary"] |= line.get("summary", {})
+        if "define_metric" in line:
+            said["define"][line["define_metric"]["name"]] = line["define_metric"]["step_metric"]
+        said["exit_code"] = line.get("exit_code", said["exit_code"])
+    return said
+
+
+def said_in_segments(directory: Path) -> dict[str, Any]:
+    said: dict[str, Any] = {"config": {}, "summary": {}, "define": {}, "exit_code": None}
     for path in wandb_log.segments(directory / "wandb"):
         for record in wandb_log.records(path):
             for item in (*record.config.update, *record.run.config.update):
@@ -171,24 +205,46 @@ def said_in(kind: str, directory: Path) -> dict[str, Any]:
     return said
 
 
+def said_online(directory: Path) -> dict[str, Any]:
+    server = server_of(directory)
+    run = server.run("tested")
+    metrics = run["config"]["_wandb"]["m"]
+    names = [metric["1"] for metric in metrics]
+    return {
+        "config": run["config"],
+        "summary": server.summary("tested"),
+        "define": {it["1"]: names[it["5"] - 1] if "5" in it else None for it in metrics},
+        "exit_code": run.get("exitcode"),
+    }
+
+
+def alerts_in(kind: str, directory: Path) -> list[tuple[str, str, str]]:
+    """Title, text and level of every alert in the run."""
+    if kind == "wandb":
+        segments = wandb_log.segments(directory / "wandb")
+        return [alert for path in segments for alert in wandb_log.alerts(path)]
+    lines = map(json.loads, (directory / "rows.jsonl").read_bytes().splitlines())
+    return [(it["title"], it["text"], it["level"]) for line in lines if (it := line.get("alert"))]
+
+
 def steps_in(kind: str, directory: Path) -> list[int]:
     return [step for step, _ in rows_in(kind, directory)]
 
 
 def tear(kind: str, directory: Path) -> None:
     """Cut the newest file in the middle of its last row, as a crash may."""
-    path = wandb_log.segments(directory / "wandb")[-1] if kind == "wandb" else directory / "rows.jsonl"
+    path = wandb_log.segments(directory / "wandb")[-1] if kind == OFFLINE else directory / "rows.jsonl"
     os.truncate(path, path.stat().st_size - 5)
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=EVERY_KIND)
 def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
 @pytest.fixture
 def life(kind: str, tmp_path: Path) -> Iterator[Life]:
-    with Life(kind, tmp_path) as first:
+    with server_of(tmp_path) if kind == ONLINE else nullcontext(), Life(kind, tmp_path) as first:
         yield first
 
 
@@ -234,6 +290,30 @@ class TestOneLife:
         assert step == 4
         assert {**values, "_step": 4, "_timestamp": 4.5, "loss": 4.0, "global_step": 4}.items() <= found.items()
 
+    def test_alerts_are_in_the_run_in_their_order_also_of_the_same_title(
+        self, life: Life, kind: str, tmp_path: Path
+    ):
+        life.open()
+        life.write(0)
+        for number, level in enumerate(("INFO", "WARN", "ERROR")):
+            life.call("alert", "rank 2 is silent", f"text {number}", level)
+
+        life.close()
+
+        assert [(f"text {number}", level) for number, level in enumerate(("INFO", "WARN", "ERROR"))] == [
+            alert[1:] for alert in alerts_in(kind, tmp_path)
+        ]
+        assert {"rank 2 is silent"} == {alert[0] for alert in alerts_in(kind, tmp_path)}
+        assert [0] == steps_in(kind, tmp_path)
+
+    def test_an_alert_that_the_sink_does_not_like_costs_nothing_else(self, life: Life, kind: str, tmp_path: Path):
+        life.open()
+
+        life.call("alert", "x" * 500, "", "no such level")
+        life.write(0)
+
+        assert [0] == life.close()["steps"]
+
     def test_what_is_no_number_in_json_does_not_cost_the_row(self, life: Life, kind: str, tmp_path: Path):
         life.open()
         life.write(0, nan=float("nan"), inf=float("inf"), nested={"a": {"b": 1}}, **{"sp ace/@.": 1})
@@ -256,7 +336,7 @@ class TestOneLife:
 
         said = said_in(kind, tmp_path)
         assert (0.2, 1.5) == (said["config"]["lr"], said["summary"]["best"])
-        assert {"eval/loss": "eval/step", "global_step": None} == said["define"]
+        assert {"eval/loss": "eval/step", "global_step": None}.items() <= said["define"].items()
 
     def test_tells_of_itself_in_plain_values(self, life: Life):
         life.open()
@@ -307,6 +387,7 @@ class TestNextLife:
         with Life(kind, tmp_path) as third:
             assert [0, 1] == third.open()["steps"]
 
+    @pytest.mark.parametrize("kind", FILES)
     def test_is_not_told_of_a_torn_row_and_writes_it_again(self, life: Life, kind: str, tmp_path: Path):
         life.open()
         life.write(0, 1, 2)
@@ -322,6 +403,7 @@ class TestNextLife:
 
         assert [0, 1, 2, 3] == steps_in(kind, tmp_path)
 
+    @pytest.mark.parametrize("kind", FILES)
     def test_is_opened_though_its_bookmark_lies_behind_the_end(self, life: Life, kind: str, tmp_path: Path):
         """A disk that lied about a flush: less is there than was confirmed."""
         life.open()
@@ -361,37 +443,84 @@ class TestJsonl:
     def test_a_damaged_line_is_no_row_and_no_end(self, tmp_path: Path):
         (tmp_path / "rows.jsonl").write_bytes(b'{"_step": 0}\n\xff\x00nonsense\n[]\n{"_step": 2}\n{"_step": 3')
 
-        with Life("jsonl", tmp_path) as life:
+        with Life(JSONL, tmp_path) as life:
             assert [0, 2] == life.open()["steps"]
 
 
 class TestWandb:
     def test_a_row_with_a_value_that_wandb_refuses_keeps_the_others(self, tmp_path: Path):
-        with Life("wandb", tmp_path) as life:
+        with Life(OFFLINE, tmp_path) as life:
             life.open()
             life.write(0, huge=10**400)
             life.close()
 
-        [(_, values)] = rows_in("wandb", tmp_path)
+        [(_, values)] = rows_in(OFFLINE, tmp_path)
         assert values["loss"] == 0.0
 
     def test_names_that_wandb_would_take_for_patterns_are_not_defined(self, tmp_path: Path):
-        with Life("wandb", tmp_path) as life:
+        with Life(OFFLINE, tmp_path) as life:
             life.open()
             life.call("define", [["a*", "global_step"], ["b", "global_step"]])
             life.write(0)
             life.close()
 
-        assert {"b": "global_step"} == said_in("wandb", tmp_path)["define"]
+        assert {"b": "global_step"} == said_in(OFFLINE, tmp_path)["define"]
 
     def test_is_not_disturbed_by_a_wandb_around_it(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         """A daemon started from a notebook inherits its core, which dies with the notebook."""
         monkeypatch.setenv("WANDB_SERVICE", "3-1234-unix-/nowhere/socket")
 
-        with Life("wandb", tmp_path) as life:
+        with Life(OFFLINE, tmp_path) as life:
             life.open()
             life.write(0)
             assert [0] == life.close()["steps"]
+
+
+class TestOnline:
+    def test_no_more_rows_are_given_to_wandb_than_it_may_keep(self, tmp_path: Path):
+        """While the server takes none; what was kept is taken when it does."""
+        with server_of(tmp_path) as server, Life(ONLINE, tmp_path) as life:
+            life.open()
+            life.call("set", "most_unconfirmed", 5)
+            server.fault("file_stream", "status", status=503)
+            life.write(*range(5))
+
+            kept = life.call("try_write", [5], {})
+
+            assert "more slowly than they come" in kept
+            assert server.steps("tested") == []
+            server.lift()
+            eventually(lambda: life.call("try_write", [5], {}) is None, DEADLINE_S)
+            life.close()
+            assert list(range(6)) == server.steps("tested")
+
+    def test_rows_are_not_confirmed_that_the_server_did_not_take(self, tmp_path: Path):
+        with server_of(tmp_path) as server, Life(ONLINE, tmp_path) as life:
+            life.open()
+            server.fault("file_stream", "status", status=503)
+            life.write(0, 1)
+            life.call("confirm")  # there is something to ask for
+            asked = server.tallies()["graphql/RunResumeStatus"]
+            eventually(lambda: server.tallies()["graphql/RunResumeStatus"] > asked + 1, DEADLINE_S)
+
+            assert life.call("confirm")["steps"] == []
+
+            server.lift()
+            assert [0, 1] == life.confirm_through(1)[0]
+
+    def test_says_what_keeps_the_server_from_answering(self, tmp_path: Path):
+        with server_of(tmp_path) as server, Life(ONLINE, tmp_path) as life:
+            life.open()
+            life.write(0)
+            life.confirm_through(0)
+            server.stop()
+            life.write(1)
+
+            eventually(lambda: "can not be reached" in (life.call("confirm")["trouble"] or ""), DEADLINE_S)
+
+            server.start()
+            life.confirm_through(1)
+            assert life.call("confirm")["trouble"] is None
 
 
 def test_an_unknown_kind_names_the_known():

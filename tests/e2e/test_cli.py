@@ -9,12 +9,13 @@ import re
 import select
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import psutil
@@ -36,6 +37,18 @@ run = sidestep.init()
 for step in range(10):
     run.log({"loss": step})
 run.finish()
+"""
+SLOW_DRAIN = """
+import os, signal, subprocess, sidestep
+from sidestepd.control import Control
+delivery = Control(os.environ["SIDESTEP_ADDRESS"]).ask_status(30)["delivery"]["pid"]
+os.kill(delivery, signal.SIGSTOP)
+run = sidestep.init()
+for step in range(10):
+    run.log({"loss": step})
+run.finish()
+quiet = dict(stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+subprocess.Popen(["sh", "-c", f"sleep 3; kill -CONT {delivery}"], start_new_session=True, **quiet)
 """
 ANNOUNCE_FIVE_AND_DIE = """
 import os, sys, zmq
@@ -114,8 +127,8 @@ def started(*words: str, **environ: str) -> Iterator[subprocess.Popen[str]]:
 
 
 def only_run(here: Path) -> Report:
-    (run_dir,) = (here / "sidestep-runs").iterdir()
-    return report(run_dir)
+    (run_file,) = here.glob("sidestep-runs/*/run.json")
+    return report(run_file.parent)
 
 
 def logged_steps(here: Path) -> list[int]:
@@ -236,7 +249,9 @@ class TestWhatIsSaid:
     def test_a_loss_is_said_in_a_pipe_too(self, here):
         ended = sidestep("run", "--", *python(ANNOUNCE_FIVE_AND_DIE))
 
-        assert ended.stderr.startswith("sidestep: not in the run: 5 of workers that ended without a word")
+        assert ended.stderr.startswith(
+            "sidestep: not in the run: 5 and whatever else 1 worker that ended without a word"
+        )
         assert 1 == len(ended.stderr.splitlines())
 
     def test_in_a_terminal_where_the_run_is_and_what_it_holds(self, here):
@@ -245,6 +260,18 @@ class TestWhatIsSaid:
         assert 0 == code
         assert re.search(r"^sidestep: run run4you in sidestep-runs/\d{8}-\d{6}-run4you\r$", shown, re.MULTILINE)
         assert "sidestep: 10 rows of 1 rank: 0 late, 0 dropped, 0 rejected\r\n" in shown
+
+    def test_a_drain_that_takes_its_time_shows_how_far_it_is_in_a_terminal(self, here):
+        code, shown = in_terminal("run", "--", *python(SLOW_DRAIN))
+
+        assert 0 == code
+        assert "sidestep: writing the last rows" in shown
+        assert "0/10 " in re.sub(r"\x1b\[[0-9;]*m", "", shown)
+
+    def test_a_drain_that_takes_its_time_is_quiet_in_a_pipe(self, here):
+        ended = sidestep("run", "--", *python(SLOW_DRAIN))
+
+        assert (0, "", "") == (ended.returncode, ended.stdout, ended.stderr)
 
 
 class TestRun:
@@ -376,7 +403,7 @@ class TestServe:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
             manager.bind(str(here / "notify"))
             manager.settimeout(WAIT_S)
-            with started("serve", NOTIFY_SOCKET=str(here / "notify")) as process:
+            with started("serve", "--id", "mine", NOTIFY_SOCKET=str(here / "notify")) as process:
                 said = [manager.recv(100)]
                 process.terminate()
                 said.append(manager.recv(100))
@@ -408,7 +435,7 @@ class TestServe:
     def test_stopped_while_a_worker_is_there_it_can_be_taken_up_again(self, here):
         address = f"ipc://{here}/daemon.sock"
         with (
-            serving(address, "--grace", "0.5", "--set", "order.lease_s=2") as process,
+            serving(address, "--id", "mine", "--grace", "0.5", "--set", "order.lease_s=2") as process,
             Control(address) as control,
         ):
             say_hello(address)
@@ -428,7 +455,7 @@ class TestServe:
 
     def test_a_run_that_was_told_to_finish_is_finished_by_taking_it_up(self, here):
         address = f"ipc://{here}/daemon.sock"
-        with serving(address) as process, Control(address) as control:
+        with serving(address, "--id", "mine") as process, Control(address) as control:
             eventually(lambda: control.close_run(5))
             stop_all(process)
 
@@ -436,6 +463,24 @@ class TestServe:
 
         assert 0 == ended.returncode
         assert "finished" == only_run(here).state
+
+    def test_a_run_whose_spool_was_damaged_meanwhile_is_salvaged_by_taking_it_up(self, here):
+        address = f"ipc://{here}/daemon.sock"
+        with serving(address, "--id", "mine") as process, Control(address) as control:
+            subprocess.run(python(LOG_TEN), env=os.environ | {"SIDESTEP_ADDRESS": address}, timeout=WAIT_S)
+            eventually(lambda: control.close_run(0))
+            stop_all(process)
+        run_dir = Path(only_run(here).run.dir)
+        with closing(sqlite3.connect(run_dir / "spool.db")) as spool, spool:
+            spool.execute("UPDATE session SET seal = 1")
+
+        shown = sidestep("status", str(run_dir))
+        ended = sidestep("serve", str(run_dir))
+
+        assert (0, True) == (shown.returncode, "the spool is damaged" in shown.stdout)
+        assert (0, "finished") == (ended.returncode, only_run(here).state), ended.stderr
+        assert list(range(10)) == logged_steps(here)
+        assert list((run_dir / "quarantine").iterdir())
 
     def test_a_run_that_is_finished_is_left_as_it_is(self, here):
         sidestep("run", "--", *python(LOG_TEN))

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -105,6 +106,20 @@ class TestLife:
         worker.bye()
         assert served.finish() == ExitCode.COMPLETE
         assert_run_whole(served, range(3))
+
+    def test_a_parent_that_is_gone_before_it_looks_is_missed_all_the_same(self, serve: Serve):
+        served = serve(start=False)
+        gone = subprocess.Popen(["true"])
+        gone.wait()
+
+        orphan = subprocess.run(
+            [sys.executable, "-m", "sidestepd.intake", str(served.run_dir), "--parent", str(gone.pid)],
+            timeout=DEADLINE_S,
+        )
+
+        assert ExitCode.COMPLETE == orphan.returncode
+        assert [1] == served.exit_codes()
+        assert not Path(served.address.removeprefix("ipc://")).exists()
 
     def test_ctrl_c_is_not_for_it(self, shared: ServedRun):
         assert shared.process is not None

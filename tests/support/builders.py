@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sidestep.wire import Kind, Record, checksum, encode_record
-from sidestepd.rows import MAIN_AXIS, Bundle, Cause, Part, Position, Row
+from sidestepd.rows import MAIN_AXIS, Bundle, Call, Cause, Part, Position, Row
 from sidestepd.spool import Entry, EntryKind
 
 _sequences = itertools.count()
@@ -65,13 +65,13 @@ class Tape:
 
     def hello(
         self, session: int, *, rank: int | None = None, world: int = 1, launch: str = "L", more: bool = False,
-        first: int | None = None, offered: int = 0, dropped: Mapping[str, int] | None = None,
+        first: int | None = None, offered: int = 0, dropped: Mapping[str, int] | None = None, attempt: int = 0,
     ) -> Entry:  # fmt: skip
         """A session begins or comes back; by default its number is its rank."""
         first = self.next.setdefault(session, 0) if first is None else first
         self.next[session] = max(first, self.next.get(session, 0))
         rank = session if rank is None else rank
-        facts = {"rank": rank, "world": world, "node": "n0", "launch": launch, "more": more}
+        facts = {"rank": rank, "world": world, "node": "n0", "launch": launch, "attempt": attempt, "more": more}
         return self._event(EntryKind.HELLO, session, first, **facts, offered=offered, dropped=dropped or {})
 
     def say(self, session: int, *records: bytes, more: bool = False) -> Entry:
@@ -99,6 +99,10 @@ class Tape:
     def counters(self, session: int, **facts: Any) -> Entry:
         """A session's heartbeat said something new."""
         return self._event(EntryKind.COUNTERS, session, 0, **facts)
+
+    def vital(self, session: int, state: str, since: float) -> Entry:
+        """Intake saw something of a session's process: "quiet", "heard" or "gone"."""
+        return self._event(EntryKind.VITAL, session, self.next.get(session, 0), state=state, since=since)
 
     def boot(self) -> Entry:
         """Intake started."""
@@ -132,10 +136,14 @@ def part(
     session: int | None = None,
     axis: str = MAIN_AXIS,
     time: float = 1.0,
+    attempt: int = 0,
     used: bool = False,
+    own: int | None = None,
+    moves: bool = True,
     position: Position | None = None,
 ) -> Part:
-    """What one rank said in one call; by default its session has its rank's number."""
+    """What one rank said in one call; its session has its rank's number. `own` counts a call without a step."""
+    values = {"loss": 0.5} if data is None else data
     return Part(
         position=position or Position(1, next(_sequences)),
         session=session_id(rank if session is None else session),
@@ -143,19 +151,23 @@ def part(
         axis=axis,
         step=step,
         time=time,
-        values={"loss": 0.5} if data is None else data,
+        values=values,
+        attempt=attempt,
         used=used,
+        call=None if own is None else Call(own, frozenset(values)),
+        moves=moves,
     )
 
 
 def bundle(
-    step: int = 0, *datas: Mapping[str, Any], axis: str = MAIN_AXIS, cause: Cause = "passed", time: float = 1.0
-) -> Bundle:
+    step: int = 0, *datas: Mapping[str, Any], axis: str = MAIN_AXIS, cause: Cause = "passed", time: float = 1.0,
+    attempt: int = 0,
+) -> Bundle:  # fmt: skip
     """One step's row before it is reduced: what rank 0, rank 1, ... said."""
     parts = [
         part(step, data, rank=rank, axis=axis, time=time) for rank, data in enumerate(datas or [{"loss": 0.5}])
     ]
-    return Bundle(axis=axis, step=step, parts=tuple(parts), cause=cause)
+    return Bundle(axis=axis, attempt=attempt, step=step, parts=tuple(parts), cause=cause)
 
 
 def row(

@@ -18,14 +18,16 @@ import psutil
 from sidestepd import status
 from sidestepd.processes import read_json
 from sidestepd.rowlog import RowLogReader
-from sidestepd.rundir import newest_run_dir
+from sidestepd.rundir import RunFile, newest_run_dir
 from sidestepd.sinks import wandb_log
 from tests.support.daemons import HeldRow, read_jsonl, see_gone
 from tests.support.waiting import eventually
+from tests.support.wandb_server import StandIn
 
 DEADLINE_S = 120.0
 ROOT = Path(__file__).resolve().parents[2]
 QUICK = {"order.patience_s": 2.0, "delivery.confirm_interval_s": 0.5, "delivery.backoff_s": 0.5}
+ONLINE = {"run.mode": "online", "sink.ask_every_s": 0.5}
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,17 +48,20 @@ class Training:
     sink: str = "wandb"
     options: Mapping[str, Any] = field(default_factory=dict)
     environment: Mapping[str, str] = field(default_factory=dict)
+    server: StandIn | None = None
+    """Where the run goes; offline without one."""
     kills: list[Kill] = field(default_factory=list)
     _supervisor: psutil.Popen | None = None
 
     def __enter__(self) -> Self:
-        settings = [f"{name}={value}" for name, value in {**QUICK, "sink.kind": self.sink, **self.options}.items()]
+        chosen = {**QUICK, "sink.kind": self.sink, **(ONLINE if self.server else {}), **self.options}
+        settings = [f"{name}={value}" for name, value in chosen.items()]
         own = {k: v for k, v in os.environ.items() if not k.startswith(("SIDESTEP_", "WANDB_"))}
         self._supervisor = psutil.Popen(
             [sys.executable, "-m", "sidestep", "run", "--dir", str(self.base)]
             + [word for setting in settings for word in ("--set", setting)]
             + ["--", *self.command],
-            env=own | dict(self.environment),
+            env=own | (self.server.environment if self.server else {}) | dict(self.environment),
             cwd=ROOT,
             stdout=(self.base / "stdout").open("ab"),
             stderr=(self.base / "stderr").open("ab"),
@@ -180,6 +185,9 @@ class Training:
         """Every row, over all segments in their order."""
         if self.sink == "jsonl":
             return read_jsonl(self.run_dir)
+        if self.server:
+            held = self.server.rows(RunFile.read(self.run_dir).id, project="chaos")
+            return [HeldRow(row["_step"], row) for row in held]
         segments = wandb_log.segments(self.run_dir / "wandb")
         return [HeldRow(row.step, row.values) for path in segments for row in wandb_log.history(path)]
 

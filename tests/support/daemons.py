@@ -374,9 +374,9 @@ class RawWorker:
         self.next = frame.end
         return ack
 
-    def bye(self) -> Bye:
+    def bye(self, exit_code: int | None = None) -> Bye:
         """Say that this was all."""
-        self.say(Bye(session=self.session, first=self.next, offered=self.next))
+        self.say(Bye(session=self.session, first=self.next, offered=self.next, exit_code=exit_code))
         return self.hear(Bye)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import msgpack
 
 from sidestepd.assemble import Assembler
+from sidestepd.match import Event, Matcher
 from sidestepd.order import ReorderBuffer
 from sidestepd.resolve import Closed, Folded, Lost, Resolver
 from sidestepd.rowlog import pack_positions
@@ -56,21 +57,32 @@ class Options:
     window: int = 1000
 
 
+class Died(Exception):
+    """A line came to the place where it was to die; `line` is what is left of it."""
+
+    def __init__(self, line: Line) -> None:
+        super().__init__()
+        self.line = line
+
+
 class Line:
-    """One life of delivery."""
+    """One life of delivery. `dies_at` is asked at each commit and each row that is written, before and after."""
 
     def __init__(
         self,
         disk: Disk | None = None,
         options: Options | None = None,
         buffer: Callable[..., ReorderBuffer] = ReorderBuffer,
+        dies_at: Callable[[str], bool] = lambda _: False,
     ) -> None:
         self.disk, self.options, self._buffer = disk or Disk(), options or Options(), buffer
+        self._dies_at = dies_at
         rules = Rules()
         marks = msgpack.unpackb(self.disk.marks) if self.disk.marks else {}
         self.resolver = Resolver(rules)
+        self.matcher = Matcher(patience=self.options.patience, capacity=self.options.capacity)
         self.order = buffer(
-            patience=self.options.patience, capacity=self.options.capacity, released=marks.get("released")
+            patience=self.options.patience, capacity=self.options.capacity, released=marks.get("released", ())
         )
         self.assembler = Assembler(
             rules, patience=self.options.patience, max_wait=self.options.max_wait, window=self.options.window
@@ -91,6 +103,7 @@ class Line:
             fold = msgpack.unpackb(self.disk.checkpoint.fold, strict_map_key=False)
             self.resolver.restore(fold["resolver"])
             self.order.restore(fold["order"])
+            self._hear(self.matcher.restore(fold["matcher"]))
             self.exit_code = fold["exit_code"]
         if marks:
             self.assembler.restore(marks)
@@ -131,7 +144,7 @@ class Line:
             self.resolver.dead["spool_lost"] -= kept
         if entry.kind is EntryKind.FRAME:
             self.settlement.read(entry)
-        for said in self.resolver.read(entry, self.settlement.is_used):
+        for said in self.resolver.read(entry, self.settlement.places_of):
             match said:
                 case Lost():
                     self.settlement.lose(said)
@@ -140,16 +153,22 @@ class Line:
                 case Closed():
                     self.exit_code = said.exit_code
                 case _:
-                    self.order.hear(said, self.now)
+                    self._hear(self.matcher.hear(said, self.now))
+
+    def _hear(self, events: Iterable[Event]) -> None:
+        for event in events:
+            self.order.hear(event, self.now)
 
     def let_go(self) -> None:
         """Decide the rows that may leave."""
         self._last_ready = self.now
+        self._hear(self.matcher.ready(self.now))
         rows = self._assemble(self.order.ready(self.now))
         self._decide([*rows, *self.assembler.ready(self.now)])
 
     def finish(self) -> None:
         """Everything that waits leaves, and is confirmed."""
+        self._hear(self.matcher.flush())
         self._decide([*self._assemble(self.order.flush()), *self.assembler.flush()])
         self.confirm()
 
@@ -159,14 +178,19 @@ class Line:
         self.disk.held += confirmed
         self.settlement.confirm([row.step for row in confirmed])
         if self.settlement.newest_snapshot != self.read_through:
-            fold = {"resolver": self.resolver.state(), "order": self.order.state(), "exit_code": self.exit_code}
+            fold = {
+                "resolver": self.resolver.state(),
+                "matcher": self.matcher.state(),
+                "order": self.order.state(),
+                "exit_code": self.exit_code,
+            }
             self.settlement.snapshot(self.read_through, msgpack.packb(fold))
         self._settle()
 
     def crash(self, durable: int = 0) -> Line:
         """The next life; of what was written and not confirmed the run holds the first `durable` rows."""
         self.disk.held += self.written[:durable]
-        return Line(self.disk, self.options, self._buffer)
+        return Line(self.disk, self.options, self._buffer, self._dies_at)
 
     def _assemble(self, bundles: Iterable[Bundle]) -> list[Row]:
         world = max((session.world for session in self.resolver.sessions.values()), default=1)
@@ -175,11 +199,13 @@ class Line:
     def _decide(self, rows: Sequence[Row]) -> None:
         definitions = self.assembler.new_definitions(rows)
         if rows:
+            self._pass("decide")
             for row in rows:
                 assert row.step not in self.disk.rows
                 self.disk.rows[row.step] = (row.pack(), pack_positions(row.positions), "sent")
             self.disk.marks = msgpack.packb(self.assembler.marks())
             self.disk.definitions |= {it.name: it.pack() for it in definitions}
+            self._pass("decided")
         for row in rows:
             self.settlement.decide(row)
         self.decided += rows
@@ -188,11 +214,18 @@ class Line:
     def _write(self, rows: Iterable[Row]) -> None:
         held = {row.step for row in self.disk.held}
         for row in rows:
+            self._pass("write")
             self.disk.duplicates += row.step in held
             self.written.append(row)
+            self._pass("written")
+
+    def _pass(self, place: str) -> None:
+        if self._dies_at(place):
+            raise Died(self)
 
     def _settle(self) -> None:
         disk = self.disk
+        self._pass("settle")
         for step in self.settlement.take_confirmed():
             if step in disk.rows:
                 disk.rows[step] = (*disk.rows[step][:2], "confirmed")
@@ -201,6 +234,7 @@ class Line:
         disk.checkpoint = self.settlement.checkpoint() or disk.checkpoint
         disk.counts = msgpack.packb(self.settlement.counts())
         self._forget(self.assembler.last - self.options.window)
+        self._pass("settled")
 
     def _forget(self, keep_above: int) -> None:
         for step in list(self.disk.rows):

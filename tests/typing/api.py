@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import assert_type
+from typing import Any, assert_type
 
 import sidestep
-from sidestep import Metric, Run, Stage, Stats
+from sidestep import Metric, Run, Scope, Stage, Stats
+from sidestep.testing import Recorder, record
 
 
 def train(steps: int) -> None:
@@ -17,6 +18,8 @@ def train(steps: int) -> None:
         assert_type(run.log({"train/loss": 0.5, "nested": {"a": [1, 2]}}, step=step), None)
     stage = run.stage("training/operator")
     assert_type(stage, Stage)
+    assert_type(run.scope("e_p2_1", step_offset=1000), Scope)
+    run.scope("e_p2_1", step_offset=1000).log({"loss": 0.5}, step=0)
     stage.log({"loss": 0.1}, commit=False)
     assert_type(stage.stage("inner").name, str)
     assert_type(run.define_metric("loss", summary="min"), Metric)
@@ -46,3 +49,12 @@ def without_naming_a_run() -> None:
     sidestep.summary.update({"best": 1.0})
     assert_type(sidestep.run, Run | None)
     sidestep.finish()
+
+
+def in_tests() -> None:
+    with record(strict=False) as logged:
+        without_naming_a_run()
+    assert_type(logged, Recorder)
+    assert_type(logged["loss"], list[Any])
+    assert_type(logged.steps("loss"), list[int | None])
+    assert_type(logged.config, dict[str, Any])

@@ -475,7 +475,7 @@ class TestState:
         other.restore(msgpack.unpackb(msgpack.packb(it.marks())))
 
         assert it.marks() == other.marks()
-        assert {"global_step": 9, "eval/step": 0} == other.released
+        assert {("global_step", 0): 9, ("eval/step", 0): 0} == other.released
         assert [11] == [row.step for row in add(other, main(10), now=21.0)]
 
     def test_a_shift_that_was_told_is_taken_back_in_the_next_life(self):
@@ -491,7 +491,7 @@ class TestState:
 
         it.remember(row(7, {"global_step": 5, "loss": 1}, places={"global_step": 5}))
 
-        assert (7, {"global_step": 5}) == (it.last, it.released)
+        assert (7, {("global_step", 0): 5}) == (it.last, it.released)
         [late] = add(it, main(5, {"loss": 2}, cause="late"))
         assert (8, 2) == (late.step, late.values["loss.late"])
 
@@ -504,3 +504,71 @@ class TestState:
         assert 0 == it.marks()["conflicts"]
         it.flush()
         assert 1 == it.marks()["conflicts"]
+
+
+class TestAttempts:
+    def test_a_step_that_an_earlier_attempt_has_in_a_row_is_tagged(self):
+        it = assembler()
+        add(it, main(4), main(5))
+
+        rows = add(it, main(4, attempt=1), main(5, attempt=1), main(6, attempt=1))
+
+        assert [1, 1, None] == [row.values.get("sidestep/attempt") for row in rows]
+        assert [(6, 4), (7, 5), (8, 6)] == [(row.step, row.places[MAIN_AXIS]) for row in rows]
+        assert not any(row.late for row in rows)
+
+    def test_a_late_share_looks_for_its_own_attempt(self):
+        it = assembler()
+        add(it, main(4, {"loss": 1.0}), main(4, {"acc": 1.0}, attempt=1))
+
+        [late] = add(it, main(4, {"loss": 2.0, "acc": 2.0}, attempt=1, cause="late"))
+
+        assert (2.0, 2.0) == (late.values["loss"], late.values["acc.late"])
+        assert 1 == it.late_values
+
+    def test_the_summary_keeps_the_newest_attempt_s_value_though_its_step_is_lower(self):
+        it = assembler()
+
+        add(it, main(900, {"loss": 9.0}), main(500, {"loss": 5.0}, attempt=1))
+
+        assert 5.0 == it.newest()["loss"]
+
+    def test_a_row_of_an_attempt_that_is_over_leaves_the_summary_alone(self):
+        it = assembler()
+        add(it, main(500, {"loss": 5.0}, attempt=1))
+
+        [old] = add(it, main(900, {"loss": 9.0}))
+
+        assert 5.0 == it.newest()["loss"] == old.restore["loss"]
+
+    def test_rows_of_different_attempts_do_not_meet(self):
+        it = assembler()
+
+        rows = add(it, evaluation(0), main(3, attempt=1))
+
+        assert [(0, {"eval/step": 0}), (3, {MAIN_AXIS: 3})] == places(rows)
+
+    def test_a_stage_row_that_waits_leaves_before_one_of_the_next_attempt(self):
+        it = assembler()
+
+        rows = [*add(it, evaluation(7), evaluation(0, attempt=1)), *it.flush()]
+
+        assert [(0, {"eval/step": 7}), (1, {"eval/step": 0})] == places(rows)
+
+    def test_outlive_a_crash(self):
+        it, other = assembler(), assembler()
+        add(it, main(5), main(2, attempt=1))
+
+        other.restore(msgpack.unpackb(msgpack.packb(it.marks())))
+
+        [row] = add(other, main(4, attempt=1))
+        assert 1 == row.values["sidestep/attempt"]
+
+
+class TestCounters:
+    def test_forced_rows_are_counted(self):
+        it = assembler()
+
+        add(it, main(5, cause="forced"), main(6))
+
+        assert (1, 1) == (it.forced_rows, it.marks()["forced_rows"])

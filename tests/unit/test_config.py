@@ -108,6 +108,12 @@ class TestSources:
 
         assert Path() == config.run.dir
 
+    def test_names_to_watch_in_a_variable_are_separated_by_commas(self, tmp_path):
+        some = Config.load(environ={"SIDESTEP_WATCH_NOT_FINITE": "*loss*, grad/*"})
+        none = Config.load(toml_file(tmp_path, "[watch]\nnot_finite = []"), environ={})
+
+        assert (("*loss*", "grad/*"), ()) == (some.watch.not_finite, none.watch.not_finite)
+
     def test_tags_in_a_variable_are_separated_by_commas(self):
         config = Config.load(environ={"WANDB_TAGS": "one, two,"})
 
@@ -145,9 +151,16 @@ class TestComplaints:
                 "sink.kind = csv (from SIDESTEP_SINK_KIND): must be 'wandb' or 'jsonl'",
             ),
             (
-                {"WANDB_MODE": "online"},
-                "run.mode = online (from WANDB_MODE): this release writes offline runs: say offline, and send the "
-                "run afterwards by `wandb sync`",
+                {"WANDB_MODE": "shared"},
+                "run.mode = shared (from WANDB_MODE): must be 'offline', 'online' or 'disabled'",
+            ),
+            (
+                {"WANDB_RESUME": "maybe"},
+                "run.resume = maybe (from WANDB_RESUME): must be 'allow', 'must' or 'never'",
+            ),
+            (
+                {"WANDB_BASE_URL": "api.wandb.ai"},
+                "sink.server = api.wandb.ai (from WANDB_BASE_URL): String should match pattern '^https?://'",
             ),
             (
                 {"WANDB_RUN_ID": "../up"},
@@ -203,12 +216,30 @@ class TestComplaints:
     def test_a_reduction_that_nobody_knows_is_named(self, tmp_path):
         path = toml_file(tmp_path, '[reduce]\n"train/*" = "middle"')
 
-        with pytest.raises(SettingsError, match=r"train/\*: reduce='middle' is unknown"):
+        with pytest.raises(SettingsError, match=r"reduce\.train/\* = middle \(from .*options\.toml\): .* unknown"):
             Config.load(path, environ={})
+
+    def test_a_reduction_of_the_command_line_too(self):
+        with pytest.raises(SettingsError, match=r"reduce\.a\.b = middle \(from --reduce\)"):
+            Config.load(environ={}, overrides={"reduce.a.b": Given("middle", "--reduce")})
+
+    def test_reductions_that_are_no_table_are_said_so(self, tmp_path):
+        with pytest.raises(SettingsError, match=r"reduce = mean \(from "):
+            Config.load(toml_file(tmp_path, 'reduce = "mean"'), environ={})
 
     def test_an_override_that_nobody_knows_is_named(self):
         with pytest.raises(SettingsError, match=r"order\.patients_s is no option; did you mean order\.patience_s"):
             Config.load(environ={}, overrides={"order.patients_s": 1})
+
+
+class TestReductions:
+    def test_of_the_command_line_and_the_file_are_joined_and_know_where_they_come_from(self, tmp_path):
+        path = toml_file(tmp_path, '[reduce]\n"x" = "sum"\n"y.z" = ["mean", "max"]')
+
+        config = Config.load(path, environ={}, overrides={"reduce.x": Given("min,max", "--reduce")})
+
+        assert {"x": ["min", "max"], "y.z": ["mean", "max"]} == config.reduce
+        assert ("--reduce", str(path)) == (config.source("reduce.x"), config.source("reduce.y.z"))
 
 
 class TestRunDirectoryCopy:

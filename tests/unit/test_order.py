@@ -7,6 +7,7 @@ from typing import Any
 import msgpack
 import pytest
 
+from sidestepd.match import Waits
 from sidestepd.order import ReorderBuffer
 from sidestepd.resolve import Booted, Heard, Joined, Left
 from sidestepd.rows import MAIN_AXIS
@@ -102,6 +103,19 @@ class TestAllMovedPast:
             buffer.say(session, 0, 1, now=1.0, axis="eval/step")
 
         assert [("eval/step", 0, "passed")] == buffer.ready(now=1.0)
+
+    def test_rows_that_leave_together_leave_as_they_were_said(self):
+        buffer = Buffer()
+        buffer.join(0, 1)
+        for step in range(4):
+            for axis, later in ((MAIN_AXIS, 0.1), ("eval/step", 0.0)):
+                for rank in (0, 1):
+                    buffer.order.hear(part(step, rank=rank, axis=axis, time=10.0 * step + later), 0.0)
+        buffer.leave(0, 1.0)
+        buffer.leave(1, 1.0)
+
+        expected = [(axis, step, "passed") for step in range(4) for axis in ("eval/step", MAIN_AXIS)]
+        assert expected == buffer.ready(2.0)
 
     def test_who_left_is_not_waited_for(self):
         buffer = two_ranks_at(5)
@@ -395,7 +409,7 @@ class TestLateness:
         assert [(5, 3), (6, 2)] == [(bundle.step, len(bundle.parts)) for bundle in buffer.order.ready(1.0)]
 
     def test_what_an_earlier_life_released_stays_released(self):
-        buffer = Buffer(released={MAIN_AXIS: 7})
+        buffer = Buffer(released=[(MAIN_AXIS, 0, 7)])
         buffer.join(0)
 
         buffer.say(0, 7, 8, 9, now=0.0)
@@ -411,7 +425,6 @@ class TestBounds:
         buffer.say(0, 6, 7, now=1.0)
 
         assert [(MAIN_AXIS, 5, "forced")] == buffer.ready(now=1.0)
-        assert 1 == buffer.order.forced
         assert 3 == buffer.order.waiting
 
     def test_at_the_end_everything_leaves(self):
@@ -436,7 +449,7 @@ class TestState:
         buffer = two_ranks_at(5)
         buffer.ready(now=5.0)
 
-        other = self.restored(buffer, released={MAIN_AXIS: 5})
+        other = self.restored(buffer, released=[(MAIN_AXIS, 0, 5)])
 
         assert buffer.order.state() == other.order.state()
         other.say(0, 6, 7, now=5.1)
@@ -454,7 +467,7 @@ class TestState:
         assert [0] == other.steps(now=6.0)
 
     def test_a_part_that_is_in_a_row_already_moves_its_session_along(self):
-        buffer = Buffer(released={MAIN_AXIS: 5})
+        buffer = Buffer(released=[(MAIN_AXIS, 0, 5)])
         buffer.join(0, 1)
         buffer.say(0, 5, 6, now=0.0)
 
@@ -465,7 +478,7 @@ class TestState:
 
     def test_who_said_the_row_that_left_last_holds_in_the_next_life_too(self):
         """It had reached that row, so it had not stopped holding when patience ran out."""
-        buffer = Buffer(released={MAIN_AXIS: 5})
+        buffer = Buffer(released=[(MAIN_AXIS, 0, 5)])
         buffer.join(0, 1)
         for session in (0, 1):
             buffer.say(session, 4, 5, now=0.0, used=True)
@@ -503,3 +516,95 @@ def test_a_session_that_is_unknown_is_live_once_it_speaks(patience):
     buffer.say(7, 0, 1, now=0.0)
 
     assert [0] == buffer.steps(now=0.0)
+
+
+class TestAttempts:
+    def restarted(self) -> Buffer:
+        """Rank 0 said 5 in the first attempt, which ended, and is in the second one."""
+        buffer = Buffer()
+        buffer.join(0)
+        buffer.say(0, 4, 5, now=0.0)
+        buffer.leave(0, now=1.0)
+        assert [4, 5] == buffer.steps(now=1.0)
+        again = Joined(session=session_id(7), rank=0, world=1, launch="L~1", attempt=1, more=False)
+        buffer.order.hear(again, 1.0)
+        return buffer
+
+    def say(self, buffer: Buffer, *steps: int, now: float, attempt: int = 1) -> None:
+        for step in steps:
+            buffer.order.hear(part(step, session=7, attempt=attempt), now)
+
+    def test_steps_said_again_are_not_late(self):
+        buffer = self.restarted()
+
+        self.say(buffer, 2, 3, 4, now=1.0)
+
+        assert [(2, 1, "passed"), (3, 1, "passed")] == [
+            (it.step, it.attempt, it.cause) for it in buffer.order.ready(now=7.0)[:2]
+        ]
+
+    def test_within_the_attempt_they_are(self):
+        buffer = self.restarted()
+        self.say(buffer, 2, 3, 4, now=1.0)
+        buffer.order.ready(now=7.0)
+
+        self.say(buffer, 2, now=8.0)
+
+        assert [(MAIN_AXIS, 2, "late")] == buffer.ready(now=8.0)
+
+    def test_what_the_attempt_before_says_now_is_late_in_its_own_order(self):
+        buffer = self.restarted()
+        self.say(buffer, 2, 3, now=1.0)
+
+        buffer.say(0, 5, now=2.0)
+
+        [late, *_] = buffer.order.ready(now=7.0)
+        assert (5, 0, "late") == (late.step, late.attempt, late.cause)
+
+    def test_a_session_does_not_hold_the_axes_of_another_attempt(self):
+        """One that is left over from before waits for nobody of the new one, nor they for it."""
+        buffer = self.restarted()
+        buffer.say(0, 6, now=2.0)
+        self.say(buffer, 2, 3, 4, now=2.0)
+
+        assert [2, 3] == [it.step for it in buffer.order.ready(now=7.0) if it.attempt == 1][:2]
+
+    def test_outlive_a_crash(self):
+        buffer, other = self.restarted(), Buffer(released=[(MAIN_AXIS, 0, 5), (MAIN_AXIS, 1, 2)])
+        self.say(buffer, 2, 3, now=1.0)
+
+        other.order.restore(msgpack.unpackb(msgpack.packb(buffer.order.state()), strict_map_key=False))
+        self.say(other, 2, now=2.0)
+        self.say(other, 4, now=2.0)
+
+        assert [(2, 1, "late")] == [(it.step, it.attempt, it.cause) for it in other.order.ready(now=2.0)]
+        assert [4] == [it.step for it in other.order.ready(now=20.0)]
+
+
+class TestWaitingToBeMatched:
+    def test_patience_is_twice_as_long_for_a_session_of_which_something_waits(self):
+        buffer = two_ranks_at(5)
+        buffer.order.hear(Waits(session=session_id(1), waiting=True), 1.0)
+        buffer.say(0, 6, now=1.0)
+
+        assert [] == buffer.ready(now=9.9)
+        assert [(MAIN_AXIS, 5, "patience")] == buffer.ready(now=10.0)
+
+    def test_what_does_not_move_a_session_along_does_not_let_rows_go(self):
+        """A call between two that are matched: the next of them may lie before it."""
+        buffer = two_ranks_at(5)
+        buffer.say(0, 6, 7, now=1.0)
+
+        buffer.order.hear(part(9, rank=1, moves=False), 1.0)
+
+        assert [] == buffer.ready(now=1.0)
+        buffer.say(1, 6, now=1.0)
+        assert [5] == buffer.steps(now=1.0)
+
+    def test_but_not_once_it_waits_no_more(self):
+        buffer = two_ranks_at(5)
+        buffer.order.hear(Waits(session=session_id(1), waiting=True), 1.0)
+        buffer.say(0, 6, now=1.0)
+        buffer.order.hear(Waits(session=session_id(1), waiting=False), 2.0)
+
+        assert [(MAIN_AXIS, 5, "patience")] == buffer.ready(now=6.0)

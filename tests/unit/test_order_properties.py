@@ -313,12 +313,15 @@ class Chaos:
         self.line.read(self.tape.entries, clock=self.tape.now)
 
     def _come_again(self, gone: Worker) -> None:
-        """A process of the same rank, if there is none: the newest launch that has not seen it, or a new one."""
+        """A process of the same rank, if there is none: of the first launch that still takes it, or a new one."""
         if any(other.rank == gone.rank and not other.gone for other in self.workers):
             return
         newest = max(int(worker.launch.removeprefix("L#")) for worker in self.workers)
-        seen = any(it.rank == gone.rank and it.launch == f"L#{newest}" for it in self.workers)
-        self.start(gone.rank, f"L#{newest + seen}")
+        for number in range(newest + 2):
+            done = {it.rank for it in self.workers if it.gone and it.launch == f"L#{number}"}
+            if gone.rank not in done and len(done) < self.ranks:
+                self.start(gone.rank, f"L#{number}")
+                return
 
     def end(self) -> None:
         for worker in self.workers:
@@ -439,7 +442,7 @@ class TestAnythingAtAll:
         waiting = chaos.line.order.waiting
         incomplete = [
             name
-            for name, (highest, _, reached, holding) in order.items()
+            for name, _, highest, _, reached, holding in order
             if any(reached[session] < highest for session in holding)
         ]
         assert waiting <= len(incomplete)

@@ -234,6 +234,141 @@ class TestThreads:
         assert ledger_balances(box)
 
 
+class Shelves:
+    """A shelf in memory, that can be full and can lose what it holds."""
+
+    def __init__(self, places: int = 1_000) -> None:
+        self.frames: dict[int, Frame] = {}
+        self.places = places
+        self.cleared = 0
+        self.why = DropReason.SPILL_FULL
+
+    def put(self, frame: Frame) -> int | None:
+        if len(self.frames) >= self.places:
+            return None
+        self.frames[frame.first] = frame
+        return frame.first
+
+    def get(self, place: int) -> Frame | None:
+        return self.frames.get(place)
+
+    def clear(self) -> None:
+        self.frames.clear()
+        self.cleared += 1
+
+
+def shelving(*records: bytes, places: int = 1_000) -> tuple[Outbox, Shelves]:
+    shelf = Shelves(places)
+    box = Outbox(SESSION, 1 << 20, shelf)
+    box.credit = 1 << 20
+    for record in records:
+        box.offer(record)
+    return box, shelf
+
+
+class TestShelf:
+    def test_what_is_shelved_takes_no_memory_and_is_still_pending(self):
+        box, _ = shelving(b"x" * 1000, b"y" * 1000)
+
+        box.shelve()
+
+        assert (1 << 20, 2) == (box.room, box.pending)
+
+    def test_it_is_sent_before_what_came_later(self):
+        box, _ = shelving(b"one")
+        box.shelve()
+        box.offer(b"two")
+
+        assert [b"one", b"two"] == [frame.body for frame in frames(box)]
+
+    def test_what_was_under_way_is_shelved_first_so_that_the_shelf_has_no_hole(self):
+        box, shelf = shelving(b"one")
+        frames(box)
+        box.offer(b"two")
+
+        while box.shelve():
+            pass
+
+        assert [0, 1] == sorted(shelf.frames)
+        assert box.shelved == 2
+
+    def test_it_is_cleared_when_all_of_it_is_acknowledged(self):
+        box, shelf = shelving(b"one")
+        box.shelve()
+        frames(box)
+
+        box.ack(1)
+
+        assert 1 == shelf.cleared
+        assert (0, 1 << 20) == (box.pending, box.room)
+
+    def test_a_daemon_that_has_it_already_is_not_sent_it(self):
+        box, _ = shelving(b"one")
+        box.shelve()
+        box.offer(b"two")
+
+        box.ack(1)
+
+        assert [b"two"] == [frame.body for frame in frames(box)]
+
+    def test_a_full_one_leaves_things_in_memory_with_its_reason(self):
+        box, _ = shelving(b"one", places=0)
+
+        taken = box.shelve()
+
+        assert (False, DropReason.SPILL_FULL, 1) == (taken, box.full, box.pending)
+        assert [b"one"] == [frame.body for frame in frames(box)]
+
+    def test_what_can_not_be_read_back_is_passed_over_once_all_before_it_is_acknowledged(self):
+        box, shelf = shelving(b"one")
+        box.shelve()
+        box.offer(b"two")
+        box.shelve()
+        box.offer(b"three")
+        frames_before = len(shelf.frames)
+        del shelf.frames[1]
+
+        first = frames(box)
+        box.ack(1)
+        rest = frames(box) + frames(box)
+
+        assert 2 == frames_before
+        assert [b"one"] == [frame.body for frame in first]
+        assert [b"three"] == [frame.body for frame in rest]
+        assert (1, 2) == (box.lost, box.acknowledged)
+
+    def test_at_the_end_what_is_not_on_it_is_given_up_and_counted(self):
+        box, _ = shelving(b"one", places=1)
+        box.shelve()
+        box.offer(b"two")
+        box.shelve()
+
+        box.keep_what_is_shelved(DropReason.SPILL_FULL)
+
+        assert (1, {"spill_full": 1}, 2) == (box.pending, box.dropped, box.offered)
+        assert ledger_balances(box)
+
+    def test_giving_up_gives_up_the_shelf_too(self):
+        box, shelf = shelving(b"one")
+        box.shelve()
+        box.offer(b"two")
+
+        box.abandon(DropReason.REFUSED)
+
+        assert ({"refused": 2}, 0, {}) == (box.dropped, box.pending, shelf.frames)
+
+    def test_a_large_window_does_not_take_all_memory(self):
+        """Or there would be none left to shelve from."""
+        box, _ = shelving()
+        box.credit = 1 << 30
+        while box.offer(b"x" * 10_000):
+            pass
+
+        sent = sum(len(frame.body) for frame in frames(box))
+
+        assert sent <= (1 << 20) // 4
+
+
 class Line(RuleBasedStateMachine):
     """An outbox, a wire that loses and repeats, and a daemon that stores what it wants next."""
 
@@ -241,7 +376,9 @@ class Line(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.box = outbox(limit=400, credit=100)
+        self.shelf = Shelves(places=6)
+        self.box = Outbox(SESSION, 400, self.shelf)
+        self.box.credit = 100
         self.accepted: list[bytes] = []
         self.refused = 0
         self.stored = b""
@@ -263,6 +400,19 @@ class Line(RuleBasedStateMachine):
         if frame is not None:
             assert self.bodies.setdefault(frame.first, frame.body) == frame.body
         return frame
+
+    @rule()
+    def shelve(self) -> None:
+        before = self.box.room
+        if self.box.shelve():
+            assert self.box.room >= before
+
+    @rule()
+    def the_shelf_holds_all_that_is_unacknowledged_up_to_its_end(self) -> None:
+        """So that it makes sense when the process is killed now."""
+        if self.box.shelved:
+            have = [frame for frame in self.shelf.frames.values() if frame.end > self.box.acknowledged]
+            assert self.box.shelved == sum(frame.end - max(frame.first, self.box.acknowledged) for frame in have)
 
     @rule(frame=consumes(on_wire))
     def lose(self, frame: Frame | None) -> None:
@@ -286,7 +436,7 @@ class Line(RuleBasedStateMachine):
     def the_ledger_balances(self) -> None:
         assert ledger_balances(self.box)
         assert self.box.offered == len(self.accepted) + self.refused
-        assert self.box.room >= 0
+        assert self.box.room >= -100  # what came back from the shelf has a right to be there
 
     def teardown(self) -> None:
         """After the faults, everything that was accepted arrives, once and in order."""

@@ -45,6 +45,7 @@ class TestNames:
             [
                 "Metric",
                 "Run",
+                "Scope",
                 "Settings",
                 "SettingsError",
                 "SidestepError",

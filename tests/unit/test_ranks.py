@@ -547,6 +547,52 @@ class TestTorchDistributed:
         assert 0 == subprocess.run([sys.executable, "-c", code], timeout=60).returncode
 
 
+class TestRayTrain:
+    """Backends other than torch's set no variables; the context knows."""
+
+    @staticmethod
+    def loaded(rank: Any, world: Any, local: int = 0) -> dict[str, Any]:
+        context = SimpleNamespace(
+            get_world_rank=lambda: rank,
+            get_world_size=lambda: world,
+            get_local_rank=lambda: local,
+            get_experiment_name=lambda: "tune-1",
+        )
+        return {"ray.train": SimpleNamespace(get_context=lambda: context)}
+
+    def test_its_context_says_who_a_worker_is(self):
+        who = identity({"RAY_JOB_ID": "02000000"}, modules=self.loaded(5, 8, 1))
+
+        assert (5, 8, 1, "ray.02000000.tune-1") == (who.rank, who.world, who.local_rank, who.launch)
+
+    def test_workers_on_other_nodes_are_of_the_same_launch(self):
+        """Their parents are not one process."""
+        here = identity({"RAY_JOB_ID": "1"}, modules=self.loaded(0, 2), parent=10)
+        there = identity({"RAY_JOB_ID": "1"}, modules=self.loaded(1, 2), parent=99, node="there")
+
+        assert here.launch == there.launch
+
+    def test_the_launch_is_the_environment_s_where_that_has_one(self):
+        who = identity(RAY_TRAIN, modules=self.loaded(5, 8, 1))
+
+        assert identity(RAY_TRAIN) == who
+
+    def test_it_beats_the_rank_of_the_task_that_started_ray(self):
+        who = identity(SRUN_PER_NODE | {"RAY_JOB_ID": "1"}, modules=self.loaded(3, 4))
+
+        assert (3, 4) == (who.rank, who.world)
+
+    def test_outside_a_worker_it_says_nothing(self):
+        def raises() -> Any:
+            raise RuntimeError("only within train_loop_per_worker")
+
+        for modules in (
+            self.loaded(None, None), self.loaded(0, 1), {"ray.train": SimpleNamespace()}, {"ray.train": None},
+            {"ray.train": SimpleNamespace(get_context=raises)},
+        ):  # fmt: skip
+            assert identity(SRUN) == identity(SRUN, modules=modules)
+
+
 class TestAttempts:
     def test_torchrun_counts_its_restarts(self):
         assert 2 == identity(TORCHRUN).attempt

@@ -54,9 +54,43 @@ class TestWhatIsInTheRun:
     def test_what_it_released_is_as_far_as_any_row_came(self):
         recovery = recovered((3, {"global_step": 3}), (4, {"eval/step": 9}), (5, {"global_step": 2}))
 
-        marks = recovery.over({"last": 4, "released": {"global_step": 7}, "shift": 1})
+        marks = recovery.over({"last": 4, "released": [["global_step", 0, 7]], "shift": 1})
 
-        assert {"last": 5, "released": {"global_step": 7, "eval/step": 9}, "shift": 1} == marks
+        assert {"last": 5, "released": [["global_step", 0, 7], ["eval/step", 0, 9]], "shift": 1} == marks
+
+    def test_a_server_may_hold_a_later_row_than_any_that_can_be_read(self):
+        assert 9 == recovered((3, {"global_step": 3})).over({"last": 4, "released": []}, last=9)["last"]
+
+
+class TestAttempts:
+    """A row says its attempt where an earlier one came as far."""
+
+    def test_a_step_that_is_said_again_is_not_in_the_row_of_the_attempt_before(self):
+        recovery = recovered((4, {"global_step": 4, "loss": 0.5, "_timestamp": 1.0}))
+
+        assert not recovery.holds(part(4, time=9.0, attempt=1))
+        assert recovery.holds(part(4, time=1.0))
+
+    def test_it_is_in_the_row_that_says_its_attempt(self):
+        recovery = recovered((7, {"global_step": 4, "loss": 0.5, "sidestep/attempt": 1}))
+
+        assert (True, False) == (recovery.holds(part(4, attempt=1)), recovery.holds(part(4)))
+
+    def test_beyond_the_attempt_before_rows_do_not_say_it(self):
+        recovery = recovered(
+            (4, {"global_step": 4, "loss": 0.5, "sidestep/attempt": 1, "_timestamp": 9.0}),
+            (5, {"global_step": 5, "loss": 0.5, "_timestamp": 10.0}),
+        )
+
+        found = [recovery.holds(part(step, time=step + 5.0, attempt=1)) for step in (4, 5)]
+
+        assert [True, True] == found
+
+    def test_each_is_released_by_itself_and_a_launch_goes_on_behind_all(self):
+        recovery = recovered((8, {"global_step": 8}), (9, {"global_step": 4, "sidestep/attempt": 1}))
+
+        assert {("global_step", 0): 8, ("global_step", 1): 4} == recovery.released
+        assert {"global_step": 8} == recovery.reached
 
 
 class TestWhatWasSettled:

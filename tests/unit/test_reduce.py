@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sidestep.definitions import REDUCTIONS
 from sidestepd.reduce import reduce_parts
-from sidestepd.rules import OPERATIONS, Rule, Rules
+from sidestepd.rules import Rule, Rules
 from tests.support.builders import part
 
 NAN, INF = math.nan, math.inf
@@ -164,7 +165,7 @@ values = st.recursive(
 class TestWhateverWasSaid:
     @given(
         datas=st.lists(st.dictionaries(st.sampled_from("mn"), values, max_size=2), min_size=1, max_size=4),
-        by=st.lists(st.sampled_from([*sorted(OPERATIONS), "mean:n"]), min_size=1, max_size=3).map(tuple),
+        by=st.lists(st.sampled_from([*sorted(REDUCTIONS), "mean:n"]), min_size=1, max_size=3).map(tuple),
     )
     def test_the_result_can_be_packed(self, datas, by):
         """No exception, and no number of more than 64 bits."""

@@ -267,11 +267,11 @@ class TestCounters:
     def test_never_go_back(self):
         """Messages of two connections may overtake each other."""
         roster = greeted()
-        roster.heartbeat(Status(session=ALICE, offered=50, dropped={"a": 5, "b": 1}), 0.0)
+        roster.heartbeat(Status(session=ALICE, offered=50, dropped={"a": 5, "b": 1}, values_refused=7), 0.0)
 
         roster.heartbeat(Status(session=ALICE, offered=40, dropped={"a": 4, "c": 2}), 0.0)
 
-        assert {"offered": 50, "dropped": {"a": 5, "b": 1, "c": 2}} == alice(roster).counters
+        assert {"offered": 50, "dropped": {"a": 5, "b": 1, "c": 2}, "values_refused": 7} == alice(roster).counters
 
     def test_new_drops_become_an_entry(self):
         roster = greeted()
@@ -280,7 +280,7 @@ class TestCounters:
 
         assert entry is not None
         assert entry.kind is EntryKind.COUNTERS
-        assert {"offered": 50, "dropped": {"a": 5}, "more": False} == entry.facts
+        assert {"offered": 50, "dropped": {"a": 5}, "values_refused": 0, "more": False} == entry.facts
 
     def test_having_caught_up_without_a_frame_becomes_an_entry(self):
         """HELLO said that there was more, and all of it was here already: nobody need wait for it."""
@@ -311,11 +311,11 @@ class TestCounters:
 
     def test_are_known_to_the_next_life(self):
         roster = greeted()
-        roster.heartbeat(Status(session=ALICE, offered=50, dropped={"a": 5}), 0.0)
+        roster.heartbeat(Status(session=ALICE, offered=50, dropped={"a": 5}, values_refused=2), 0.0)
 
         again = roster_with(alice(roster).as_stored())
 
-        assert {"offered": 50, "dropped": {"a": 5}} == alice(again).counters
+        assert {"offered": 50, "dropped": {"a": 5}, "values_refused": 2} == alice(again).counters
 
     def test_fit_into_an_entry_however_large(self):
         roster = greeted()
@@ -370,3 +370,88 @@ class TestTakeBack:
         assert first is not None
         assert not first.facts["more"]
         assert (None, 6.0) == (second, alice(roster).heard)
+
+
+class TestExitCode:
+    """What the run comes to, by what its workers ended with."""
+
+    def roster(self) -> Roster:
+        return Roster(lease=60.0, now=0.0)
+
+    def ended(self, roster: Roster, session: bytes, code: int | None, *, at: float = 0.0, **facts: Any) -> None:
+        roster.hello(Hello(session=session, **facts), at)
+        if code is not None:
+            roster.bye(Bye(session=session, first=0, exit_code=code), at)
+        else:
+            roster.lose(session, at)
+
+    def test_all_is_well_when_everybody_said_so(self):
+        roster = self.roster()
+        for rank in range(2):
+            self.ended(roster, bytes([rank] * 16), 0, rank=rank)
+
+        assert 0 == roster.exit_code
+
+    def test_it_is_that_of_the_first_that_failed(self):
+        roster = self.roster()
+        for rank, code in enumerate((0, 3, 4)):
+            self.ended(roster, bytes([rank] * 16), code, rank=rank)
+
+        assert 3 == roster.exit_code
+
+    def test_one_that_ended_without_a_word_is_a_failure(self):
+        roster = self.roster()
+        self.ended(roster, bytes(16), None)
+
+        assert 1 == roster.exit_code
+
+    def test_a_later_attempt_makes_up_for_it(self):
+        roster = self.roster()
+        self.ended(roster, bytes(16), None, launch="L")
+        self.ended(roster, bytes([1] * 16), 0, launch="L", attempt=1)
+
+        assert 0 == roster.exit_code
+
+    def test_a_fork_that_was_left_behind_says_nothing_of_the_training(self):
+        roster = self.roster()
+        self.ended(roster, bytes([9] * 16), 0, launch="L", at=1.0)
+        self.ended(roster, bytes(16), None, launch="L", at=2.0)
+
+        assert 0 == roster.exit_code
+
+    def test_it_is_the_same_after_a_restart(self):
+        roster = self.roster()
+        self.ended(roster, bytes([9] * 16), 0, launch="L", at=1.0)
+        self.ended(roster, bytes(16), None, launch="L", at=2.0)
+        self.ended(roster, bytes([1] * 16), 5, rank=1, launch="L", at=3.0)
+
+        again = Roster([one.as_stored() for one in roster.sessions.values()], lease=60.0, now=9.0)
+
+        assert roster.exit_code == again.exit_code == 5
+
+
+class TestAttempts:
+    def test_a_higher_restart_count_ends_the_older_sessions_of_its_launch(self):
+        roster = greeted()
+
+        ended = roster.supersede(Hello(session=BOB, first=0, rank=2, world=4, launch="L", attempt=1), 5.0)
+
+        assert [(EntryKind.LEASE, ALICE)] == [(entry.kind, entry.session) for entry in ended]
+        assert [] == roster.live
+
+    def test_it_ends_no_other_launch_and_none_of_its_own_attempt(self):
+        roster = greeted()
+
+        assert [] == roster.supersede(Hello(session=BOB, first=0, launch="other", attempt=1), 5.0)
+        assert [] == roster.supersede(Hello(session=BOB, first=0, launch="L"), 5.0)
+
+
+class TestFullWorld:
+    def test_it_is_when_every_rank_of_every_launch_was_there(self):
+        roster = roster_with()
+        roster.hello(Hello(session=ALICE, rank=0, world=2, launch="L"), 0.0)
+        assert not roster.is_full_world
+
+        roster.hello(Hello(session=BOB, rank=1, world=2, launch="L"), 0.0)
+
+        assert roster.is_full_world

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from sidestepd.rowlog import RowLog, RowLogReader
-from sidestepd.rows import Checkpoint, Dead, Definition, Latest, Position, Row
+from sidestepd.rows import Alert, Checkpoint, Dead, Definition, Latest, Position, Row
 
 
 def row(step: int, *, entries: tuple[int, ...] = (1,), **values: Any) -> Row:
@@ -244,3 +244,18 @@ class TestReader:
         reader = RowLogReader(path)
 
         assert (0, {}) == (reader.cursor(), reader.meta("ledger", {}))
+
+
+class TestAlerts:
+    def test_come_back_in_their_order_with_the_entry_that_was_read_last(self, path: Path, log: RowLog):
+        one = Alert(cause="silent/1", title="rank 1 is silent", text="for 60 s", level="WARN", time=1.5)
+        other = Alert(cause="silent/1", title="rank 1 is back", text="", level="INFO", time=2.5, over=True)
+        log.warn([one], through=7)
+        log.warn([other, one], through=9)
+
+        assert ([one, other, one], 9) == log.alerts()
+        assert [one, other, one] == RowLogReader(path).alerts()
+
+    def test_are_none_at_first(self, path: Path, log: RowLog):
+        assert ([], 0) == log.alerts()
+        assert [] == RowLogReader(path).alerts()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import msgpack
 import pytest
 
-from sidestepd.rules import OPERATIONS, Rule, Rules, operations, rule_from
+from sidestep.definitions import REDUCTIONS
+from sidestepd.rules import Rule, Rules, Source, operations, rule_from
 
 
 def rules_of(*rules: Rule) -> Rules:
@@ -177,7 +179,7 @@ class TestReadingDeclarations:
             operations("median")
 
     def test_every_operation_is_taken(self):
-        assert (*sorted(OPERATIONS), "mean:n") == operations([*sorted(OPERATIONS), "mean:n"])
+        assert (*sorted(REDUCTIONS), "mean:n") == operations([*sorted(REDUCTIONS), "mean:n"])
 
     @pytest.mark.parametrize("nothing", [None, [], ()])
     def test_no_operation_is_none(self, nothing):
@@ -197,3 +199,28 @@ class TestState:
         assert rules.of("aa") == other.of("aa")
         assert rules.step_metrics == other.step_metrics
         assert rules.state() == other.state()
+
+
+class TestSources:
+    def rules(self, *sources: Source, pattern: str = "loss") -> Rules:
+        return Rules(Rule(pattern=pattern, reduce=(source.name.lower(),), source=source) for source in sources)
+
+    def test_the_command_line_beats_the_code_and_the_code_a_file(self):
+        for sources in itertools.permutations(Source):
+            without = [source for source in sources if source is not Source.COMMAND_LINE]
+
+            assert ("command_line",) == self.rules(*sources).of("loss").reduce
+            assert ("code",) == self.rules(*without).of("loss").reduce
+
+    def test_a_pattern_of_the_command_line_beats_an_exact_name_of_the_code(self):
+        """Who types it wants it, and can name what is excepted."""
+        rules = self.rules(Source.COMMAND_LINE, pattern="l*")
+        rules.declare(Rule(pattern="loss", reduce=("max",), summary="min"))
+
+        assert (("command_line",), "min") == (rules.of("loss").reduce, rules.of("loss").summary)
+
+    def test_only_what_the_code_said_is_remembered_of_a_life(self):
+        """The rest is configured again, perhaps otherwise."""
+        rules = self.rules(*Source)
+
+        assert [["loss", None, ["code"], None, None]] == rules.state()

@@ -33,7 +33,9 @@ ME = Identity(rank=1, world=2, local_rank=1, node="here", pid=os.getpid(), launc
 
 
 def new_run(**options: Any) -> Run:
-    session = Session(settings=WorkerSettings(**options), identity=ME, keywords={}, notices=Notices())
+    session = Session(
+        settings=WorkerSettings(**{"when_full": "drop", **options}), identity=ME, keywords={}, notices=Notices()
+    )
     return Run(session, {})
 
 
@@ -272,6 +274,25 @@ class TestRefusals:
         assert 3 == run.stats().values_refused
         assert 1 == sum("'bad'" in line and "object" in line for line in caplog.messages)
 
+    @pytest.mark.parametrize("wrong", [{"reduce": "avg"}, {"reduce": ["mean", 7]}, {"summary": "maximum"}])
+    def test_a_definition_goes_without_what_means_nothing(
+        self, run: Run, caplog: pytest.LogCaptureFixture, wrong: dict[str, Any]
+    ):
+        run.define_metric("loss", step_metric="epoch", **wrong)
+
+        (defined,) = data(run)
+        assert ("loss", "epoch", None) == (defined["name"], defined["step_metric"], defined[next(iter(wrong))])
+        assert 1 == run.stats().values_refused
+        assert 1 == sum("is unknown" in line and "define_metric(loss)" in line for line in caplog.messages)
+
+    @pytest.mark.parametrize("right", [{"reduce": "mean:n"}, {"reduce": ["max", "std"]}, {"summary": "best,last"}])
+    def test_a_definition_that_means_something_goes_as_it_is(self, run: Run, right: dict[str, Any]):
+        run.define_metric("loss", **right)
+
+        (defined,) = data(run)
+        assert right.items() <= defined.items()
+        assert 0 == run.stats().values_refused
+
     def test_each_name_and_type_is_said_once(self, run: Run, caplog: pytest.LogCaptureFixture):
         for _ in range(2):
             run.log({"a": object(), "b": object()})
@@ -485,9 +506,30 @@ class TestNothingRaises:
         run.config.update(value)
         run.config["key"] = value
         run.summary.update({"key": value})
+        run.config.setdefaults(value)
+        run.stage(value).log({"a": 1}, commit=value)
 
         assert balanced(run)
         assert [] == [record for record in records(run) if isinstance(record, Undecodable)]
+
+    @pytest.mark.parametrize("timeout", ["soon", None, float("nan"), -1, 10**400, [], 1e300])
+    def test_a_timeout_that_is_none(self, timeout: Any):
+        run = new_run()
+
+        assert run.flush(timeout)
+        run.finish(timeout=timeout)
+
+    def test_a_stage_that_has_no_name(self, run: Run):
+        class Nameless:
+            def __str__(self) -> str:
+                raise RuntimeError
+
+        assert "Nameless" == run.stage(Nameless()).name  # type: ignore[arg-type]
+
+    def test_attributes_of_the_users_own(self, run: Run):
+        run.my_tag = "mine"  # type: ignore[attr-defined]
+
+        assert "mine" == run.my_tag  # type: ignore[attr-defined]
 
     def test_a_dict_that_can_not_be_read(self, run: Run):
         """Not among the above: hypothesis reads the dicts it makes."""

@@ -21,6 +21,8 @@ class TestFromTheEnvironment:
             "SIDESTEP_MODE": "disabled",
             "SIDESTEP_STRICT": "yes",
             "SIDESTEP_OUTBOX_BYTES": "1048576",
+            "SIDESTEP_WHEN_FULL": "drop",
+            "SIDESTEP_SPILL_BYTES": "2097152",
             "SIDESTEP_FLUSH_INTERVAL_S": "0.5",
             "SIDESTEP_LAUNCH_ID": "job",
         }
@@ -34,6 +36,8 @@ class TestFromTheEnvironment:
             mode="disabled",
             strict=True,
             outbox_bytes=1048576,
+            when_full="drop",
+            spill_bytes=2097152,
             flush_interval_s=0.5,
             launch_id="job",
         )
@@ -50,6 +54,8 @@ class TestBadValues:
     @pytest.mark.parametrize(
         ("variable", "raw", "message"),
         [
+            ("SIDESTEP_WHEN_FULL", "block", "when_full = block (from SIDESTEP_WHEN_FULL): must be spill or drop"),
+            ("SIDESTEP_SPILL_BYTES", "0", "spill_bytes = 0 (from SIDESTEP_SPILL_BYTES): must be positive"),
             ("SIDESTEP_OUTBOX_BYTES", "-1", "outbox_bytes = -1 (from SIDESTEP_OUTBOX_BYTES): must be positive"),
             (
                 "SIDESTEP_OUTBOX_BYTES",

@@ -184,8 +184,8 @@ class TestTheNextLife:
 
         it.read(frame(2, count=2))
 
-        assert it.is_used(Position(2, 0))
-        assert not it.is_used(Position(2, 1))
+        assert it.places_of(Position(2, 0)) is not None
+        assert it.places_of(Position(2, 1)) is None
         assert 1 == it.unsettled
         assert 0 == it.unconfirmed
 
@@ -205,8 +205,8 @@ class TestTheNextLife:
 
         it.recall(row(5, positions=[(2, 0), (3, 0)]), settled=True)
 
-        assert not it.is_used(Position(2, 0))
-        assert it.is_used(Position(3, 0))
+        assert it.places_of(Position(2, 0)) is None
+        assert it.places_of(Position(3, 0)) is not None
 
     def test_a_row_that_was_settled_does_not_count_again(self):
         it = Settlement({"delivered": 1, "rows": 1})

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import fcntl
 import json
+import sqlite3
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,9 +15,10 @@ from sidestep.errors import SettingsError
 from sidestep.wire import checksum
 from sidestepd.config import Config
 from sidestepd.rowlog import RowLog
+from sidestepd.rows import Alert
 from sidestepd.rundir import RunFile, lay_out
 from sidestepd.spool import Entry, EntryKind, Spool, StoredSession
-from sidestepd.status import Ledger, losses, report
+from sidestepd.status import Ledger, Report, SessionReport, losses, report
 
 
 @pytest.fixture
@@ -59,6 +63,27 @@ def delivered(run_dir: Path, *, state: str | None = None, **ledger: object) -> N
     rowlog.close()
 
 
+def alert(cause: str, *, over: bool = False) -> Alert:
+    return Alert(cause=cause, title=cause, text="because", time=1.0, over=over)
+
+
+class TestAlerts:
+    def test_are_told_with_those_whose_causes_last(self, run_dir):
+        rowlog = RowLog(run_dir / "delivery.db")
+        alerts = [alert("a"), alert("b"), alert("a", over=True), alert("c"), alert("b", over=True), alert("b")]
+        rowlog.warn(alerts, through=7)
+        rowlog.close()
+
+        found = report(run_dir)
+
+        assert alerts == list(found.alerts)
+        assert ["c", "b"] == [it.cause for it in found.troubles]
+        assert "because" == found.to_json()["alerts"][0]["text"]
+
+    def test_are_none_in_a_run_without_any(self, run_dir):
+        assert ((), []) == (report(run_dir).alerts, report(run_dir).troubles)
+
+
 class TestState:
     def test_a_run_whose_daemon_holds_its_lock_is_running(self, run_dir):
         with (run_dir / "intake.lock").open("w") as lock:
@@ -90,6 +115,19 @@ class TestState:
         report(run_dir)
 
         assert before == sorted(run_dir.iterdir())
+
+    def test_a_spool_that_is_only_just_being_made_holds_nothing_yet(self, run_dir):
+        sqlite3.connect(run_dir / "spool.db").close()
+
+        assert (0, ()) == (report(run_dir).ledger.offered, report(run_dir).sessions)
+
+    def test_what_keeps_it_from_the_sink_is_told_until_it_is_finished(self, run_dir):
+        (run_dir / "trouble.json").write_text('{"trouble": "delivery ended with 70"}')
+        told = report(run_dir).trouble
+
+        delivered(run_dir, state="closed")
+
+        assert ("delivery ended with 70", "") == (told, report(run_dir).trouble)
 
 
 class TestLedger:
@@ -175,19 +213,60 @@ class TestJson:
     def test_it_holds_every_part_of_the_ledger_and_whether_it_balances(self, run_dir):
         text = json.dumps(report(run_dir).to_json())
 
-        parts = ["balances", "delivered", "dropped", "offered", "pending", "rejected", "unknown"]
+        parts = ["balances", "delivered", "dropped", "offered", "pending", "rejected", "unknown", "values_refused"]
         assert parts == sorted(json.loads(text)["ledger"])
 
 
+def told(run_dir: Path, *, silent: int = 0, **ledger: Any) -> Report:
+    """A report with this ledger, and so many workers that ended without a word."""
+    sessions = tuple(
+        SessionReport(rank=rank, node="n0", pid=1, state="lost", offered=0, acknowledged=0, dropped={})
+        for rank in range(silent)
+    )
+    return replace(report(run_dir), ledger=Ledger(**ledger), sessions=sessions)
+
+
 class TestLosses:
-    def test_nothing_lost_is_nothing_said(self):
-        assert "" == losses(Ledger(offered=2, delivered=1, pending=1))
+    def test_nothing_lost_is_nothing_said(self, run_dir):
+        assert "" == losses(told(run_dir, offered=2, delivered=1, pending=1))
 
-    def test_each_reason_is_said_with_its_count(self):
-        ledger = Ledger(offered=9, delivered=1, rejected={"too_big": 2}, dropped={"full": 5}, unknown=1)
+    def test_each_reason_is_said_with_its_count(self, run_dir):
+        ledger = {"offered": 9, "delivered": 1, "rejected": {"too_big": 2}, "dropped": {"full": 5}, "unknown": 1}
 
-        said = "5 dropped (full), 2 rejected (too_big), 1 of workers that ended without a word"
-        assert said == losses(ledger)
+        said = losses(told(run_dir, silent=2, **ledger))
 
-    def test_a_ledger_that_does_not_balance_is_said(self):
-        assert "does not balance" in losses(Ledger(offered=1))
+        assert (
+            "5 dropped (full), 2 rejected (too_big), "
+            "1 and whatever else 2 workers that ended without a word had not sent"
+        ) == said
+
+    def test_a_worker_without_a_word_may_have_had_more_than_anybody_knows(self, run_dir):
+        said = losses(told(run_dir, silent=1, offered=1, delivered=1))
+
+        assert "whatever else 1 worker that ended without a word had not sent" == said
+
+    def test_a_ledger_that_does_not_balance_is_said(self, run_dir):
+        assert "does not balance" in losses(told(run_dir, offered=1))
+
+
+class TestDamagedSpool:
+    def test_workers_are_as_delivery_knew_them(self, run_dir):
+        spooled(run_dir, session(0, next=5, offered=5, state="bye"))
+        known = {
+            "rank": 0,
+            "node": "n0",
+            "ended": True,
+            "offered": 5,
+            "dropped": {},
+            "acknowledged": 5,
+            "final": 5,
+        }
+        delivered(run_dir, delivered=5, rows=5, last_step=4, sessions={"00" * 16: known})
+        path = run_dir / "spool.db"
+        path.write_bytes(path.read_bytes()[:4096] + b"\x55" * (path.stat().st_size - 4096))
+
+        found = report(run_dir)
+
+        assert (True, 5, 5) == (found.spool_damaged, found.rows, found.ledger.delivered)
+        assert found.ledger.balances
+        assert [(0, "bye")] == [(one.rank, one.state) for one in found.sessions]

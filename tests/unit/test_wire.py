@@ -85,6 +85,7 @@ MESSAGES: dict[str, Message] = {
         client="sidestep 0.1.0",
         offered=50,
         dropped={"outbox_full": 2},
+        values_refused=4,
         settings={"project": "digits", "tags": ["a", "b"]},
     ),
     "welcome": Welcome(
@@ -100,8 +101,10 @@ MESSAGES: dict[str, Message] = {
     "ack": Ack(session=SESSION, first=46, gap=True, credit=1 << 20),
     "refuse": Refuse(session=SESSION, code="closed", message="the run is over", final=True),
     "run": RunInfo(session=SESSION, info={"id": "abc123", "url": None}, close=3),
-    "bye": Bye(session=SESSION, first=46, offered=48, dropped={"outbox_full": 2}, exit_code=0),
-    "status": Status(session=SESSION, more=True, offered=48, dropped={"too_large": 1}, info={"rows": 5}),
+    "bye": Bye(session=SESSION, first=46, offered=48, dropped={"outbox_full": 2}, values_refused=5, exit_code=0),
+    "status": Status(
+        session=SESSION, more=True, offered=48, dropped={"too_large": 1}, values_refused=5, info={"rows": 5}
+    ),
 }
 
 HEADER_FIELDS = {"session", "first", "more", "gap"}

@@ -2,6 +2,7 @@
 
 from sidestep.wire.header import NO_SESSION, VersionError, checksum, session_of
 from sidestep.wire.limits import (
+    END_OF_STEPS,
     MAX_CONTROL_BYTES,
     MAX_DEPTH,
     MAX_FRAME_BYTES,
@@ -28,6 +29,7 @@ from sidestep.wire.messages import (
 from sidestep.wire.records import Kind, Record, Undecodable, decode_records, encode_record
 
 __all__ = [
+    "END_OF_STEPS",
     "MAX_CONTROL_BYTES",
     "MAX_DEPTH",
     "MAX_FRAME_BYTES",

@@ -30,4 +30,6 @@ MAX_DEPTH = 32
 MAX_REASONS = 256
 """Reasons in a count of what was dropped."""
 END_OF_SEQUENCES = 2**63
-"""Sequences, steps and counters lie below: they fit the signed integers of every store."""
+"""Sequences and counters lie below: they fit the signed integers of every store."""
+END_OF_STEPS = 2**61
+"""Steps that are given lie below; those counted on from there, or from a launch's base, may lie beyond."""

@@ -65,8 +65,9 @@ class Frame:
 class Hello:
     """A worker introduces itself, at first and after every interruption.
 
-    `first` is its first unacknowledged sequence. `settings` are wandb's keywords of `init()`. `offered` and
-    `dropped` are the worker's counters so far: records, and records by reason.
+    `first` is its first unacknowledged sequence. `settings` are wandb's keywords of `init()`. `offered`,
+    `dropped` and `values_refused` are the worker's counters so far: records, records by reason, and values that
+    were left out of records.
     """
 
     session: bytes
@@ -83,6 +84,7 @@ class Hello:
     client: str = ""
     offered: int = 0
     dropped: Mapping[str, int] = field(default_factory=dict)
+    values_refused: int = 0
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     TYPE: ClassVar = MessageType.HELLO
@@ -149,6 +151,7 @@ class Bye:
     first: int
     offered: int = 0
     dropped: Mapping[str, int] = field(default_factory=dict)
+    values_refused: int = 0
     exit_code: int | None = None
 
     TYPE: ClassVar = MessageType.BYE
@@ -162,6 +165,7 @@ class Status:
     more: bool = False
     offered: int = 0
     dropped: Mapping[str, int] = field(default_factory=dict)
+    values_refused: int = 0
     info: Mapping[str, Any] = field(default_factory=dict)
 
     TYPE: ClassVar = MessageType.STATUS
@@ -339,7 +343,7 @@ def _is_counts(value: Any) -> bool:
     )
 
 
-_COUNTERS = {"offered": _is_count, "dropped": _is_counts}
+_COUNTERS = {"offered": _is_count, "dropped": _is_counts, "values_refused": _is_count}
 _CHECKS: Mapping[type[Control], Mapping[str, Callable[[Any], bool]]] = {
     Hello: {
         **dict.fromkeys(("rank", "world", "local_rank", "pid", "attempt"), _is_count),

@@ -1,4 +1,4 @@
-"""What a sink is: a naive writer of rows, and the wrapper that knows about patience.
+"""What a sink is: a naive writer of rows, and the wrappers that know about patience.
 
 A sink writes one row at a time and raises when it can not: `Retry` keeps the row, `Reject` gives it up with a
 reason, `Fatal` ends this process, and the next one resumes from the spool. It promises nothing durable by
@@ -8,20 +8,28 @@ returning from `write`; `confirm` tells which rows the run holds for good.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
-from sidestepd.errors import Reject, Retry
+from sidestepd.errors import Reject, Retry, Trouble
 from sidestepd.rows import Definition, Row
 
-LONGEST_WAIT_S = 30.0
+BEAT_EVERY_S = 0.5
+"""Whoever waits shows this often that it only waits."""
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunFacts:
-    """The run to write into. `options` are the keywords of wandb's init that were given."""
+    """The run to write into. `options` are the keywords of wandb's init that were given.
+
+    `resume` says whether the server must or may not have the run when it is opened for the first time; `server`
+    is the address of the W&B server, `ask_every_s` how often it is asked what it holds, `stall_s` after how long
+    something is wrong where nothing moves. They count online only.
+    """
 
     id: str
     directory: Path
@@ -29,22 +37,35 @@ class RunFacts:
     project: str | None = None
     entity: str | None = None
     name: str | None = None
+    resume: str = "allow"
+    server: str | None = None
+    ask_every_s: float = 15.0
+    stall_s: float = 60.0
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Confirmed:
-    """Rows that the run holds for good, and where to look on from next time."""
+    """Rows that the run holds for good, and where to look on from next time.
 
-    steps: tuple[int, ...]
+    `steps` rises; a range may name steps that no row has. `trouble` is what is waited for meanwhile. `watched` if
+    the sink itself sees whether anything moves.
+    """
+
+    steps: Sequence[int]
     bookmark: Mapping[str, Any]
+    trouble: Trouble | None = None
+    watched: bool = False
 
 
 class Sink(Protocol):
     """Where rows go."""
 
     def open(self, run: RunFacts, bookmark: Mapping[str, Any]) -> Confirmed:
-        """Open or resume the run; returns the rows it holds beyond `bookmark`, all lives together."""
+        """Open or resume the run; returns the rows it holds beyond `bookmark`, all lives together.
+
+        Raises Retry or Fatal.
+        """
         ...
 
     def define(self, definitions: Iterable[Definition]) -> None:
@@ -57,6 +78,10 @@ class Sink(Protocol):
 
     def summary(self, values: Mapping[str, Any]) -> None:
         """Set values of the run's summary. Idempotent."""
+        ...
+
+    def alert(self, title: str, text: str, level: str) -> None:
+        """Tell people something. Whoever calls tells it once, also across crashes. `level`: INFO, WARN, ERROR."""
         ...
 
     def write(self, row: Row) -> None:
@@ -72,7 +97,7 @@ class Sink(Protocol):
         ...
 
     def close(self, exit_code: int) -> None:
-        """Finish the run; afterwards `confirm` once more tells of every row."""
+        """Finish the run; afterwards `confirm` once more tells of every row. Raises Retry or Fatal."""
         ...
 
     def about(self) -> Mapping[str, Any]:
@@ -88,24 +113,43 @@ class Rejected:
     reason: str
 
 
+def patiently(
+    act: Callable[[], _T],
+    *,
+    beat: Callable[[], None],
+    kept: Callable[[Retry], None] = lambda _: None,
+    sleep: Callable[[float], None] = time.sleep,
+) -> _T:
+    """Do something, again and again at growing intervals for as long as it raises Retry, which `kept` hears of.
+
+    `beat` shows progress, while it waits too.
+    """
+    attempt = 0
+    while True:
+        beat()
+        try:
+            return act()
+        except Retry as later:
+            kept(later)
+            left = min(later.most_s, later.after_s * 2**attempt)
+            attempt = min(attempt + 1, 30)
+        while left > 0:
+            sleep(min(left, BEAT_EVERY_S))
+            left -= BEAT_EVERY_S
+            beat()
+
+
 def write_all(
     sink: Sink,
     rows: Iterable[Row],
     *,
     beat: Callable[[], None],
+    kept: Callable[[Retry], None] = lambda _: None,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Iterator[Rejected]:
-    """Write rows in order, trying kept ones again; yields those that were rejected. `beat` shows progress."""
+    """Write rows in order, trying kept ones again; yields those that were rejected."""
     for row in rows:
-        attempt = 0
-        while True:
-            beat()
-            try:
-                sink.write(row)
-            except Reject as refusal:
-                yield Rejected(row, refusal.reason)
-            except Retry as later:
-                sleep(min(LONGEST_WAIT_S, later.after_s * 2**attempt))
-                attempt += 1
-                continue
-            break
+        try:
+            patiently(partial(sink.write, row), beat=beat, kept=kept, sleep=sleep)
+        except Reject as refusal:
+            yield Rejected(row, refusal.reason)

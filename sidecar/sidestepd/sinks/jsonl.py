@@ -1,7 +1,7 @@
 """Rows as lines of JSON in `rows.jsonl`, for those without wandb and for tests.
 
 A line is whole when it ends in a newline; a torn one, left by a crash, is cut off when the file is opened
-again. Config, definitions and summary are lines of their own, told apart by their only key.
+again. Config, definitions, summary and alerts are lines of their own, told apart by their only key.
 """
 
 from __future__ import annotations
@@ -22,14 +22,17 @@ FILE_NAME = "rows.jsonl"
 class JsonlSink:
     """Appends to one file, and syncs it when asked to confirm."""
 
-    def __init__(self) -> None:
-        self._path = Path()
+    def __init__(self, path: Path | None = None) -> None:
+        """Into `path`, or into `rows.jsonl` in the run directory."""
+        self._path = path or Path()
+        self._named = path is not None
         self._file: IO[bytes] | None = None
         self._written: list[int] = []
 
     def open(self, run: RunFacts, bookmark: Mapping[str, Any]) -> Confirmed:
         """Cut a torn line off, and tell of the rows beyond the bookmark."""
-        self._path = run.directory / FILE_NAME
+        if not self._named:
+            self._path = run.directory / FILE_NAME
         offset = int(bookmark.get("offset", 0))
         steps: list[int] = []
         self._file = self._path.open("ab")
@@ -57,6 +60,10 @@ class JsonlSink:
     def summary(self, values: Mapping[str, Any]) -> None:
         """One line."""
         self._append({"summary": dict(values)})
+
+    def alert(self, title: str, text: str, level: str) -> None:
+        """One line."""
+        self._append({"alert": {"title": title, "text": text, "level": level}})
 
     def write(self, row: Row) -> None:
         """One line with `_step` and `_timestamp`, as in wandb's history."""

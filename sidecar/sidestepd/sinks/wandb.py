@@ -1,6 +1,7 @@
 """Rows into a wandb run: one `run.log(row, step=N, commit=True)` for each, never a lower step.
 
-- `run.log` returning means nothing durable: a row counts once it is read back from the synced `.wandb` file
+- `run.log` returning means nothing durable: offline a row counts once it is read back from the synced `.wandb`
+  file, online once the server tells of it (wandb_online.py)
 - offline a resumed run writes a further segment: the rows it holds are those of all segments together
 - the connection to wandb-core breaking is `Fatal`: the next process resumes, by the path walked at every start
 - a value that wandb refuses costs that value, not its row
@@ -13,7 +14,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 import wandb
@@ -27,32 +28,21 @@ logger = logging.getLogger(__name__)
 
 FLUSH_INTERVAL_S = 1.0
 """How often wandb-core writes what it has into its file."""
-_REFUSED = (wandb.errors.Error, TypeError, ValueError)
+MOST_TITLE = 63
+"""Characters that the title of an alert may have in wandb."""
+NO_WAIT_S = 0.001
+"""An alert shall not be held back because there was one of the same title; 0 would mean wandb's own minute."""
+REFUSED = (wandb.errors.Error, TypeError, ValueError)
 """What wandb raises when it does not like a value; pydantic's errors are ValueErrors."""
-_BROKEN = (ConnectionError, wandb.errors.CommError, wandb.errors.UsageError, OSError)
+BROKEN = (ConnectionError, wandb.errors.CommError, wandb.errors.UsageError, OSError)
 
 
 class WandbSink:
-    """One run in this process, through wandb's public interface alone."""
+    """One run in this process, through wandb's public interface alone: what both modes have in common."""
 
     def __init__(self) -> None:
         self._run: wandb.Run | None = None
-        self._file = Path()
-        self._reader = wandb_log.LogReader(self._file)
-        self._offsets: dict[str, int] = {}
         self._defined: set[str] = set()
-
-    def open(self, run: RunFacts, bookmark: Mapping[str, Any]) -> Confirmed:
-        """Read what earlier segments hold, then begin a new one."""
-        folder = run.directory / "wandb"
-        folder.mkdir(exist_ok=True)
-        self._offsets = dict(bookmark.get("offsets", {}))
-        steps = [step for segment in wandb_log.segments(folder) for step in self._read(segment)]
-        _wait_for_free_name(folder)
-        self._run = _init(run)
-        self._file = Path(self._run.settings.sync_file)
-        self._reader = wandb_log.LogReader(self._file)
-        return Confirmed(steps=tuple(steps), bookmark={"offsets": self._offsets})
 
     def define(self, definitions: Iterable[Definition]) -> None:
         """Exact names only: a name with a `*` in it would be a pattern to wandb, and is left alone."""
@@ -70,7 +60,7 @@ class WandbSink:
                 summary=it.summary,
                 overwrite=it.name in self._defined or None,
             )
-        except _REFUSED as error:
+        except REFUSED as error:
             logger.warning("wandb refuses the definition of %.80r: %s", it.name, error)
         self._defined.add(it.name)
 
@@ -83,55 +73,52 @@ class WandbSink:
         """Beside what wandb derives from the rows."""
         _each(values, self._open_run.summary.update)
 
+    def alert(self, title: str, text: str, level: str) -> None:
+        """wandb sends it by mail or chat, as the user has set up there; offline it waits for `wandb sync`."""
+        try:
+            self._open_run.alert(title[:MOST_TITLE], text, level, wait_duration=NO_WAIT_S)
+        except BROKEN as error:
+            raise Fatal(f"wandb-core is gone: {error!r}") from error
+        except REFUSED as error:
+            logger.warning("wandb refuses the alert %.80r: %s", title, error)
+
     def write(self, row: Row) -> None:
         """One call."""
-        values = {"_timestamp": row.time, **row.values}
         try:
-            try:
-                self._open_run.log(values, step=row.step, commit=True)
-            except (TypeError, ValueError) as error:
-                self._open_run.log(_loggable(values, error), step=row.step, commit=True)
+            self._send(row)
             if row.restore:
                 self.summary(row.restore)
         except (TypeError, ValueError) as error:
             raise Reject("unloggable", str(error)) from error
-        except _BROKEN as error:
+        except BROKEN as error:
             raise Fatal(f"wandb-core is gone: {error!r}") from error
 
-    def confirm(self) -> Confirmed:
-        """Read what the file has got since the last time, then sync it: so what was read is on the disk."""
-        steps = tuple(wandb_log.steps_of(self._reader))
-        _sync(self._file)
-        self._offsets[self._file.parent.name] = self._reader.offset
-        return Confirmed(steps=steps, bookmark={"offsets": self._offsets})
+    def _send(self, row: Row) -> None:
+        values = {"_timestamp": row.time, **row.values}
+        try:
+            self._open_run.log(values, step=row.step, commit=True)
+        except (TypeError, ValueError) as error:
+            self._open_run.log(_loggable(values, error), step=row.step, commit=True)
 
     def history(self) -> Iterator[tuple[int, Mapping[str, Any]]]:
         """From the files of all segments."""
-        for segment in wandb_log.segments(self._file.parents[1]):
+        for segment in wandb_log.segments(Path(self._open_run.settings.sync_file).parents[1]):
             yield from ((row.step, row.values) for row in wandb_log.history(segment))
-
-    def close(self, exit_code: int) -> None:
-        """Finish the run and wait for wandb-core to end: only then is its file complete."""
-        self._open_run.finish(exit_code=exit_code)
-        wandb.teardown(exit_code)
 
     def about(self) -> Mapping[str, Any]:
         """The run's address and wandb-core's process, to be gone before another one is started."""
         core = _core()
+        run = self._open_run
         return {
-            "name": self._open_run.name,
-            "project": self._open_run.project,
-            "entity": self._open_run.entity,
-            "url": None,  # offline there is none
-            "segment": str(self._file.parent),
+            "name": run.name,
+            "project": run.project,
+            "entity": run.entity,
+            "mode": "offline" if run.offline else "online",
+            "url": run.url,
+            "starting_step": run.starting_step,
+            "segment": str(Path(run.settings.sync_file).parent),
             "core": {"pid": core.pid, "started": core.create_time()} if core else None,
         }
-
-    def _read(self, segment: Path) -> list[int]:
-        reader = wandb_log.LogReader(segment, self._offsets.get(segment.parent.name, 0))
-        steps = list(wandb_log.steps_of(reader))
-        self._offsets[segment.parent.name] = reader.offset
-        return steps
 
     @property
     def _open_run(self) -> wandb.Run:
@@ -140,10 +127,53 @@ class WandbSink:
         return self._run
 
 
-def _init(run: RunFacts) -> wandb.Run:
+class OfflineSink(WandbSink):
+    """A run in files."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._file = Path()
+        self._reader = wandb_log.LogReader(self._file)
+        self._offsets: dict[str, int] = {}
+
+    def open(self, run: RunFacts, bookmark: Mapping[str, Any]) -> Confirmed:
+        """Read what earlier segments hold, then begin a new one."""
+        folder = run.directory / "wandb"
+        folder.mkdir(exist_ok=True)
+        self._offsets = dict(bookmark.get("offsets", {}))
+        steps = [step for segment in wandb_log.segments(folder) for step in self._read(segment)]
+        wait_for_free_name(folder)
+        self._run = _init_offline(run)
+        self._file = Path(self._run.settings.sync_file)
+        self._reader = wandb_log.LogReader(self._file)
+        return Confirmed(steps=tuple(steps), bookmark={"offsets": self._offsets})
+
+    def confirm(self) -> Confirmed:
+        """Read what the file has got since the last time, then sync it: so what was read is on the disk."""
+        steps = tuple(wandb_log.steps_of(self._reader))
+        _sync(self._file)
+        self._offsets[self._file.parent.name] = self._reader.offset
+        return Confirmed(steps=steps, bookmark={"offsets": self._offsets})
+
+    def close(self, exit_code: int) -> None:
+        """Finish the run and wait for wandb-core to end: only then is its file complete."""
+        self._open_run.finish(exit_code=exit_code)
+        wandb.teardown(exit_code)
+
+    def _read(self, segment: Path) -> list[int]:
+        reader = wandb_log.LogReader(segment, self._offsets.get(segment.parent.name, 0))
+        steps = list(wandb_log.steps_of(reader))
+        self._offsets[segment.parent.name] = reader.offset
+        return steps
+
+
+def init(
+    run: RunFacts, names: Mapping[str, Any], mode: Literal["offline", "online"], **settings: Any
+) -> wandb.Run:
+    """Open the run by `names`, with everything switched off that looks at this process or its machine."""
     os.environ["WANDB_ERROR_REPORTING"] = "false"
     os.environ.pop("WANDB_SERVICE", None)  # another process's core would die with that process
-    settings = wandb.Settings(
+    quiet = wandb.Settings(
         console="off",
         x_disable_stats=True,
         x_disable_meta=True,
@@ -156,16 +186,19 @@ def _init(run: RunFacts) -> wandb.Run:
         silent=True,
         x_transaction_log_flush_interval=FLUSH_INTERVAL_S,
         init_timeout=30,
+        **settings,
     )
+    return wandb.init(id=run.id, dir=run.directory, mode=mode, reinit="create_new", settings=quiet, **names)
+
+
+def _init_offline(run: RunFacts) -> wandb.Run:
     named = {"project": run.project, "entity": run.entity, "name": run.name}
     for names in ({**named, **run.options}, named, {}):
         try:
-            return wandb.init(
-                id=run.id, dir=run.directory, mode="offline", reinit="create_new", settings=settings, **names
-            )
+            return init(run, names, "offline")
         except OSError as error:
             raise Fatal(f"wandb can not open the run: {error}") from error
-        except _REFUSED as error:  # what a run is called is no reason to be without it
+        except REFUSED as error:  # what a run is called is no reason to be without it
             logger.warning("wandb refuses to open the run with %s: %s", ", ".join(names) or "no names", error)
     raise Fatal("wandb can not open the run; the lines before say why")
 
@@ -174,15 +207,15 @@ def _each(values: Mapping[str, Any], tell: Callable[[dict[str, Any]], object]) -
     """Tell all at once, or if wandb refuses that, one by one, without those that it refuses."""
     try:
         tell(dict(values))
-    except _REFUSED:
+    except REFUSED:
         for name, value in values.items():
             try:
                 tell({name: value})
-            except _REFUSED as error:
+            except REFUSED as error:
                 logger.warning("wandb refuses %.80r: %s", name, error)
 
 
-def _wait_for_free_name(folder: Path) -> None:
+def wait_for_free_name(folder: Path) -> None:
     """wandb names a segment by the second it began in; two of one second would be one file."""
     taken = {segment.parent.name.split("-")[2] for segment in wandb_log.segments(folder)}
     while time.strftime("%Y%m%d_%H%M%S") in taken:

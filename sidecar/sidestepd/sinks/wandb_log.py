@@ -19,7 +19,7 @@ import json
 import re
 import struct
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
@@ -154,6 +154,30 @@ def records(path: Path, offset: int = 0) -> Iterator[_Record]:
 def history(path: Path, offset: int = 0) -> Iterator[HistoryRow]:
     """Every history row in the file now."""
     return (_row(record.history) for record in records(path, offset) if record.HasField("history"))
+
+
+def alerts(path: Path) -> Iterator[tuple[str, str, str]]:
+    """Title, text and level of every alert in the file now."""
+    return ((it.alert.title, it.alert.text, it.alert.level) for it in records(path) if it.HasField("alert"))
+
+
+def nested_history(path: Path) -> Iterator[HistoryRow]:
+    """The same, with nested names as dicts in dicts, as they were logged."""
+    for record in records(path):
+        if record.HasField("history"):
+            values: dict[str, Any] = {}
+            for item in record.history.item:
+                _put(values, item.nested_key or [item.key], json.loads(item.value_json))
+            yield HistoryRow(step=_step(record.history), values=values)
+
+
+def _put(values: dict[str, Any], path: Sequence[str], value: Any) -> None:
+    *outer, name = path
+    for key in outer:
+        values = values.setdefault(key, {})
+        if not isinstance(values, dict):  # a name that is a value and a place at once: the value was first
+            return
+    values[name] = value
 
 
 def steps_of(reader: LogReader) -> Iterator[int]:

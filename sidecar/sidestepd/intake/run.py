@@ -1,60 +1,41 @@
-"""Intake: answer workers, and put what they say on disk. It does nothing else, so that it always answers.
+"""One run: judge what its workers say, and put it on disk.
 
     FRAME ─▶ roster judges ─▶ waits for the group commit ─▶ spool ─▶ ACK
 
 - acknowledged means committed: replies that promise anything leave after the commit
-- the commit runs off the event loop, in one thread; a failing disk ends the process, and workers send again
-- it never imports wandb: delivery, which does, is a process of its own, kept running from here
-- when the process that started it is gone, it serves until its sessions left, then closes the run itself
+- the commit runs off the event loop, in one thread of this run's own; a failing disk ends the process, and
+  workers send again
+- its delivery, which imports wandb, is a process of its own, kept running from here
+- the socket is not seen here: messages are handed in, and answers handed to `send`
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import logging
-import os
-import signal
-import sqlite3
-import sys
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import zmq
-
-from sidestep.errors import ProtocolError
-from sidestep.wire import (
-    MAX_FRAME_BYTES,
-    NO_SESSION,
-    Ack,
-    Bye,
-    Frame,
-    Hello,
-    Message,
-    Refuse,
-    RunInfo,
-    Status,
-    VersionError,
-    Welcome,
-    decode,
-    encode,
-    session_of,
-)
+from sidestep.wire import Ack, Bye, Frame, Hello, Message, Refuse, RunInfo, Status, Welcome
 from sidestepd import placement
 from sidestepd.clock import Clock, Horizon, SpoolClock
+from sidestepd.collect import Collector
 from sidestepd.config import Config
 from sidestepd.crashpoints import crash_point
-from sidestepd.errors import AlreadyRunning, ExitCode, SpoolDamaged, SpoolError, SpoolFull
+from sidestepd.errors import ExitCode, SpoolDamaged, SpoolFull
+from sidestepd.exits import Exits, is_here
 from sidestepd.keeper import DeliveryKeeper
+from sidestepd.listen import Listener
 from sidestepd.processes import Lock, read_json
 from sidestepd.room import RETRY_S, Ballast, Room, open_spool
-from sidestepd.roster import Roster, Verdict
+from sidestepd.roster import Roster, Session, Verdict
 from sidestepd.rowlog import RowLogReader
+from sidestepd.rundir import DEATHS, TROUBLE, RunFile
 from sidestepd.spool import Entry, EntryKind, Spool, damage_mark
 
 logger = logging.getLogger("sidestepd.intake")
@@ -64,35 +45,37 @@ LOOK_INTERVAL_S = 1.0
 """How often what is settled is deleted, and room is measured."""
 FROZEN_S = 1.0
 """A longer pause of this process is not the silence of its workers."""
-MOST_AT_ONCE = 256
-"""Messages taken from the socket before others get their turn."""
-CLOSED_BY_ORPHAN = 1
-"""The exit code of a run whose `sidestep run` is gone."""
+
+Send = Callable[[bytes, Message], None]
+"""Answers a peer, by the route its message came on; never waits, never raises."""
 
 
 class Intake:
-    """One run's socket, spool and roster."""
+    """One run's spool and roster."""
 
     def __init__(
         self,
-        socket: zmq.Socket[bytes],
         spool: Spool,
         roster: Roster,
         keeper: DeliveryKeeper,
         *,
         config: Config,
-        run: dict[str, Any],
-        run_dir: Path,
+        run: RunFile,
         clock: Clock,
         room: Room,
+        lock: Lock,
+        send: Send,
     ) -> None:
-        self.socket, self.spool, self.roster, self.keeper, self.room = socket, spool, roster, keeper, room
-        self.config, self.run, self.run_dir, self.clock = config, run, run_dir, clock
+        self.spool, self.roster, self.keeper, self.room = spool, roster, keeper, room
+        self.config, self.run, self.run_dir, self.clock = config, run, Path(run.dir), clock
         self.boot = uuid.uuid4().hex
         self.rowlog = RowLogReader(spool.path.with_name(placement.ROW_LOG))
+        self.collector = Collector(self.run_dir, run.address, run.id)
         self.exit_code: int | None = None
-        self.malformed = 0
         self.closing = spool.has_close()
+        self._ended_well = False
+        self._lock = lock
+        self._send = send
         self._routes: dict[bytes, bytes] = {}
         self._entries: list[Entry] = []
         self._replies: list[tuple[bytes, Message]] = []
@@ -101,20 +84,43 @@ class Intake:
         self._held: set[bytes] = set()
         """Sessions that were told to keep what they have."""
         self._something = asyncio.Event()
-        self._inbox = asyncio.Event()
-        self._inbox.set()
         self._writer = ThreadPoolExecutor(1, "spool")
-        self._parent = os.getppid()
-        self._horizon = Horizon(run_dir / "horizon")
+        self._horizon = Horizon(self.run_dir / "horizon")
         self._committing = False
         self._awake_at = clock()
         self._cursor = 0
+        self.listener = Listener(heartbeat_s=config.intake.heartbeat_s)
+        self.exits: Exits | None = None
+
+    @classmethod
+    def open(cls, run_dir: Path, send: Send) -> Intake:
+        """Take up the run that lies in a directory. Raises what the disk, or its lock, has against it."""
+        config = Config.from_json((run_dir / "config.json").read_text())
+        run = RunFile.read(run_dir)
+        lock = Lock(run_dir / "intake.lock")
+        lock.acquire()
+        for told in (TROUBLE, DEATHS):  # that was then
+            (run_dir / told).unlink(missing_ok=True)
+        spool, room = _open_spool(run_dir, config)
+        clock = SpoolClock.starting_after(spool.latest())
+        roster = Roster(
+            spool.sessions(),
+            lease=config.order.lease_s,
+            now=clock(),
+            duplicate_gate=config.unsafe.duplicate_gate,
+        )
+        keeper = DeliveryKeeper(run_dir, stall_s=config.delivery.stall_s, backoff_s=config.delivery.backoff_s)
+        run = run.at(run_dir, run.address)
+        return cls(spool, roster, keeper, config=config, run=run, clock=clock, room=room, lock=lock, send=send)
 
     async def serve(self) -> int:
-        """Until the run is complete, or this process is told to stop; returns its exit code."""
+        """Until the run is complete, or told to stop; returns how it ended."""
         logger.info("boot %s serves %s", self.boot, self.run_dir)
         self._write(Entry.of_event(EntryKind.BOOT, received=self._now(), boot=self.boot))
-        loops = [asyncio.create_task(loop()) for loop in (self._receive, self._commit, self._watch)]
+        self.exits = Exits(asyncio.get_running_loop(), self._on_exit)
+        for session in self.roster.live:
+            self._follow(session)
+        loops = [asyncio.create_task(loop()) for loop in (self._commit, self._watch)]
         try:
             done, _ = await asyncio.wait(loops, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
@@ -126,38 +132,27 @@ class Intake:
             self._writer.submit(lambda: None).result()  # a commit under way ends before anything else
         if self._entries:
             await self._commit_once()
+        self._ended_well = True
         return self.exit_code if self.exit_code is not None else ExitCode.SOFTWARE
 
     def stop(self) -> None:
         """End, resumably."""
-        self.exit_code = ExitCode.INTERRUPTED
+        if self.exit_code is None:
+            self.exit_code = ExitCode.INTERRUPTED
 
-    # The socket
+    def shut(self) -> None:
+        """Let go of everything: delivery, the files, the thread. After a good end the databases come home."""
+        self.keeper.kill()
+        self._writer.shutdown()
+        self.spool.close()
+        if self._ended_well:
+            placement.bring_home(self.run_dir)
+        self._lock.release()
 
-    async def _receive(self) -> None:
-        asyncio.get_running_loop().add_reader(self.socket.fileno(), self._inbox.set)
-        while True:
-            await self._inbox.wait()
-            self._inbox.clear()
-            for _ in range(MOST_AT_ONCE):
-                try:
-                    route, *parts = self.socket.recv_multipart(zmq.DONTWAIT)
-                except zmq.Again:
-                    break
-                self._handle(route, parts)
-            else:
-                self._inbox.set()
-            await asyncio.sleep(0)
+    # What workers say
 
-    def _handle(self, route: bytes, parts: Sequence[bytes]) -> None:
-        try:
-            message = decode(parts)
-        except ProtocolError as error:
-            self.malformed += 1
-            other = isinstance(error, VersionError)
-            code = "version" if other else "malformed"
-            self._refuse(route, session_of(parts), code, str(error), final=other)
-            return
+    def hear(self, route: bytes, message: Message) -> None:
+        """Take in what a worker of this run said."""
         match message:
             case Frame():
                 self._on_frame(route, message)
@@ -168,7 +163,7 @@ class Intake:
             case Bye():
                 self._on_bye(route, message)
             case RunInfo():
-                self._on_run(route, message)
+                self._send(route, RunInfo(session=message.session, info=self.facts()))
             case _:
                 self._refuse(route, message.session, "malformed", "only a daemon says that")
 
@@ -176,10 +171,14 @@ class Intake:
         if self.closing:
             self._refuse(route, hello.session, "closed", "the run is being finished", final=True)
             return
+        for ended in self.roster.supersede(hello, self._now()):
+            self._write(ended)
+            self._touched.add(ended.session)
         self._write(self.roster.hello(hello, self._now()))
         self._routes[hello.session] = route
         self._touched.add(hello.session)
         session = self.roster.sessions[hello.session]
+        self._follow(session)
         welcome = Welcome(
             session=hello.session,
             first=self.roster.wanted(session),
@@ -187,7 +186,7 @@ class Intake:
             credit=self.room.credit(self.config.intake.credit_bytes),
             flush_interval_s=self.config.intake.flush_interval_s,
             heartbeat_s=self.config.intake.heartbeat_s,
-            run=self._facts(),
+            run=self.facts(),
         )
         self._replies.append((route, welcome))
 
@@ -213,9 +212,7 @@ class Intake:
                 self._send(route, self._ack(frame.session, gap=True, first=session.next))
 
     def _on_status(self, route: bytes, status: Status) -> None:
-        if status.session == NO_SESSION:
-            self._send(route, Status(info=self._report()))
-        elif not self._is_stranger(route, status.session):
+        if not self._is_stranger(route, status.session):
             if status.session in self._held:
                 status = replace(status, more=False)
             entry = self.roster.heartbeat(status, self._now())
@@ -236,26 +233,46 @@ class Intake:
         if entry is not None:
             self._write(entry)
             self._touched.add(bye.session)
+            if self.exits is not None:
+                self.exits.forget(bye.session)
         self._replies.append((route, bye))
         self._something.set()
 
-    def _on_run(self, route: bytes, ask: RunInfo) -> None:
-        answer = RunInfo(session=ask.session, info=self._facts(), close=ask.close)
-        if ask.close is None or ask.session != NO_SESSION:
-            self._send(route, answer)
-            return
-        if not self.closing:
-            self._close(ask.close)
-        self._replies.append((route, answer))
-        self._something.set()
+    # Its end
 
-    def _close(self, exit_code: int) -> None:
-        """The command ended: who did not say BYE will not speak again."""
-        self.closing = True
-        for entry in self.roster.end_all(self._now()):
+    def close(self, exit_code: int, then: tuple[bytes, Message] | None = None) -> None:
+        """Nobody of this run will speak again: finish it. `then` is answered once that is on disk.
+
+        Nothing happens yet while something that ended workers left is still to be collected: who asks asks again.
+        """
+        if not self.closing:
+            if self.collector.anything_left(time.monotonic()):
+                return
+            self.closing = True
+            for entry in self.listener.close(self.roster.live, self._now()):
+                self._write(entry)
+            for entry in self.roster.end_all(self._now()):
+                self._write(entry)
+                self._touched.add(entry.session)
+            self._write(Entry.of_event(EntryKind.CLOSE, received=self._now(), exit_code=exit_code))
+        if then is not None:
+            self._replies.append(then)
+            self._something.set()
+
+    def lose(self, session: bytes) -> None:
+        """The process of this session is gone: its lease ends now."""
+        for entry in self.roster.lose(session, self._now()):
+            logger.warning("the process of session %s is gone", session.hex()[:8])
             self._write(entry)
-            self._touched.add(entry.session)
-        self._write(Entry.of_event(EntryKind.CLOSE, received=self._now(), exit_code=exit_code))
+            self._touched.add(session)
+
+    def _follow(self, session: Session) -> None:
+        """See the end of a worker's process, if it is on this node."""
+        if self.exits is not None and is_here(session.hello.get("node", "")):
+            self.exits.follow(session.id, session.hello.get("pid", 0))
+
+    def _on_exit(self, id_: bytes) -> None:
+        self.listener.exited(id_, self._now())
 
     def _is_stranger(self, route: bytes, session: bytes) -> bool:
         """Refuse who is not known on this connection, or comes after the run was closed."""
@@ -288,14 +305,6 @@ class Intake:
 
     def _refuse(self, route: bytes, session: bytes, code: str, message: str, *, final: bool = False) -> None:
         self._send(route, Refuse(session=session, code=code, message=message, final=final))
-
-    def _send(self, route: bytes, message: Message) -> None:
-        """Answer, or forget it: whoever is gone asks again."""
-        try:
-            self.socket.send_multipart([route, *encode(message)], zmq.DONTWAIT)
-        except zmq.ZMQError:
-            logger.debug("a peer is gone before its answer")
-        self._inbox.set()  # the descriptor tells of changes only, and sending may have taken the last one
 
     # The spool
 
@@ -381,15 +390,15 @@ class Intake:
             if damage_mark(self.spool.path).exists():
                 raise SpoolDamaged(self.spool.path, "delivery can not read it")
             self.keeper.tend(time.monotonic())
+            for entry in self.listener.look(self.roster.live, self._now()):
+                self._write(entry)
             for entry in self.roster.expire(self._now()):
                 logger.warning("session %s was not heard of for its lease", entry.session.hex()[:8])
                 self._write(entry)
                 self._touched.add(entry.session)
             if self.keeper.done:
                 self.exit_code = ExitCode.COMPLETE
-            if os.getppid() != self._parent and not self.closing and not self.roster.live:
-                logger.warning("whoever started this daemon is gone, and so are its workers: closing the run")
-                self._close(CLOSED_BY_ORPHAN)
+            self.collector.tend(time.monotonic())
             if time.monotonic() >= next_look:
                 await self._make_room()
                 next_look = time.monotonic() + LOOK_INTERVAL_S
@@ -406,35 +415,47 @@ class Intake:
         if pause > FROZEN_S:
             logger.warning("this process stood still for %.1f s", pause)
             self.roster.excuse(pause)
+            self.listener.restart(pause)
             self.keeper.excuse(time.monotonic())
             self._write(Entry.of_event(EntryKind.BOOT, received=now, boot=self.boot))
         return now
 
-    def _facts(self) -> dict[str, Any]:
+    def facts(self) -> dict[str, Any]:
         """What a worker may know of the run."""
         about = read_json(self.run_dir / "about.json")
-        facts = {name: self.run.get(name) for name in ("id", "mode", "project", "entity", "name")}
+        facts = {name: getattr(self.run, name) for name in ("id", "mode", "project", "entity", "name")}
         return _sayable({**facts, **_known(about), "dir": str(self.run_dir)})
 
-    def _report(self) -> dict[str, Any]:
+    def report(self) -> dict[str, Any]:
+        """How this run is, for a tool that asks."""
         return {
-            "run": self._facts(),
+            "run": self.facts(),
             "boot": self.boot,
-            "pid": os.getpid(),
             "closing": self.closing,
             "sessions": len(self.roster.sessions),
             "live": len(self.roster.live),
             "duplicates": self.roster.duplicates,
             "gaps": self.roster.gaps,
-            "malformed": self.malformed,
             "salvaged": self.spool.salvaged,
             "room": {**self.room.facts(), "held": len(self._held)},
+            "collected": self.collector.collected,
             "delivery": {"pid": self.keeper.pid, "restarts": self.keeper.restarts},
         }
 
 
+def _open_spool(run_dir: Path, config: Config) -> tuple[Spool, Room]:
+    """The spool, wherever it lies, and how much it may still take."""
+    options = config.spool
+    home = placement.settle(run_dir, options.dir)
+    above = RowLogReader(home / placement.ROW_LOG).newest()
+    ballast = Ballast(home / "spool.ballast", options.ballast_bytes)
+    spool = open_spool(lambda: Spool(home / placement.SPOOL, above=above, quota=options.max_bytes), ballast)
+    return spool, Room(spool, ballast, [home, run_dir], quota=options.max_bytes, reserve=options.reserve_bytes)
+
+
 def _known(about: dict[str, Any]) -> dict[str, Any]:
-    return {name: about[name] for name in ("name", "project", "entity", "url") if about.get(name)}
+    names = ("name", "project", "entity", "mode", "url", "starting_step")
+    return {name: about[name] for name in names if about.get(name)}
 
 
 def _sayable(facts: dict[str, Any]) -> dict[str, Any]:
@@ -443,75 +464,3 @@ def _sayable(facts: dict[str, Any]) -> dict[str, Any]:
         name: value.encode(errors="replace").decode() if isinstance(value, str) else value
         for name, value in facts.items()
     }
-
-
-def bind(address: str, context: zmq.Context[zmq.Socket[bytes]]) -> zmq.Socket[bytes]:
-    """The ROUTER that workers connect to."""
-    socket = context.socket(zmq.ROUTER)
-    socket.setsockopt(zmq.LINGER, 0)
-    socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
-    socket.setsockopt(zmq.RCVHWM, 64)
-    socket.setsockopt(zmq.SNDHWM, 64)
-    socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES + 4096)
-    socket.setsockopt(zmq.HANDSHAKE_IVL, 5000)
-    socket.setsockopt(zmq.HEARTBEAT_IVL, 2000)
-    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 6000)
-    socket.bind(address)
-    return socket
-
-
-async def serve(run_dir: Path) -> int:
-    """Start, serve, and shut down one run's intake."""
-    config = Config.from_json((run_dir / "config.json").read_text())
-    run = read_json(run_dir / "run.json")
-    options = config.spool
-    home = placement.settle(run_dir, options.dir)
-    above = RowLogReader(home / placement.ROW_LOG).newest()
-    ballast = Ballast(home / "spool.ballast", options.ballast_bytes)
-    spool = open_spool(lambda: Spool(home / placement.SPOOL, above=above, quota=options.max_bytes), ballast)
-    room = Room(spool, ballast, [home, run_dir], quota=options.max_bytes, reserve=options.reserve_bytes)
-    clock = SpoolClock.starting_after(spool.latest())
-    roster = Roster(
-        spool.sessions(),
-        lease=config.order.lease_s,
-        now=clock(),
-        duplicate_gate=config.unsafe.duplicate_gate,
-    )
-    keeper = DeliveryKeeper(run_dir, stall_s=config.delivery.stall_s, backoff_s=config.delivery.backoff_s)
-    context = zmq.Context()
-    socket = bind(run["address"], context)
-    intake = Intake(socket, spool, roster, keeper, config=config, run=run, run_dir=run_dir, clock=clock, room=room)
-    loop = asyncio.get_running_loop()
-    loop.add_signal_handler(signal.SIGTERM, intake.stop)
-    try:
-        return await intake.serve()
-    finally:
-        keeper.kill()
-        context.destroy(linger=100)
-        spool.close()
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The intake process of one run directory."""
-    parser = argparse.ArgumentParser(prog="sidestepd.intake", description=__doc__.splitlines()[0])
-    parser.add_argument("run_dir", type=Path)
-    run_dir: Path = parser.parse_args(arguments).run_dir
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is for the command; the run is drained after it
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    os.umask(0o077)
-    lock = Lock(run_dir / "intake.lock")
-    try:
-        lock.acquire()
-        code = asyncio.run(serve(run_dir))
-        placement.bring_home(run_dir)
-        return code
-    except AlreadyRunning as error:
-        logger.error("%s", error)
-        return ExitCode.ALREADY_RUNNING
-    except (sqlite3.Error, SpoolError, OSError):
-        logger.exception("the spool's disk failed; this process ends, and workers send again")
-        return ExitCode.DISK
-
-
-if __name__ == "__main__":
-    sys.exit(main())

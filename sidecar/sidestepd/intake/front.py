@@ -1,0 +1,162 @@
+"""The socket: what comes in is decoded and handed to its run, what a run answers goes out.
+
+- reading never waits for a disk: runs commit in threads of their own
+- an answer that can not be sent is forgotten: whoever is gone asks again
+- what comes from no worker is a tool's question, answered here for the whole process
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import zmq
+
+from sidestep.errors import ProtocolError
+from sidestep.wire import (
+    MAX_FRAME_BYTES,
+    NO_SESSION,
+    Hello,
+    Message,
+    Refuse,
+    RunInfo,
+    Status,
+    VersionError,
+    decode,
+    encode,
+    session_of,
+)
+from sidestepd.intake.run import Intake
+
+logger = logging.getLogger("sidestepd.intake")
+
+MOST_AT_ONCE = 256
+"""Messages taken from the socket before others get their turn."""
+
+
+class Runs(Protocol):
+    """Which runs there are."""
+
+    async def serve(self) -> int:
+        """Until all is complete, or the process is told to stop; returns its exit code."""
+        ...
+
+    def stop(self) -> None:
+        """End, resumably."""
+        ...
+
+    def shut(self) -> None:
+        """Let go of everything."""
+        ...
+
+    def greet(self, route: bytes, hello: Hello) -> None:
+        """A worker says HELLO: find its run."""
+        ...
+
+    def of(self, session: bytes) -> Intake | None:
+        """The run that a session belongs to."""
+        ...
+
+    def close(self, exit_code: int, then: tuple[bytes, Message]) -> None:
+        """The supervisor says that it is time to finish; `then` is answered once that is on disk."""
+        ...
+
+    def facts(self) -> dict[str, Any]:
+        """What is known of the run, where there is one."""
+        ...
+
+    def report(self) -> dict[str, Any]:
+        """How things are."""
+        ...
+
+
+class Front:
+    """One ROUTER socket. `runs` is to be set before `serve`."""
+
+    def __init__(self, socket: zmq.Socket[bytes], *, supervisor: int) -> None:
+        self.socket = socket
+        self.runs: Runs
+        self.malformed = 0
+        self._supervisor = supervisor
+        self._inbox = asyncio.Event()
+        self._inbox.set()
+
+    async def serve(self) -> int:
+        """Until its runs are complete, or this process is told to stop; returns its exit code."""
+        receiving, serving = asyncio.create_task(self._receive()), asyncio.create_task(self.runs.serve())
+        try:
+            await asyncio.wait((receiving, serving), return_when=asyncio.FIRST_COMPLETED)
+            if receiving.done():
+                receiving.result()
+            return serving.result()
+        finally:
+            receiving.cancel()
+            serving.cancel()
+            await asyncio.gather(receiving, serving, return_exceptions=True)
+
+    def send(self, route: bytes, message: Message) -> None:
+        """Answer, or forget it."""
+        try:
+            self.socket.send_multipart([route, *encode(message)], zmq.DONTWAIT)
+        except zmq.ZMQError:
+            logger.debug("a peer is gone before its answer")
+        self._inbox.set()  # the descriptor tells of changes only, and sending may have taken the last one
+
+    async def _receive(self) -> None:
+        asyncio.get_running_loop().add_reader(self.socket.fileno(), self._inbox.set)
+        while True:
+            await self._inbox.wait()
+            self._inbox.clear()
+            for _ in range(MOST_AT_ONCE):
+                try:
+                    route, *parts = self.socket.recv_multipart(zmq.DONTWAIT)
+                except zmq.Again:
+                    break
+                self._handle(route, parts)
+            else:
+                self._inbox.set()
+            await asyncio.sleep(0)
+
+    def _handle(self, route: bytes, parts: Sequence[bytes]) -> None:
+        try:
+            message = decode(parts)
+        except ProtocolError as error:
+            self.malformed += 1
+            other = isinstance(error, VersionError)
+            code = "version" if other else "malformed"
+            self.send(route, Refuse(session=session_of(parts), code=code, message=str(error), final=other))
+            return
+        if isinstance(message, Hello):
+            self.runs.greet(route, message)
+        elif message.session == NO_SESSION and isinstance(message, Status | RunInfo):
+            self._answer(route, message)
+        elif (run := self.runs.of(message.session)) is not None:
+            run.hear(route, message)
+        else:
+            self.send(route, Refuse(session=message.session, code="hello", message="say HELLO first"))
+
+    def _answer(self, route: bytes, question: Status | RunInfo) -> None:
+        """A tool asks, or the supervisor."""
+        if isinstance(question, Status):
+            process = {"pid": os.getpid(), "supervisor": self._supervisor, "malformed": self.malformed}
+            self.send(route, Status(info={**self.runs.report(), **process}))
+        elif question.close is None:
+            self.send(route, RunInfo(info=self.runs.facts()))
+        else:
+            self.runs.close(question.close, (route, RunInfo(info=self.runs.facts(), close=question.close)))
+
+
+def bind(socket: zmq.Socket[bytes], address: str) -> None:
+    """Let workers connect to this ROUTER."""
+    socket.setsockopt(zmq.LINGER, 0)
+    socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+    socket.setsockopt(zmq.RCVHWM, 64)
+    socket.setsockopt(zmq.SNDHWM, 64)
+    socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES + 4096)
+    socket.setsockopt(zmq.HANDSHAKE_IVL, 5000)
+    socket.setsockopt(zmq.HEARTBEAT_IVL, 2000)
+    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 6000)
+    socket.bind(address)
