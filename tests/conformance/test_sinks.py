@@ -220,7 +220,9 @@ def said_online(directory: Path) -> dict[str, Any]:
 
 def alerts_in(kind: str, directory: Path) -> list[tuple[str, str, str]]:
     """Title, text and level of every alert in the run."""
-    if kind == "wandb":
+    if kind == ONLINE:
+        return server_of(directory).alerts("tested")
+    if kind == OFFLINE:
         segments = wandb_log.segments(directory / "wandb")
         return [alert for path in segments for alert in wandb_log.alerts(path)]
     lines = map(json.loads, (directory / "rows.jsonl").read_bytes().splitlines())

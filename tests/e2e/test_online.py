@@ -133,7 +133,7 @@ class TestRefused:
         assert 1 <= done.stderr.count("refuses the API key (401)") <= 2  # in time to do something, and at the end
         assert f"sidestep sync {kept.relative_to(tmp_path)}" in done.stderr
         shown = sidestep("status", str(kept), server=None, cwd=tmp_path)
-        assert "waiting   " in shown.stdout
+        assert "trouble   " in shown.stdout
         assert "refuses the API key" in shown.stdout
         assert WRONG_KEY not in done.stderr + shown.stdout
         assert [] == files_with(WRONG_KEY, kept) == server.runs()
@@ -200,17 +200,17 @@ class TestDisturbed:
         with StandIn(tmp_path / "server") as server:
             server.stop()
             with self.disturbed(server, tmp_path) as run:
-                eventually(lambda: "can not be reached" in (run.report().trouble or ""), 60.0, run.log)
+                eventually(lambda: "can not be reached" in run.report().trouble, 60.0, run.log)
                 assert run.report().ledger.delivered == 0
                 server.start()
                 self.assert_whole(run)
-                assert run.report().trouble is None
+                assert run.report().trouble == ""
 
     def test_it_is_away_in_the_middle(self, server: StandIn, tmp_path: Path):
         with self.disturbed(server, tmp_path, rate=20.0) as run:
             run.wait_for_progress()
             server.stop()
-            eventually(lambda: "can not be reached" in (run.report().trouble or ""), 60.0, run.log)
+            eventually(lambda: "can not be reached" in run.report().trouble, 60.0, run.log)
             server.start()
             self.assert_whole(run)
 
@@ -218,7 +218,7 @@ class TestDisturbed:
         with self.disturbed(server, tmp_path, rate=20.0) as run:
             run.wait_for_progress()
             server.fault("*", "hang")
-            eventually(lambda: "does not answer" in (run.report().trouble or ""), 60.0, run.log)
+            eventually(lambda: "does not answer" in run.report().trouble, 60.0, run.log)
             server.lift()
             self.assert_whole(run, "fault hang")
 

@@ -122,7 +122,7 @@ class TestState:
         assert (0, ()) == (report(run_dir).ledger.offered, report(run_dir).sessions)
 
     def test_what_keeps_it_from_the_sink_is_told_until_it_is_finished(self, run_dir):
-        (run_dir / "trouble.json").write_text('{"trouble": "delivery ended with 70"}')
+        (run_dir / "deaths.json").write_text('{"what": "delivery ended with 70"}')
         told = report(run_dir).trouble
 
         delivered(run_dir, state="closed")

@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from tests.support.waiting import eventually
-from tests.support.wandb_server.store import EVENTS, HISTORY, SUMMARY
+from tests.support.wandb_server.store import ALERTS, EVENTS, HISTORY, SUMMARY
 
 KEY = "standin" + "0" * 33
 ENTITY = "tester"
@@ -98,6 +98,11 @@ class StandIn:
         [found] = [it for it in self._ask("runs") if it["name"] == run]
         config = json.loads(found.get("config") or "{}")
         return {**found, "config": {name: it["value"] for name, it in config.items()}}
+
+    def alerts(self, run: str, project: str = "p", entity: str = ENTITY) -> list[tuple[str, str, str]]:
+        """Title, text and level of what people were told."""
+        told = map(json.loads, self._lines(run, ALERTS, project, entity))
+        return [(title, text, level) for title, text, level in told]
 
     def runs(self) -> list[str]:
         """Their names."""

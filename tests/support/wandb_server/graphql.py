@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from tests.support.wandb_server.store import EVENTS, HISTORY, OUTPUT, SUMMARY, Store
+from tests.support.wandb_server.store import ALERTS, EVENTS, HISTORY, OUTPUT, SUMMARY, Store
 
 TAIL = 10
 """So many of the last lines are told of a run that is resumed."""
@@ -36,6 +36,7 @@ class Answers:
             "RunResumeStatus": self._resume_status,
             "UpsertBucket": self._upsert,
             "CreateRunFiles": self._create_files,
+            "NotifyScriptableRunAlert": self._alert,
         }
         return known[operation](variables)
 
@@ -104,6 +105,12 @@ class Answers:
             {"name": name, "uploadUrl": f"{self._base_url()}/storage/{key}/{name}"} for name in variables["files"]
         ]
         return {"createRunFiles": {"runID": _id(key), "uploadHeaders": [], "files": files}}
+
+    def _alert(self, variables: Mapping[str, Any]) -> dict[str, Any]:
+        key = path_of(variables["entityName"], variables["projectName"], variables["runName"])
+        said = json.dumps([variables["title"], variables["text"], variables["severity"]])
+        self._store.put(key, ALERTS, self._store.count(key, ALERTS), [said])
+        return {"notifyScriptableRunAlert": {"success": True}}
 
     def _place(self, variables: Mapping[str, Any]) -> tuple[str, str]:
         return variables.get("entity") or self._entities[0], variables.get("project") or "uncategorized"

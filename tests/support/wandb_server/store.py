@@ -23,6 +23,8 @@ CREATE TABLE IF NOT EXISTS breach (what TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS tally (name TEXT PRIMARY KEY, count INTEGER NOT NULL) WITHOUT ROWID;
 """
 HISTORY, EVENTS, SUMMARY, OUTPUT = "wandb-history.jsonl", "wandb-events.jsonl", "wandb-summary.json", "output.log"
+ALERTS = "alerts"
+"""No file of wandb's: what people were told of a run, a line each."""
 
 
 class Breach(Exception):
