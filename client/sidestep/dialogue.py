@@ -5,6 +5,7 @@
 
 - after every interruption: HELLO first, then what the daemon lacks, from the first unacknowledged frame on
 - a frame unacknowledged for `ACK_TIMEOUT_S` leads to a new HELLO, each time a little later
+- a daemon without room is sent no frames until it says that it has some, or for `HOLD_S`
 - BYE is said when all else is acknowledged, and again until it is answered
 - no socket and no clock: callers pass `now`, and call `say` only while the socket takes a message
 """
@@ -24,6 +25,8 @@ HELLO_AGAIN_S = (0.25, 2.0)
 ACK_TIMEOUT_S = (2.0, 5.0)
 BYE_AGAIN_S = 0.5
 ASK_AGAIN_S = 0.5
+HOLD_S = 10.0
+"""A daemon without room says when there is some; should that be missed, it is tried again after this."""
 GAP_AGAIN_S = 0.5
 """Frames under way behind a gap are each answered with the same gap; one resend serves them all."""
 
@@ -58,6 +61,7 @@ class Dialogue:
         self._hello_wait, self._ack_wait = HELLO_AGAIN_S[0], ACK_TIMEOUT_S[0]
         self._hello_at = self._ask_at = self._bye_at = self._heartbeat_at = 0.0
         self._ack_by: float | None = None
+        self._held_until: float | None = None
         self._gap = (-1, 0.0)
         self.phase = Phase.GREETING
         self.flush_interval_s = flush_interval_s or 0.02
@@ -127,7 +131,7 @@ class Dialogue:
             case Ack():
                 self._acknowledged(message, now)
             case Refuse():
-                self._refused(message)
+                self._refused(message, now)
             case RunInfo():
                 self.run, self.asking = {**self.run, **message.info}, False
             case Bye() if self._leaving is not None:
@@ -151,6 +155,8 @@ class Dialogue:
         if self.phase is Phase.GREETING:
             return max(self._hello_at - now, 0.0)
         times = [self._heartbeat_at]
+        if self._held_until is not None:
+            times.append(self._held_until)
         if self._ack_by is not None:
             times.append(self._ack_by)
         if self.asking:
@@ -165,7 +171,7 @@ class Dialogue:
         self._outbox.ack(welcome.first)
         if self.phase is Phase.GREETING or welcome.boot != self._boot:
             self._outbox.rewind()
-            self._ack_by = None
+            self._ack_by = self._held_until = None
         self.phase, self._boot = Phase.OPEN, welcome.boot
         self._outbox.credit = welcome.credit
         self._heartbeat_s, self._heartbeat_at = welcome.heartbeat_s, now + welcome.heartbeat_s
@@ -182,18 +188,20 @@ class Dialogue:
             self._outbox.credit = ack.credit
         if self._outbox.ack(ack.first):
             self._ack_wait = ACK_TIMEOUT_S[0]
-            self._ack_by = now + self._patience() if self._outbox.outstanding else None
+            waits = self._outbox.outstanding and self._held_until is None
+            self._ack_by = now + self._patience() if waits else None
         if ack.gap and self.phase is Phase.OPEN:
             self._resend_from(ack.first, now)
 
     def _resend_from(self, first: int, now: float) -> None:
         if first < self._outbox.acknowledged:  # its spool is gone: HELLO tells it where this session stands
             self._greet()
-        elif self._gap[0] != first or now >= self._gap[1]:
+        elif self._held_until is not None or self._gap[0] != first or now >= self._gap[1]:
             self._gap = (first, now + GAP_AGAIN_S)
+            self._held_until = None
             self._outbox.rewind()
 
-    def _refused(self, refuse: Refuse) -> None:
+    def _refused(self, refuse: Refuse, now: float) -> None:
         if refuse.final:
             self.trouble, self.phase = refuse, Phase.OVER
             self._outbox.abandon(DropReason.REFUSED)
@@ -202,6 +210,8 @@ class Dialogue:
                 self._greet()
         else:
             self.trouble = refuse
+            if refuse.code == "full":
+                self._held_until, self._ack_by = now + HOLD_S, None
 
     # Sayings
 
@@ -218,6 +228,11 @@ class Dialogue:
         return hello
 
     def _say_frame(self, now: float) -> Message | None:
+        if self._held_until is not None:
+            if now < self._held_until:
+                return None
+            self._held_until = None
+            self._outbox.rewind()
         frame = self._outbox.next_frame()
         if frame is not None and self._ack_by is None:
             self._ack_by = now + self._patience()

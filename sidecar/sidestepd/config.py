@@ -132,6 +132,30 @@ class IntakeOptions(Section):
     )
 
 
+class SpoolOptions(Section):
+    """Where acknowledged records wait to be written into the run, and how much room they may take."""
+
+    dir: Path | None = Field(
+        default=None,
+        description="A local disk for the databases. Without it: the run directory, or one that is found.",
+    )
+    max_bytes: int = Field(
+        default=8 * 1024**3,
+        ge=4 * 1024 * 1024,
+        description="The spool's quota. From 70 % on workers are slowed, from 90 % on they keep what they have.",
+    )
+    reserve_bytes: int = Field(
+        default=64 * 1024 * 1024,
+        ge=0,
+        description="What is left free on the disks of the spool and of wandb, beside what has yet to be written.",
+    )
+    ballast_bytes: int = Field(
+        default=16 * 1024 * 1024,
+        ge=0,
+        description="Held by each of two files, which are given up so that a full disk can drain.",
+    )
+
+
 class DeliveryOptions(Section):
     """How the process that owns wandb is paced and watched."""
 
@@ -284,6 +308,7 @@ class Config(Section):
     run: RunOptions = Field(default_factory=RunOptions)
     order: OrderOptions = Field(default_factory=OrderOptions)
     intake: IntakeOptions = Field(default_factory=IntakeOptions)
+    spool: SpoolOptions = Field(default_factory=SpoolOptions)
     delivery: DeliveryOptions = Field(default_factory=DeliveryOptions)
     sink: SinkOptions = Field(default_factory=SinkOptions)
     samplers: SamplerOptions = Field(default_factory=SamplerOptions)

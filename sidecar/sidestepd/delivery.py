@@ -19,13 +19,14 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import msgpack
 
+from sidestepd import placement
 from sidestepd.assemble import Assembler
 from sidestepd.clock import Clock, Horizon
 from sidestepd.config import Config
@@ -34,7 +35,9 @@ from sidestepd.errors import ExitCode, Fatal, Retry, SpoolDamaged, Trouble
 from sidestepd.match import Event, Matcher
 from sidestepd.order import ReorderBuffer
 from sidestepd.processes import Beat, Lock, die_with_parent, read_json, write_json
+from sidestepd.recovery import Recovery, settled_before
 from sidestepd.resolve import Closed, Folded, Lost, Resolver
+from sidestepd.room import Ballast, Patience
 from sidestepd.rowlog import SENT, RowLog
 from sidestepd.rows import Alert, Bundle, Part, Raised, Row, Sampled
 from sidestepd.rules import Rule, Rules, Source, operations
@@ -42,13 +45,15 @@ from sidestepd.rundir import TROUBLE
 from sidestepd.samples import Samples, first_ranks
 from sidestepd.settlement import Settlement
 from sidestepd.sinks import MODES, Confirmed, RunFacts, Sink, load, make_sink, patiently, write_all
-from sidestepd.spool import Entry, EntryKind, SpoolReader
+from sidestepd.spool import SALVAGE_STRIDE, Entry, EntryKind, SpoolReader, StoredSession
 from sidestepd.watch import Watch
 
 logger = logging.getLogger("sidestepd.delivery")
 
 READ_LIMIT = 500
 """Entries taken from the spool at once."""
+SNAPSHOT_BYTES = 256 * 1024
+"""While catching up, a place up to which the spool may be deleted is noted this often."""
 READY_STRIDE_S = 0.02
 """While catching up, how far spool time may move before rows are let go."""
 NICENESS = 10
@@ -69,12 +74,13 @@ class Delivery:
         *,
         horizon: Clock,
         beat: Callable[[], None],
+        wait_for_room: Callable[[], None] = lambda: None,
         troubled: Callable[[Trouble | None], None] = lambda _: None,
     ) -> None:
         order = config.order
         self.config = config
         self.spool, self.rowlog, self.sink, self.horizon, self.beat = spool, rowlog, sink, horizon, beat
-        self.troubled = troubled
+        self.wait_for_room, self.troubled = wait_for_room, troubled
         rules = Rules(
             Rule(pattern=name, reduce=operations(reduce), source=_source(config.source(f"reduce.{name}")))
             for name, reduce in config.reduce.items()
@@ -82,11 +88,7 @@ class Delivery:
         self.marks: dict[str, Any] = rowlog.meta("marks", {})
         self.resolver = Resolver(rules)
         self.matcher = Matcher(patience=order.patience_s, capacity=order.capacity_rows)
-        self.order = ReorderBuffer(
-            patience=order.patience_s,
-            capacity=order.capacity_rows,
-            released=self.marks.get("released", ()),
-        )
+        self.order = self._buffer()
         self.assembler = Assembler(
             rules, patience=order.patience_s, max_wait=order.max_wait_s, window=order.late_window_rows
         )
@@ -101,6 +103,8 @@ class Delivery:
         self.watch = Watch(config.watch)
         self.settlement = Settlement(rowlog.meta("counts", {}), cursor=self.read_through)
         self.exit_code: int | None = None
+        self.recovery: Recovery | None = None
+        """What the run holds and the row log does not know of; None as long as the row log is whole."""
         self.unmatched: list[str] = []
         """Patterns that fitted no metric, known when the run is finished."""
         self._now = 0.0
@@ -116,6 +120,13 @@ class Delivery:
 
     def start(self, run: RunFacts, opened: Callable[[Mapping[str, Any]], None]) -> None:
         """Take up the state of the last life, open the run, say so, and send again what it lacks."""
+        bookmark = self.rowlog.meta("bookmark", {})
+        held = patiently(lambda: self.sink.open(run, bookmark), beat=self.beat, kept=self._keep)
+        self._tell_trouble(None)
+        base = self._base(held)
+        opened({**self.sink.about(), "base": base})
+        if self._knows_less_than(held, base):
+            self._learn_from_the_run(held)
         if self.checkpoint.fold:
             fold = msgpack.unpackb(self.checkpoint.fold, strict_map_key=False)
             self.resolver.restore(fold["resolver"])
@@ -129,23 +140,82 @@ class Delivery:
                 self.samples.restore(self.marks["samples"])
         self.watch.take_up(*self.rowlog.alerts())
         self.assembler.latest.update(self.rowlog.latest())
-        bookmark = self.rowlog.meta("bookmark", {})
-        held = patiently(lambda: self.sink.open(run, bookmark), beat=self.beat, kept=self._keep)
-        self._tell_trouble(None)
-        opened(self.sink.about())
-        self._begin(held)
+        self._begin_behind(base)
+        if self.recovery is not None:
+            self._count_anew(self.recovery)
         self._replay_declarations()
         self._resend(held)
 
-    def _begin(self, held: Confirmed) -> None:
-        """Go on behind what the run held when it was opened for the first time."""
-        base = self.rowlog.meta("base", None)
+    def _base(self, held: Confirmed) -> int:
+        """The last step of what the run held when it was opened for the first time; -1 if that was nothing."""
+        base: int | None = self.rowlog.meta("base", None)
         if base is None:
             base = held.steps[-1] if held.steps else -1
             self.rowlog.settle(base=base)
+        return base
+
+    def _begin_behind(self, base: int) -> None:
+        """Go on behind what was there before us."""
         if base >= 0 and not self.checkpoint.fold:
             self.resolver.begin_behind(base)
         self.assembler.last = max(self.assembler.last, base)
+
+    # What is done when the row log lost something
+
+    def _knows_less_than(self, held: Confirmed, base: int) -> bool:
+        """Whether the row log lost something: it says so, or the run or the spool shows it."""
+        if self.rowlog.meta("recover", None) is not None:
+            return True
+        if isinstance(held.steps, range):  # which names steps that no row has
+            more = bool(held.steps) and held.steps[-1] > max(base, self.marks.get("last", -1))
+        else:
+            more = not {row.step for row, _ in self.rowlog.rows()}.issuperset(held.steps)
+        front = self.spool.front() or 0
+        skipped = front - self.checkpoint.cursor - 1
+        return more or 0 < skipped < SALVAGE_STRIDE
+
+    def _learn_from_the_run(self, held: Confirmed) -> None:
+        known = {row.step for row, _ in self.rowlog.rows()}
+        self.recovery = Recovery(row for row in self.sink.history() if row[0] not in known)
+        logger.error(
+            "%s lost something: %d rows of the run are not in it; the run and the spool are taken as the truth",
+            self.rowlog.path,
+            self.recovery.rows,
+        )
+        through = max((self.rowlog.meta("recover", None) or {}).get("through", 0), self.spool.newest())
+        self.rowlog.settle(recover={"through": through})
+        last = held.steps[-1] if held.steps else -1  # a server may hold rows that no file here has
+        self.marks = self.recovery.over(self.marks or self.assembler.marks(), last=last)
+        self.order = self._buffer()
+
+    def _count_anew(self, recovery: Recovery) -> None:
+        """Introduce the sessions of frames that are gone, and count what lay in those."""
+        stored, firsts = self.spool.sessions(), self.spool.firsts()
+        was_lost = self.spool.front() == 1 or any(self.spool.path.parent.glob("quarantine/spool-*"))
+        if not was_lost:  # then whatever is missing at its front was settled, and deleted
+            for one in stored:
+                self._introduce(one, firsts.get(one.id, one.next))
+        resolver, front = self.resolver, self.spool.front() or self.spool.newest() + 1
+        kept = {one.id: resolver.sessions[one.id].next for one in stored if one.id in resolver.sessions}
+        rows = [(row, fate != SENT) for row, fate in self.rowlog.rows()]
+        given_up = resolver.folded + sum(resolver.dead.values()) + sum(self.settlement.rejected.values())
+        self.settlement.delivered, gone = settled_before(
+            kept, rows, cursor=self.checkpoint.cursor, front=front, given_up=given_up
+        )
+        self.settlement.rows = recovery.rows + sum(fate for _, fate in rows)
+        resolver.dead["spool_lost"] += gone  # `_take` will find them
+        resolver.see_released(recovery.reached)
+
+    def _introduce(self, stored: StoredSession, first: int) -> None:
+        """A session, as if everything below `first` had been read of it."""
+        if stored.id not in self.resolver.sessions:
+            facts = {**stored.hello, **stored.counters}
+            self._read(Entry.of_event(EntryKind.HELLO, stored.id, received=0.0, **facts))
+        session = self.resolver.sessions[stored.id]
+        session.next = max(session.next, first)
+        if stored.state != "live" and first == stored.next:
+            end = EntryKind.BYE if stored.state == "bye" else EntryKind.LEASE
+            self._read(Entry.of_event(end, stored.id, first=first, received=0.0, **stored.counters))
 
     def _replay_declarations(self) -> None:
         definitions = self.rowlog.definitions()
@@ -176,8 +246,13 @@ class Delivery:
             self.beat()
             horizon = self.horizon()  # asked before reading
             entries = self.spool.read(self.read_through, READ_LIMIT)
+            unmarked = 0
             for entry in entries:
                 self._take(entry)
+                unmarked += len(entry.body)
+                if unmarked >= SNAPSHOT_BYTES:  # so that a row that waits does not keep all that was read with it
+                    self.settlement.snapshot(self.read_through, self._fold())
+                    unmarked = 0
                 if self._now - self._last_ready >= READY_STRIDE_S:
                     self._let_go()
             if len(entries) < READ_LIMIT:
@@ -226,6 +301,11 @@ class Delivery:
             self.settlement.read(entry)
         if entry.kind is not EntryKind.BOOT:  # before which nobody listened
             self.watch.poll(self._now)
+        self._read(entry)
+        session = self.resolver.sessions.get(entry.session)
+        self.watch.read(entry, session.launch if session else "")
+
+    def _read(self, entry: Entry) -> None:
         for said in self.resolver.read(entry, self.settlement.places_of):
             match said:
                 case Lost():
@@ -243,14 +323,26 @@ class Delivery:
                     self.settlement.settle(said.position.entry)
                 case _:
                     self._hear(self.matcher.hear(said, self._now))
-        session = self.resolver.sessions.get(entry.session)
-        self.watch.read(entry, session.launch if session else "")
 
     def _hear(self, events: Iterable[Event]) -> None:
         for event in events:
             if isinstance(event, Part):
+                event = self._find(event)
                 self.watch.hear(event, self._now)
             self.order.hear(event, self._now)
+
+    def _find(self, part: Part) -> Part:
+        """What is said, marked as used if the run turns out to hold it."""
+        if self.recovery is None or part.used or not self.recovery.holds(part):
+            return part
+        self.settlement.find(part.position)
+        return replace(part, used=True)
+
+    def _buffer(self) -> ReorderBuffer:
+        order = self.config.order
+        return ReorderBuffer(
+            patience=order.patience_s, capacity=order.capacity_rows, released=self.marks.get("released", ())
+        )
 
     # Deciding and writing
 
@@ -285,6 +377,7 @@ class Delivery:
             self._write(rows[start : start + size])
 
     def _write(self, rows: Sequence[Row]) -> None:
+        self.wait_for_room()
         for rejected in write_all(self.sink, rows, beat=self.beat, kept=self._keep):
             logger.warning("row %d was rejected: %s", rejected.row.step, rejected.reason)
             self.settlement.reject(rejected.row.step, rejected.reason)
@@ -390,12 +483,19 @@ class Delivery:
 
     def _settle(self, confirmed: Confirmed, **meta: Any) -> None:
         settlement = self.settlement
+        checkpoint = settlement.checkpoint()
+        if (
+            self.recovery is not None
+            and checkpoint
+            and checkpoint.cursor >= self.rowlog.meta("recover", {})["through"]
+        ):
+            self.recovery, meta = None, {**meta, "recover": None}
         self.rowlog.settle(
             confirmed=settlement.take_confirmed(),
             rejected=settlement.take_rejected(),
             dead=settlement.take_dead(),
             latest=self.assembler.take_changed(),
-            checkpoint=settlement.checkpoint(),
+            checkpoint=checkpoint,
             keep_above=self.assembler.last - self.config.order.late_window_rows,
             bookmark=confirmed.bookmark,
             counts=settlement.counts(),
@@ -478,6 +578,9 @@ def wait_for_facts(
 ) -> RunFacts:
     """The run to open, once the first worker said what it is called; later lives open the same."""
     facts = rowlog.meta("run", None)
+    if facts is None and (about := read_json(Path(run["dir"]) / "about.json")):
+        facts = settle_facts(run, config, about)  # it was opened before, and the row log lost that
+        rowlog.settle(run=facts, base=about.get("base", -1))
     while facts is None:
         beat()
         first = spool.first(EntryKind.HELLO, EntryKind.CLOSE)
@@ -515,7 +618,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     lock.acquire()
     config = Config.from_json((directory / "config.json").read_text())
     beat = Beat(directory / "delivery.beat")
-    spool, rowlog = SpoolReader(directory / "spool.db"), RowLog(directory / "delivery.db")
+    home = placement.home(directory)
+    ballast = Ballast(home / "delivery.ballast", config.spool.ballast_bytes)
+    patience = Patience(ballast, [home, directory], beat=beat)
+    spool = SpoolReader(home / placement.SPOOL)
+    rowlog = RowLog(home / placement.ROW_LOG, when_full=patience.when_full)
     if rowlog.meta("state", None) == "closed":  # the last life did all of it, and died before it could say so
         return ExitCode.COMPLETE
     run = read_json(directory / "run.json") | {"dir": str(directory)}
@@ -523,8 +630,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     facts = wait_for_facts(spool, rowlog, run, config, beat)
     sink = make_sink(config.sink.kind, facts.mode)
     horizon = Horizon(directory / "horizon")
-    troubled = partial(tell_trouble, directory)
-    delivery = Delivery(spool, rowlog, sink, config, horizon=horizon, beat=beat, troubled=troubled)
+    delivery = Delivery(
+        spool,
+        rowlog,
+        sink,
+        config,
+        horizon=horizon,
+        beat=beat,
+        wait_for_room=patience.wait_for_room,
+        troubled=partial(tell_trouble, directory),
+    )
     try:
         delivery.start(facts, lambda about: write_json(directory / "about.json", about))
         delivery.serve()

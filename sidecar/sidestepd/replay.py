@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from sidestep.errors import SettingsError
+from sidestepd import placement
 from sidestepd.config import Config
 from sidestepd.delivery import Delivery
 from sidestepd.entries import Entry, EntryKind
@@ -73,7 +74,7 @@ def facts_of(run_dir: Path, directory: Path, **other: Any) -> RunFacts:
     """The run as it is called, to be written into `directory`; `other` overrules."""
     run = RunFile.read(run_dir)
     called = {"project": run.project, "entity": run.entity, "name": run.name}
-    said = dict(RowLogReader(run_dir / "delivery.db").meta("run") or {})
+    said = dict(RowLogReader(placement.home(run_dir) / placement.ROW_LOG).meta("run") or {})
     names: dict[str, Any] = {name: said.pop(name, None) or value for name, value in called.items()}
     options = {name: value for name, value in said.items() if name not in ("mode", "resume")}
     return replace(RunFacts(id=run.id, directory=directory, options=options, **names), **other)
@@ -95,7 +96,12 @@ def replay(
             confirmed = rowlog.meta("ledger", {}).get("rows", 0)
             unconfirmed = {row.step for row, fate in rowlog.rows() if fate == SENT}
             decided = rowlog.meta("marks", {}).get("last", -1)  # a living run goes on behind these copies
-            history = itertools.takewhile(lambda row: row.step <= decided, held_rows(run_dir))
+            if rowlog.meta("recover", None) is not None:  # what a damaged row log lost is in the files
+                decided = max((row.step for row in held_rows(run_dir)), default=decided)
+
+            def history() -> Iterator[Row]:
+                return itertools.takewhile(lambda row: row.step <= decided, held_rows(run_dir))
+
             whole = AfterHistory(sink, history, unconfirmed, progress=progress, waiting=waiting)
             delivery = Delivery(
                 spool, rowlog, whole, config, horizon=lambda: 0.0, beat=lambda: waiting(delivery.trouble)
@@ -108,21 +114,22 @@ def replay(
 
 def _copies(run_dir: Path, scratch: Path) -> tuple[SpoolReader, RowLog]:
     """Both databases as of now, ready to be read to the end of the run."""
-    for name in ("delivery.db", "spool.db"):  # in this order: what delivery had read is in the spool
-        if (run_dir / name).exists():
+    home = placement.home(run_dir)
+    for name in (placement.ROW_LOG, placement.SPOOL):  # in this order: what delivery had read is in the spool
+        if (home / name).exists():
             with (
-                closing(sqlite3.connect(f"file:{run_dir / name}?mode=ro", uri=True)) as source,
+                closing(sqlite3.connect(f"file:{home / name}?mode=ro", uri=True)) as source,
                 closing(sqlite3.connect(scratch / name)) as copy,
             ):
                 source.backup(copy)
-    rowlog = RowLog(scratch / "delivery.db")
+    rowlog = RowLog(scratch / placement.ROW_LOG)
     rowlog.settle(bookmark={})
-    spool = Spool(scratch / "spool.db", above=RowLogReader(scratch / "delivery.db").newest())
+    spool = Spool(scratch / placement.SPOOL, above=RowLogReader(scratch / placement.ROW_LOG).newest())
     if not spool.has_close():
         close = Entry.of_event(EntryKind.CLOSE, received=spool.latest(), exit_code=UNFINISHED)
         spool.commit([close])
     spool.close()
-    return SpoolReader(scratch / "spool.db"), rowlog
+    return SpoolReader(scratch / placement.SPOOL), rowlog
 
 
 def held_rows(run_dir: Path) -> Iterator[Row]:
@@ -166,7 +173,7 @@ class AfterHistory:
     def __init__(
         self,
         sink: Sink,
-        history: Iterable[Row],
+        history: Callable[[], Iterable[Row]],
         unconfirmed: Iterable[int],
         *,
         progress: Progress,
@@ -216,6 +223,11 @@ class AfterHistory:
             self._write(row)
         self._passed.append(row.step)
 
+    def history(self) -> Iterator[tuple[int, Mapping[str, Any]]]:
+        """The rows of the run's files."""
+        for row in self._history():
+            yield row.step, {**row.values, "_timestamp": row.time}
+
     def confirm(self) -> Confirmed:
         """What was written counts here: whether it is durable is asked of the sink itself when all is."""
         steps, self._passed = self._passed, []
@@ -234,7 +246,7 @@ class AfterHistory:
     def _pour(self) -> None:
         if self._poured:
             return
-        for row in self._history:
+        for row in self._history():
             if row.step in self._unconfirmed:
                 self._in_files.add(row.step)
             else:

@@ -340,6 +340,11 @@ class Resolver:
         added = {name: last[name] for name in needed if name in last}
         return {**values, **added} if added else values
 
+    def see_released(self, released: Mapping[str, int]) -> None:
+        """The run came so far on each axis: launches that are still to appear go on from there."""
+        for axis, step in released.items():
+            self._highest[axis] = max(step, self._highest.get(axis, step))
+
     def state(self) -> dict[str, Any]:
         """Everything learnt, as plain values."""
         return {

@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
 
@@ -154,6 +154,30 @@ class Roster:
             return Verdict.DUPLICATE
         session.next, session.state, session.more = frame.end, "live", frame.more
         return Verdict.TAKE
+
+    def hold(self, id_: bytes, now: float) -> Entry | None:
+        """A session was told to keep what it has: patience runs against it, as room comes of rows that leave."""
+        session = self.sessions[id_]
+        session.heard = now
+        if not session.more:
+            return None
+        session.more = False
+        return Entry.of_event(EntryKind.COUNTERS, id_, received=now, more=False, **session.counters)
+
+    def take_back(self, entries: Iterable[Entry]) -> list[Entry]:
+        """The disk had no room: frames will come again; what happened to sessions is returned, to be written."""
+        entries = list(entries)
+        for entry in entries:
+            if entry.kind is EntryKind.FRAME:
+                session = self.sessions[entry.session]
+                session.next = min(session.next, entry.first)
+        return [
+            replace(entry, first=min(entry.first, self.sessions[entry.session].next))
+            if entry.kind is EntryKind.LEASE
+            else entry
+            for entry in entries
+            if entry.kind is not EntryKind.FRAME
+        ]
 
     def heartbeat(self, status: Status, now: float) -> Entry | None:
         """Note a heartbeat; drops that are new, and having caught up without a frame, are worth an entry."""

@@ -8,69 +8,96 @@ memory.
 - a row, its `_step`, its positions and the marks of what was released go into one commit
 - `cursor` is an entry of the spool before which everything is settled; `fold` is what reading up to there
   had taught. Entries above it are read again after a crash, those up to it may be deleted
+- every row of a table has a crc, its seal, which does not cover `fate`: what is not as it was written is damage
+- opening always succeeds: a damaged file is moved to `quarantine/`, and of what can still be read is kept what is
+  good without the rest; `recovery.py` learns the rest from the run and the spool
 - a row is forgotten when it is confirmed, lies wholly before the cursor, and has left the window in which
   late values look for it
 
 Tables of `delivery.db`:
-    row(step, content, positions, newest, records, fate)  fate: 'sent', 'confirmed', or why it was rejected
-    definition(name, body)                                names that wandb was told of
-    latest(name, body)                                    the newest value of each name: the run's summary
-    dead(entry, seq, reason)                              what could not be read
-    alert(cause, title, text, level, time, over, through) what people were told, and what was read by then
-    meta(key, value)     'cursor', 'fold', 'marks', 'bookmark', 'ledger', 'state', 'exit_code'
+    row(step, content, positions, newest, records, fate, seal)  fate: 'sent', 'confirmed', or why it was rejected
+    definition(name, body, seal)                                names that wandb was told of
+    latest(name, body, seal)                                    the newest value of each name: the run's summary
+    dead(entry, seq, reason)                                    what could not be read
+    alert(cause, title, text, level, time, over, through, seal) what people were told, and what was read by then
+    meta(key, value, seal)     'cursor', 'fold', 'marks', 'bookmark', 'base', 'ledger', 'recover', 'state', ...
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sqlite3
-from collections.abc import Iterable, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgpack
 
+from sidestepd.entries import Unreadable
+from sidestepd.errors import SpoolDamaged, SpoolFull
 from sidestepd.rows import Alert, Checkpoint, Dead, Definition, Latest, Position, Row
+from sidestepd.salvage import complete
+from sidestepd.spool import damage_mark, is_damage, is_full, keeps_from_opening
 
 logger = logging.getLogger(__name__)
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS row (
     step INTEGER PRIMARY KEY, content BLOB NOT NULL, positions BLOB NOT NULL, newest INTEGER NOT NULL,
-    records INTEGER NOT NULL, fate TEXT NOT NULL);
-CREATE TABLE IF NOT EXISTS definition (name TEXT PRIMARY KEY, body BLOB NOT NULL) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS latest (name TEXT PRIMARY KEY, body BLOB NOT NULL) WITHOUT ROWID;
+    records INTEGER NOT NULL, fate TEXT NOT NULL, seal INTEGER NOT NULL);
+CREATE TABLE IF NOT EXISTS definition (
+    name TEXT PRIMARY KEY, body BLOB NOT NULL, seal INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS latest (name TEXT PRIMARY KEY, body BLOB NOT NULL, seal INTEGER NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS dead (
     entry INTEGER NOT NULL, seq INTEGER NOT NULL, reason TEXT NOT NULL, PRIMARY KEY (entry, seq)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS alert (
     id INTEGER PRIMARY KEY, cause TEXT NOT NULL, title TEXT NOT NULL, text TEXT NOT NULL, level TEXT NOT NULL,
-    time REAL NOT NULL, over INTEGER NOT NULL, through INTEGER NOT NULL);
-CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value) WITHOUT ROWID;
+    time REAL NOT NULL, over INTEGER NOT NULL, through INTEGER NOT NULL, seal INTEGER NOT NULL);
+CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value, seal INTEGER NOT NULL) WITHOUT ROWID;
 """
 _ALERTS = "SELECT cause, title, text, level, time, over FROM alert ORDER BY id"
+_COLUMNS = "cause, title, text, level, time, over, through, seal"
+_WARN = f"INSERT INTO alert ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
 SENT, CONFIRMED = "sent", "confirmed"
 
 
 class RowLog:
     """The writer's side."""
 
-    def __init__(self, path: Path) -> None:
-        self._db = sqlite3.connect(path)
-        self._db.execute("PRAGMA journal_mode = WAL")
-        self._db.execute("PRAGMA synchronous = FULL")
-        self._db.executescript(_SCHEMA)
+    def __init__(self, path: Path, *, when_full: Callable[[], None] | None = None) -> None:
+        """Open or make the row log at `path`, salvaging it if need be.
+
+        `when_full` is called when the disk has no room, before another try; without it SpoolFull is raised.
+        """
+        self.path = path
+        self._when_full = when_full
+        complete(path)
+        try:
+            self._db = _open(path)
+        except (sqlite3.DatabaseError, ValueError) as error:
+            if not (path.is_dir() or keeps_from_opening(error, path)):
+                raise
+            logger.error("%s", SpoolDamaged(path, error))
+            _salvage(path)
+            self._db = _open(path)
 
     def append(
         self, rows: Sequence[Row], *, marks: Mapping[str, Any], definitions: Iterable[Definition] = ()
     ) -> None:
         """Decide rows: after this they are in the run, now or after the next start."""
-        with self._db:
-            self._db.executemany("INSERT INTO row VALUES (?, ?, ?, ?, ?, ?)", map(_row_columns, rows))
+        definitions = list(definitions)
+
+        def write() -> None:
+            self._db.executemany("INSERT INTO row VALUES (?, ?, ?, ?, ?, ?, ?)", map(_row_columns, rows))
             self._db.executemany(
-                "INSERT OR REPLACE INTO definition VALUES (?, ?)",
-                ((definition.name, definition.pack()) for definition in definitions),
+                "INSERT OR REPLACE INTO definition VALUES (?, ?, ?)",
+                (sealed(definition.name, definition.pack()) for definition in definitions),
             )
             self._set("marks", msgpack.packb(marks))
+
+        self._commit(write)
 
     def settle(
         self,
@@ -84,7 +111,9 @@ class RowLog:
         **meta: Any,
     ) -> None:
         """Write down fates, and with them whatever else is due. `meta` values are packed."""
-        with self._db:
+        confirmed, rejected, dead = list(confirmed), list(rejected), list(dead)
+
+        def write() -> None:
             self._db.executemany(
                 "UPDATE row SET fate = 'confirmed' WHERE step = ?", ((step,) for step in confirmed)
             )
@@ -95,8 +124,8 @@ class RowLog:
                 "INSERT OR IGNORE INTO dead VALUES (?, ?, ?)", ((d.entry, d.seq, d.reason) for d in dead)
             )
             self._db.executemany(
-                "INSERT OR REPLACE INTO latest VALUES (?, ?)",
-                ((name, value.pack()) for name, value in (latest or {}).items()),
+                "INSERT OR REPLACE INTO latest VALUES (?, ?, ?)",
+                (sealed(name, value.pack()) for name, value in (latest or {}).items()),
             )
             if checkpoint:
                 self._set("cursor", checkpoint.cursor)
@@ -110,13 +139,14 @@ class RowLog:
                     (keep_above,),
                 )
 
+        self._commit(write)
+
     def warn(self, alerts: Iterable[Alert], *, through: int) -> None:
         """Write down what people are about to be told; `through` is the entry that was read last."""
-        with self._db:
-            self._db.executemany(
-                "INSERT INTO alert (cause, title, text, level, time, over, through) VALUES (?, ?, ?, ?, ?, ?, ?)",
-                ((it.cause, it.title, it.text, it.level, it.time, it.over, through) for it in alerts),
-            )
+        rows = [
+            sealed(it.cause, it.title, it.text, it.level, float(it.time), int(it.over), through) for it in alerts
+        ]
+        self._commit(lambda: self._db.executemany(_WARN, rows))
 
     def alerts(self) -> tuple[list[Alert], int]:
         """What people were told, and the entry up to which was read when they were told last."""
@@ -153,8 +183,25 @@ class RowLog:
         """Let go of the file."""
         self._db.close()
 
+    def _commit(self, write: Callable[[], object]) -> None:
+        """One transaction, which is tried again when it lacked room."""
+        while True:
+            try:
+                with self._db:
+                    write()
+                return
+            except sqlite3.DatabaseError as error:
+                if is_damage(error):
+                    damage_mark(self.path).touch()
+                    raise SpoolDamaged(self.path, error) from error
+                if not is_full(error):
+                    raise
+                if self._when_full is None:
+                    raise SpoolFull(f"{self.path}: {error}") from error
+            self._when_full()
+
     def _set(self, key: str, value: Any) -> None:
-        self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, value))
+        self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?, ?)", sealed(key, value))
 
     def _get(self, key: str) -> Any:
         row = self._db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
@@ -172,7 +219,7 @@ class RowLogReader:
 
     def cursor(self) -> int:
         """The entry of the spool up to which everything is settled."""
-        return int(self._one("SELECT value FROM meta WHERE key = 'cursor'") or 0)
+        return int(self._meta("cursor") or 0)
 
     def newest(self) -> int:
         """The newest entry of the spool that anything here speaks of."""
@@ -182,8 +229,15 @@ class RowLogReader:
 
     def meta(self, key: str, default: Any = None) -> Any:
         """A packed value that delivery wrote: 'ledger', 'state', 'exit_code', ..."""
-        raw = self._one("SELECT value FROM meta WHERE key = ?", key)
+        raw = self._meta(key)
         return default if raw is None else msgpack.unpackb(raw, strict_map_key=False)
+
+    def _meta(self, key: str) -> Any:
+        for row in self._all("SELECT key, value, seal FROM meta WHERE key = ?", key):
+            if is_sealed(row):
+                return row[1]
+            logger.warning("%s: %s is not what was written", self.path, key)
+        return None
 
     def dead(self) -> dict[str, int]:
         """How many records could not be read, by reason."""
@@ -201,15 +255,13 @@ class RowLogReader:
     def _all(self, query: str, *arguments: Any) -> list[Any]:
         if not self.path.exists():
             return []
-        db = sqlite3.connect(f"file:{self.path}?mode=ro", uri=True)
         try:
-            return db.execute(query, arguments).fetchall()
+            with contextlib.closing(sqlite3.connect(f"file:{self.path}?mode=ro", uri=True)) as db:
+                return db.execute(query, arguments).fetchall()
         except sqlite3.DatabaseError as error:
             if "no such table" not in str(error):
                 logger.warning("%s can not be read: %s", self.path, error)
             return []
-        finally:
-            db.close()
 
 
 def _alert(cause: str, title: str, text: str, level: str, time: float, over: int) -> Alert:
@@ -218,9 +270,114 @@ def _alert(cause: str, title: str, text: str, level: str, time: float, over: int
 
 def _row_columns(row: Row) -> tuple[Any, ...]:
     newest = max((position.entry for position in row.positions), default=0)
-    return (row.step, row.pack(), pack_positions(row.positions), newest, len(row.positions), SENT)
+    fields = (row.step, row.pack(), pack_positions(row.positions), newest, len(row.positions))
+    return (*fields, SENT, _seal(fields))
+
+
+def sealed(*fields: Any) -> tuple[Any, ...]:
+    """Columns, and the crc that shows whether they are still what was written."""
+    return (*fields, _seal(fields))
+
+
+def is_sealed(row: Sequence[Any]) -> bool:
+    """Whether columns that end in their seal are what was written."""
+    try:
+        return bool(_seal(tuple(row[:-1])) == row[-1])
+    except (TypeError, ValueError, OverflowError):
+        return False
+
+
+def _seal(fields: tuple[Any, ...]) -> int:
+    return zlib.crc32(msgpack.packb(fields))
 
 
 def pack_positions(positions: Iterable[Position]) -> bytes:
     """Positions as bytes."""
     return bytes(msgpack.packb([(position.entry, position.seq) for position in positions]))
+
+
+# Opening, and what is kept of a damaged file
+
+_SEALED = {
+    "row": "SELECT step, content, positions, newest, records, seal, fate FROM row",
+    "definition": "SELECT name, body, seal FROM definition",
+    "latest": "SELECT name, body, seal FROM latest",
+    "alert": f"SELECT {_COLUMNS} FROM alert",
+    "meta": "SELECT key, value, seal FROM meta",
+}
+_BY_ITSELF = frozenset({"run", "base", "state", "exit_code"})
+"""What of `meta` is true without the rest."""
+_TOGETHER = frozenset({"cursor", "fold"})
+"""True if both are there."""
+
+
+def _open(path: Path) -> sqlite3.Connection:
+    """A connection to a row log that was seen to be whole; raises whatever keeps it from that."""
+    if damage_mark(path).exists():
+        raise Unreadable("it was found so before")
+    db = sqlite3.connect(path)
+    try:
+        db.execute("PRAGMA journal_mode = WAL")
+        db.execute("PRAGMA synchronous = FULL")
+        db.execute("PRAGMA secure_delete = OFF")
+        db.execute("PRAGMA journal_size_limit = 16777216")
+        db.executescript(_SCHEMA)
+        for table in _SEALED:
+            for row in _rows(db, table):
+                if row is None:
+                    raise Unreadable(f"a row of {table} is not what was written")
+        with db:
+            db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?, ?)", sealed("opened", 1))
+    except BaseException:
+        db.close()
+        raise
+    return db
+
+
+def _rows(db: sqlite3.Connection, table: str) -> Iterator[tuple[Any, ...] | None]:
+    """The columns and the seal of each row of a table; None for one that is not what was written."""
+    for row in db.execute(_SEALED[table]):
+        columns = row[:6] if table == "row" else row
+        yield columns if is_sealed(columns) else None
+
+
+def _salvage(path: Path) -> None:
+    """Put a new row log in the place of a damaged one, with what of it is good without the rest.
+
+    Rows are not kept: without all of them nobody could say what is in none. The run itself is asked.
+    """
+    draft = path.with_name(f"{path.name}.salvaging")
+    for suffix in ("", "-wal", "-shm", "-journal"):
+        draft.with_name(draft.name + suffix).unlink(missing_ok=True)
+    meta, definitions, latest = (
+        {row[0]: row for row in _readable(path, t)} for t in ("meta", "definition", "latest")
+    )
+    keep = _BY_ITSELF | (_TOGETHER if meta.keys() >= _TOGETHER else set())
+    target = sqlite3.connect(draft)
+    try:
+        target.executescript(_SCHEMA)
+        with target:
+            kept = [row for key, row in meta.items() if key in keep]
+            kept.append(sealed("recover", msgpack.packb({"rows": False})))
+            target.executemany("INSERT INTO meta VALUES (?, ?, ?)", kept)
+            target.executemany("INSERT INTO definition VALUES (?, ?, ?)", definitions.values())
+            target.executemany("INSERT INTO latest VALUES (?, ?, ?)", latest.values())
+    finally:
+        target.close()
+    draft.rename(path.with_name(f"{path.name}.salvaged"))
+    complete(path)
+    damage_mark(path).unlink(missing_ok=True)
+
+
+def _readable(path: Path, table: str) -> Iterator[tuple[Any, ...]]:
+    """The rows of a table that can be reached, from both ends, and are what was written."""
+    for way in ("", " ORDER BY 1 DESC"):
+        try:
+            db = sqlite3.connect(f"file:{path}?mode=ro", uri=True)
+            try:
+                yield from (row for row in db.execute(_SEALED[table] + way) if is_sealed(row))
+                return
+            finally:
+                db.close()
+        except (sqlite3.DatabaseError, ValueError, TypeError) as error:
+            logger.debug("salvage of %s stopped: %s", table, error)

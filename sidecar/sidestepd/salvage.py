@@ -51,7 +51,8 @@ def salvage(path: Path, *, above: int) -> None:
     draft = _beside(path, ".salvaging")
     draft.unlink(missing_ok=True)
     _beside(path, ".salvaging-journal").unlink(missing_ok=True)
-    source, target = sqlite3.connect(f"file:{path}?mode=ro", uri=True), sqlite3.connect(draft)
+    name = f"file:{path}?mode=ro" if path.is_file() else ":memory:"  # in a directory there is nothing to be found
+    source, target = sqlite3.connect(name, uri=True), sqlite3.connect(draft)
     try:
         target.executescript(SCHEMA)
         with target:

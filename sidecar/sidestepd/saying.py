@@ -125,7 +125,8 @@ def table(found: status.Report) -> str:
         f"rows      {found.rows}" + ("" if found.last_step is None else f", the last at step {found.last_step}"),
         f"late      {found.late_rows}, forced {found.forced}",
         f"records   {_equation(ledger)}",
-        f"spool     {found.spool_bytes / 1e6:.1f} MB",
+        f"spool     {found.spool_bytes / 1e6:.1f} MB"
+        + (", FULL: workers keep what they have" if found.full else ""),
     ]
     lines += [f"trouble   {found.trouble}"] if found.trouble else []
     if found.spool_damaged:

@@ -73,6 +73,11 @@ class Settlement:
             if self._remaining[entry] <= 0:
                 del self._remaining[entry]
 
+    def find(self, position: Position) -> None:
+        """A record turned out to be in the run already."""
+        self.delivered += 1
+        self.settle(position.entry)
+
     def lose(self, lost: Lost) -> None:
         """Records can not be read; those that lay in another spool are in no frame."""
         first = lost.position.seq

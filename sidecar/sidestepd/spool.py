@@ -7,7 +7,8 @@
 - what is read is what was written: SQLite's own check does not see flipped bits, so every row has a crc
 - opening always succeeds: a damaged file is moved to `quarantine/` and what can still be read is kept
 - whoever finds damage leaves a mark for the next start; a full or failing disk is no damage
-- an error of the disk is for the process to die of; it is never retried here
+- a full disk is said as SpoolFull, nothing of the commit is there, and it may be tried again; any other error of
+  the disk is for the process to die of, and is never retried
 
 Tables of `spool.db`:
     entry(id, kind, session, first, count, more, crc, received, seal, body)   frames, and what happened to sessions
@@ -43,10 +44,23 @@ from sidestepd.entries import (
 from sidestepd.errors import SpoolDamaged, SpoolError, SpoolFull
 from sidestepd.salvage import HIGHEST_ID, SALVAGE_STRIDE, complete, salvage
 
-__all__ = ["SALVAGE_STRIDE", "Entry", "EntryKind", "Spool", "SpoolReader", "StoredSession", "damage_mark"]
+__all__ = [
+    "SALVAGE_STRIDE",
+    "Entry",
+    "EntryKind",
+    "Spool",
+    "SpoolReader",
+    "StoredSession",
+    "damage_mark",
+    "is_damage",
+    "is_full",
+    "keeps_from_opening",
+]
 
 logger = logging.getLogger(__name__)
 
+SHRINK_PAGES = 4096
+"""Given back to the disk at once."""
 _DAMAGE = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
 _NO_DAMAGE = frozenset(
     {
@@ -65,14 +79,20 @@ _NO_DAMAGE = frozenset(
 class Spool:
     """The writer's side."""
 
-    def __init__(self, path: Path, *, above: int = 0) -> None:
-        """Open or make the spool at `path`, salvaging it if need be; ids of a new one start far above `above`."""
+    def __init__(self, path: Path, *, above: int = 0, quota: int = 0) -> None:
+        """Open or make the spool at `path`, salvaging it if need be; ids of a new one start far above `above`.
+
+        `quota` is how many bytes the file may have, 0 for any number. Raises SpoolFull or SpoolError for what the
+        machine lacks.
+        """
         self.path = path
         was_salvaged = complete(path)
         try:
             self._db = _open(path)
         except (sqlite3.DatabaseError, ValueError) as error:
-            if not _keeps_from_opening(error, path):
+            if not (path.is_dir() or keeps_from_opening(error, path)):
+                if is_full(error):
+                    raise SpoolFull(f"{path}: {error}") from error
                 raise SpoolError(f"can not open {path}: {error}") from error
             logger.error("%s", SpoolDamaged(path, error))
             salvage(path, above=above)
@@ -82,6 +102,9 @@ class Spool:
         self._last: int = self._one("SELECT max(seq) FROM sqlite_sequence") or 0
         if self._last < above:
             self._last = above + SALVAGE_STRIDE
+        self._page = int(self._one("PRAGMA page_size"))
+        if quota:
+            self._db.execute(f"PRAGMA max_page_count = {max(1, quota // self._page)}")
 
     def commit(self, entries: Iterable[Entry], sessions: Iterable[StoredSession] = ()) -> int:
         """Write entries and sessions together, durably; returns the last id. Nothing is written on an error."""
@@ -114,6 +137,19 @@ class Spool:
         """Whether the run was told to finish; that is never forgotten."""
         return bool(self._one("SELECT count(*) FROM entry WHERE kind = ?", EntryKind.CLOSE))
 
+    def used_bytes(self) -> int:
+        """How much lies in the spool; pages that will be used again are not counted."""
+        return self._page * int(self._one("PRAGMA page_count") - self._one("PRAGMA freelist_count"))
+
+    def shrink(self) -> None:
+        """Give back to the disk what was deleted, a piece at a time: that too takes room in the log."""
+        if not self._one("PRAGMA freelist_count"):
+            return
+        with self._writing():
+            # not execute(), which takes one step: this pragma takes one for each page
+            self._db.executescript(f"PRAGMA incremental_vacuum({SHRINK_PAGES})")
+        self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+
     def close(self) -> None:
         """Fold the write-ahead log into the file and let go of it."""
         self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
@@ -126,9 +162,9 @@ class Spool:
             with self._db:
                 yield
         except sqlite3.DatabaseError as error:
-            if _code(error) == sqlite3.SQLITE_FULL:
+            if is_full(error):
                 raise SpoolFull(f"{self.path}: {error}") from error
-            if _code(error) in _DAMAGE:
+            if is_damage(error):
                 raise _damaged(self.path, error) from error
             raise
 
@@ -167,6 +203,23 @@ class SpoolReader:
         with self._reading():
             return int(self._db.execute(query, (after, EntryKind.FRAME)).fetchone()[0])
 
+    def newest(self) -> int:
+        """The id of the newest entry, 0 if there is none."""
+        with self._reading():
+            return int(self._db.execute("SELECT coalesce(max(id), 0) FROM entry").fetchone()[0])
+
+    def front(self) -> int | None:
+        """The id of the oldest entry, None if there is none. A CLOSE does not count: it is never deleted."""
+        with self._reading():
+            row = self._db.execute("SELECT min(id) FROM entry WHERE kind != ?", (EntryKind.CLOSE,)).fetchone()
+            return None if row[0] is None else int(row[0])
+
+    def firsts(self) -> dict[bytes, int]:
+        """The first sequence of each session that lies in a frame here."""
+        query = "SELECT session, min(first) FROM entry WHERE kind = ? GROUP BY session"
+        with self._reading():
+            return {bytes(session): int(first) for session, first in self._db.execute(query, (EntryKind.FRAME,))}
+
     def sessions(self) -> list[StoredSession]:
         """Every session that ever spoke, as of the newest commit."""
         with self._reading():
@@ -202,7 +255,18 @@ def _code(error: sqlite3.Error) -> int | None:
     return None if code is None else code & 0xFF
 
 
-def _keeps_from_opening(error: Exception, path: Path) -> bool:
+def is_damage(error: sqlite3.Error) -> bool:
+    """Whether the file is not what SQLite wrote."""
+    return _code(error) in _DAMAGE
+
+
+def is_full(error: Exception) -> bool:
+    """Whether it is room that is missing; the log's index says so in its own way."""
+    number = getattr(error, "sqlite_errorcode", None)
+    return number is not None and (number & 0xFF == sqlite3.SQLITE_FULL or number == sqlite3.SQLITE_IOERR_SHMSIZE)
+
+
+def keeps_from_opening(error: Exception, path: Path) -> bool:
     """Whether it is the file that is wrong, and not the machine."""
     if not isinstance(error, sqlite3.Error):
         return True  # a row that is not what was written, or a message in no encoding
@@ -218,8 +282,10 @@ def _open(path: Path, *, marked: bool = False) -> sqlite3.Connection:
         raise Unreadable("it was found so before")
     db = sqlite3.connect(path, check_same_thread=False)
     try:
+        db.execute("PRAGMA auto_vacuum = INCREMENTAL")  # of a new file; an older one just does not shrink
         db.execute("PRAGMA journal_mode = WAL")
         db.execute("PRAGMA synchronous = FULL")
+        db.execute("PRAGMA secure_delete = OFF")  # on in many builds: every deletion would be written out as zeros
         db.execute("PRAGMA journal_size_limit = 16777216")
         db.executescript(SCHEMA)
         _walk(db)

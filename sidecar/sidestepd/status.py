@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from sidestep.wire import WORKER
+from sidestepd import placement
 from sidestepd.errors import SpoolDamaged
 from sidestepd.processes import Lock, read_json
+from sidestepd.room import CLOSED_MARK
 from sidestepd.rowlog import RowLogReader
 from sidestepd.rows import Alert
 from sidestepd.rundir import DEATHS, TROUBLE, RunFile
@@ -83,6 +85,8 @@ class Report:
     sessions: tuple[SessionReport, ...]
     ledger: Ledger
     spool_bytes: int
+    full: bool = False
+    """No room is left: workers keep what they have."""
     spool_damaged: bool = False
     """What is told of workers is then what delivery had read of them; the next start salvages the spool."""
     trouble: str = ""
@@ -122,7 +126,8 @@ class Report:
 
 def report(run_dir: Path) -> Report:
     """Read a run directory. Raises SettingsError if it is none."""
-    rowlog = RowLogReader(run_dir / "delivery.db")
+    home = placement.home(run_dir)
+    rowlog = RowLogReader(home / placement.ROW_LOG)
     run = RunFile.read(run_dir).with_what_wandb_made_of_it(read_json(run_dir / "about.json"))
     if run.exit_code is None:  # a run that closed itself has nobody to write that into run.json
         run = replace(run, exit_code=rowlog.meta("exit_code"))
@@ -130,7 +135,7 @@ def report(run_dir: Path) -> Report:
     state, told = _state(run, run_dir, rowlog), rowlog.meta("ledger", {})
     trouble = {} if state == "finished" else read_json(run_dir / TROUBLE) or read_json(run_dir / DEATHS)
     try:
-        stored, unread = _spooled(run_dir / "spool.db", after=told.get("read_through", 0))
+        stored, unread = _spooled(home / placement.SPOOL, after=told.get("read_through", 0))
         damaged, found = False, [_session(one, state) for one in stored]
     except SpoolDamaged:
         damaged, found, unread = True, [_as_told(one) for one in told.get("sessions", {}).values()], 0
@@ -146,8 +151,9 @@ def report(run_dir: Path) -> Report:
         unmatched=tuple(told.get("unmatched", ())),
         sessions=sessions,
         ledger=_ledger(sessions, told, unread),
+        spool_bytes=sum(path.stat().st_size for path in home.glob("spool.db*")),
+        full=state == "running" and (home / CLOSED_MARK).exists(),
         alerts=tuple(rowlog.alerts()),
-        spool_bytes=sum(path.stat().st_size for path in run_dir.glob("spool.db*")),
         spool_damaged=damaged,
         trouble=str(trouble.get("what", "")),
         lasting=bool(trouble.get("lasting", False)),

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sidestep.errors import SettingsError
-from sidestepd import rundir, status
+from sidestepd import placement, rundir, status
 from sidestepd.config import Config
 from sidestepd.daemon import Daemon
 from sidestepd.errors import Incomplete, SinkError, Trouble
@@ -73,7 +73,7 @@ def sync(
         raise SettingsError(f"{run_dir}: the run is not over")
     if report.state != "finished":
         if report.run.mode == "online" or _mode(run_dir) == "online":
-            _rename(run_dir, target)
+            _rename(run_dir, config, target)
         report = _finish(run_dir, config, pause)
     if report.run.mode == "online":
         return Synced(url=report.run.url or "", rows=report.rows)
@@ -81,11 +81,11 @@ def sync(
 
 
 def _mode(run_dir: Path) -> str:
-    said: Mapping[str, Any] = RowLogReader(run_dir / "delivery.db").meta("run") or {}
+    said: Mapping[str, Any] = RowLogReader(placement.home(run_dir) / placement.ROW_LOG).meta("run") or {}
     return str(said.get("mode", RunFile.read(run_dir).mode))
 
 
-def _rename(run_dir: Path, target: Target) -> None:
+def _rename(run_dir: Path, config: Config, target: Target) -> None:
     """Call an online run otherwise, as long as nothing of it is anywhere."""
     names = target.given
     if not names:
@@ -97,7 +97,7 @@ def _rename(run_dir: Path, target: Target) -> None:
     if target.id:  # what `resume` said was said of the other one
         replace(RunFile.read(run_dir), id=names.pop("id"), resume="allow").write(run_dir)
         names["resume"] = "allow"
-    rowlog = RowLog(run_dir / "delivery.db")
+    rowlog = RowLog(placement.settle(run_dir, config.spool.dir) / placement.ROW_LOG)
     rowlog.settle(run={**rowlog.meta("run", {}), **names})
     rowlog.close()
 

@@ -39,7 +39,7 @@ from sidestep.wire import (
     encode,
     encode_record,
 )
-from sidestepd import rundir, status
+from sidestepd import placement, rundir, status
 from sidestepd.config import Config
 from sidestepd.processes import read_json
 from sidestepd.rowlog import RowLogReader
@@ -308,6 +308,11 @@ class ServedRun:
         segments = wandb_log.segments(self.run_dir / "wandb")
         return [HeldRow(row.step, row.values) for path in segments for row in wandb_log.history(path)]
 
+    @property
+    def home(self) -> Path:
+        """Where its databases are."""
+        return placement.home(self.run_dir)
+
     def steps(self) -> list[int]:
         """The `_step` of each row."""
         return [row.step for row in self.rows()]
@@ -323,7 +328,7 @@ class ServedRun:
 
     def told(self) -> Mapping[str, Any]:
         """What delivery said of its work last."""
-        ledger: Mapping[str, Any] = RowLogReader(self.run_dir / "delivery.db").meta("ledger", {})
+        ledger: Mapping[str, Any] = RowLogReader(self.home / "delivery.db").meta("ledger", {})
         return ledger
 
     def ledger(self) -> status.Ledger:
@@ -332,7 +337,7 @@ class ServedRun:
 
     def frames(self) -> int:
         """How many records lie in the spool."""
-        reader = SpoolReader(self.run_dir / "spool.db")
+        reader = SpoolReader(self.home / "spool.db")
         try:
             return reader.records_after(0)
         finally:

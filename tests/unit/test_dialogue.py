@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from sidestep.dialogue import ACK_TIMEOUT_S, Dialogue, Phase
+from sidestep.dialogue import ACK_TIMEOUT_S, HOLD_S, Dialogue, Phase
 from sidestep.outbox import DropReason, Outbox
 from sidestep.wire import NO_SESSION, Ack, Bye, Frame, Hello, Message, Refuse, RunInfo, Status, Welcome
 
@@ -216,6 +216,43 @@ class TestResending:
         worker.hears(Refuse, 0.1, code="hello")
 
         assert [Hello] == kinds(worker.says(0.1))
+
+    def test_a_daemon_without_room_is_sent_no_frames_until_it_has_some(self):
+        worker = open_worker(records=1)
+        (frame,) = worker.says(0.0)
+        worker.hears(Refuse, 0.0, code="full", message="no room")
+        worker.offer()
+        meanwhile = kinds(worker.says(9.0))
+
+        worker.hears(Ack, 9.5, first=0, gap=True, credit=1 << 20)
+
+        assert [Status] == meanwhile
+        again, new = worker.says(9.5)
+        assert isinstance(frame, Frame)
+        assert isinstance(again, Frame)
+        assert isinstance(new, Frame)
+        assert [frame.body, b"x"] == [again.body, new.body]
+
+    def test_a_daemon_that_forgets_to_say_that_it_has_room_is_asked(self):
+        worker = open_worker(records=1)
+        worker.says(0.0)
+
+        worker.hears(Refuse, 0.0, code="full")
+
+        assert Frame not in kinds(worker.says(HOLD_S - 0.1))
+        assert worker.dialogue.due(HOLD_S - 0.1) <= 0.1 + 1e-9
+        assert Frame in kinds(worker.says(HOLD_S))
+
+    def test_what_is_acknowledged_while_there_is_no_room_does_not_lead_to_a_new_hello(self):
+        worker = open_worker(records=1)
+        worker.says(0.0)
+        worker.offer()
+        worker.says(0.0)
+        worker.hears(Refuse, 0.1, code="full")
+
+        worker.hears(Ack, 0.2, first=1)
+
+        assert Hello not in kinds(worker.says(HOLD_S - 0.5))
 
     def test_credit_changes_with_an_acknowledgement(self):
         worker = open_worker()

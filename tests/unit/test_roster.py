@@ -356,6 +356,52 @@ class TestSamplers:
         assert (0, True) == (roster.exit_code, roster.is_full_world)
 
 
+class TestTakeBack:
+    """A commit had no room."""
+
+    def test_frames_are_wanted_again_from_the_first(self):
+        roster = greeted()
+        entries = [Entry.of_frame(frame(first), received=0.0) for first in (0, 10)]
+        for entry in entries:
+            roster.frame(frame(entry.first), 0.0)
+
+        left = roster.take_back(entries)
+
+        assert [] == left
+        assert roster.frame(frame(10), 0.0) is Verdict.GAP
+        assert roster.frame(frame(0), 0.0) is Verdict.TAKE
+
+    def test_what_happened_to_sessions_stays(self):
+        roster = roster_with()
+        hello = roster.hello(Hello(session=ALICE, first=3), 0.0)
+        roster.frame(frame(3), 0.0)
+
+        left = roster.take_back([hello, Entry.of_frame(frame(3), received=0.0)])
+
+        assert [hello] == left
+        assert 3 == alice(roster).next
+
+    def test_the_end_of_a_lease_tells_of_no_more_than_is_there(self):
+        roster = greeted()
+        roster.frame(frame(0), 0.0)
+        (end,) = roster.end_all(0.0)
+
+        (left,) = roster.take_back([Entry.of_frame(frame(0), received=0.0), end])
+
+        assert (EntryKind.LEASE, 0) == (left.kind, left.first)
+
+    def test_a_session_that_is_told_to_wait_is_not_waited_for_without_end(self):
+        """Its rows must leave for room to come of them."""
+        roster = roster_with()
+        roster.hello(Hello(session=ALICE, more=True), 0.0)
+
+        first, second = roster.hold(ALICE, 5.0), roster.hold(ALICE, 6.0)
+
+        assert first is not None
+        assert not first.facts["more"]
+        assert (None, 6.0) == (second, alice(roster).heard)
+
+
 class TestExitCode:
     """What the run comes to, by what its workers ended with."""
 

@@ -294,3 +294,19 @@ class TestWriterOnADamagedFile:
             spool.delete_through(EVERYTHING)
 
         assert damage_mark(path).exists()
+
+
+class TestWithoutAFile:
+    """There is nothing to be saved, and a start succeeds."""
+
+    def test_a_mark_without_its_file_is_no_reason_to_fail(self, path: Path):
+        damage_mark(path).touch()
+
+        assert Spool(path).commit([frame(0)]) > 0
+
+    def test_a_directory_in_its_place_is_put_aside(self, path: Path):
+        path.mkdir()
+        (path / "something").touch()
+
+        assert Spool(path).commit([frame(0)]) > 0
+        assert [True] == [(found / "something").exists() for found in path.parent.glob("quarantine/*/spool.db")]

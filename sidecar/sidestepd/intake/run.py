@@ -17,19 +17,22 @@ import time
 import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from sidestep.wire import Ack, Bye, Frame, Hello, Message, Refuse, RunInfo, Status, Welcome
+from sidestepd import placement
 from sidestepd.clock import Clock, Horizon, SpoolClock
 from sidestepd.collect import Collector
 from sidestepd.config import Config
 from sidestepd.crashpoints import crash_point
-from sidestepd.errors import ExitCode, SpoolDamaged
+from sidestepd.errors import ExitCode, SpoolDamaged, SpoolFull
 from sidestepd.exits import Exits, is_here
 from sidestepd.keeper import DeliveryKeeper
 from sidestepd.listen import Listener
 from sidestepd.processes import Lock, read_json
+from sidestepd.room import RETRY_S, Ballast, Room, open_spool
 from sidestepd.roster import Roster, Session, Verdict
 from sidestepd.rowlog import RowLogReader
 from sidestepd.rundir import DEATHS, TROUBLE, RunFile
@@ -39,7 +42,8 @@ from sidestepd.spool import Entry, EntryKind, Spool, damage_mark
 logger = logging.getLogger("sidestepd.intake")
 
 WATCH_INTERVAL_S = 0.1
-DELETE_INTERVAL_S = 1.0
+LOOK_INTERVAL_S = 1.0
+"""How often what is settled is deleted, and room is measured."""
 FROZEN_S = 1.0
 """A longer pause of this process is not the silence of its workers."""
 
@@ -60,16 +64,18 @@ class Intake:
         config: Config,
         run: RunFile,
         clock: Clock,
+        room: Room,
         lock: Lock,
         send: Send,
     ) -> None:
-        self.spool, self.roster, self.keeper, self.samplers = spool, roster, keeper, samplers
+        self.spool, self.roster, self.keeper, self.samplers, self.room = spool, roster, keeper, samplers, room
         self.config, self.run, self.run_dir, self.clock = config, run, Path(run.dir), clock
         self.boot = uuid.uuid4().hex
-        self.rowlog = RowLogReader(self.run_dir / "delivery.db")
+        self.rowlog = RowLogReader(spool.path.with_name(placement.ROW_LOG))
         self.collector = Collector(self.run_dir, run.address, run.id)
         self.exit_code: int | None = None
         self.closing = spool.has_close()
+        self._ended_well = False
         self._lock = lock
         self._send = send
         self._routes: dict[bytes, bytes] = {}
@@ -77,6 +83,8 @@ class Intake:
         self._replies: list[tuple[bytes, Message]] = []
         self._touched: set[bytes] = set()
         self._acknowledge: set[bytes] = set()
+        self._held: set[bytes] = set()
+        """Sessions that were told to keep what they have."""
         self._something = asyncio.Event()
         self._writer = ThreadPoolExecutor(1, "spool")
         self._horizon = Horizon(self.run_dir / "horizon")
@@ -95,7 +103,7 @@ class Intake:
         lock.acquire()
         for told in (TROUBLE, DEATHS):  # that was then
             (run_dir / told).unlink(missing_ok=True)
-        spool = Spool(run_dir / "spool.db", above=RowLogReader(run_dir / "delivery.db").newest())
+        spool, room = _open_spool(run_dir, config)
         clock = SpoolClock.starting_after(spool.latest())
         roster = Roster(
             spool.sessions(),
@@ -106,7 +114,9 @@ class Intake:
         keeper = DeliveryKeeper(run_dir, stall_s=config.delivery.stall_s, backoff_s=config.delivery.backoff_s)
         samplers = SamplersKeeper(run_dir, enabled=config.samplers.enabled, backoff_s=config.delivery.backoff_s)
         run = run.at(run_dir, run.address)
-        return cls(spool, roster, keeper, samplers, config=config, run=run, clock=clock, lock=lock, send=send)
+        return cls(
+            spool, roster, keeper, samplers, config=config, run=run, clock=clock, room=room, lock=lock, send=send
+        )
 
     async def serve(self) -> int:
         """Until the run is complete, or told to stop; returns how it ended."""
@@ -127,6 +137,7 @@ class Intake:
             self._writer.submit(lambda: None).result()  # a commit under way ends before anything else
         if self._entries:
             await self._commit_once()
+        self._ended_well = True
         return self.exit_code if self.exit_code is not None else ExitCode.SOFTWARE
 
     def stop(self) -> None:
@@ -135,11 +146,13 @@ class Intake:
             self.exit_code = ExitCode.INTERRUPTED
 
     def shut(self) -> None:
-        """Let go of everything: the samplers, delivery, the files, the thread."""
+        """Let go of everything: processes, files, the thread. After a good end the databases come home."""
         self.samplers.kill()
         self.keeper.kill()
         self._writer.shutdown()
         self.spool.close()
+        if self._ended_well:
+            placement.bring_home(self.run_dir)
         self._lock.release()
 
     # What workers say
@@ -178,7 +191,7 @@ class Intake:
             session=hello.session,
             first=self.roster.wanted(session),
             boot=self.boot,
-            credit=self.config.intake.credit_bytes,
+            credit=self.room.credit(self.config.intake.credit_bytes),
             flush_interval_s=self.config.intake.flush_interval_s,
             heartbeat_s=self.config.intake.heartbeat_s,
             sample_interval_s=self.config.samplers.torch_interval_s,
@@ -190,6 +203,10 @@ class Intake:
         if self._is_stranger(route, frame.session):
             return
         now = self._now()
+        session = self.roster.sessions[frame.session]
+        if frame.first == session.next and not self.room.admit(len(frame.body)):
+            self._hold(frame.session)
+            return
         match self.roster.frame(frame, now):
             case Verdict.TAKE:
                 self._write(Entry.of_frame(frame, received=now))
@@ -198,12 +215,15 @@ class Intake:
             case Verdict.DUPLICATE:
                 self._acknowledge.add(frame.session)
                 self._something.set()
+            case _ if frame.session in self._held:
+                self._hold(frame.session)
             case _:
-                session = self.roster.sessions[frame.session]
                 self._send(route, self._ack(frame.session, gap=True, first=session.next))
 
     def _on_status(self, route: bytes, status: Status) -> None:
         if not self._is_stranger(route, status.session):
+            if status.session in self._held:
+                status = replace(status, more=False)
             entry = self.roster.heartbeat(status, self._now())
             self._touched.add(status.session)
             self._something.set()
@@ -277,7 +297,23 @@ class Intake:
         return True
 
     def _ack(self, session: bytes, *, first: int, gap: bool = False) -> Ack:
-        return Ack(session=session, first=first, gap=gap, credit=self.config.intake.credit_bytes)
+        credit = self.room.credit(self.config.intake.credit_bytes)
+        return Ack(session=session, first=first, gap=gap, credit=credit)
+
+    def _hold(self, session: bytes) -> None:
+        """Have a session keep what it has until there is room."""
+        self._held.add(session)
+        if (entry := self.roster.hold(session, self._now())) is not None:
+            self._write(entry)
+            self._touched.add(session)
+        if session in self._routes:
+            self._refuse(self._routes[session], session, "full", "its disk has no room: records wait here")
+
+    def _let_go_on(self) -> None:
+        """There is room: who was told to wait sends again from what is wanted."""
+        held, self._held = self._held, set()
+        for id_ in held & self._routes.keys():
+            self._send(self._routes[id_], self._ack(id_, first=self.roster.sessions[id_].next, gap=True))
 
     def _refuse(self, route: bytes, session: bytes, code: str, message: str, *, final: bool = False) -> None:
         self._send(route, Refuse(session=session, code=code, message=message, final=final))
@@ -293,10 +329,11 @@ class Intake:
             await self._something.wait()
             self._something.clear()
             await asyncio.sleep(self.config.intake.commit_interval_s)
-            await self._commit_once()
+            if not await self._commit_once():
+                await asyncio.sleep(RETRY_S)
 
-    async def _commit_once(self) -> None:
-        """Write what came in one transaction, then make good on it."""
+    async def _commit_once(self) -> bool:
+        """Write what came in one transaction, then make good on it; False if the disk has no room for it."""
         now = self._now()
         entries, self._entries = self._entries, []
         replies, self._replies = self._replies, []
@@ -306,9 +343,16 @@ class Intake:
         if entries or sessions:
             crash_point("intake.commit")
             self._committing = True
-            loop = asyncio.get_running_loop()
-            await loop.run_in_executor(self._writer, self.spool.commit, entries, sessions)
-            self._committing = False
+            try:
+                await self._in_writer(self.spool.commit, entries, sessions)
+            except SpoolFull as error:
+                self._ran_out(error, entries)
+                self._replies[:0], self._touched, self._acknowledge = (
+                    replies, self._touched | touched, self._acknowledge | acknowledge
+                )  # fmt: skip
+                return False
+            finally:
+                self._committing = False
             self._horizon.move(now)
             crash_point("intake.committed")
         for session in sessions:
@@ -318,19 +362,39 @@ class Intake:
                 self._send(self._routes[id_], self._ack(id_, first=self.roster.sessions[id_].stored))
         for route, message in replies:
             self._send(route, message)
+        return True
 
-    async def _delete_settled(self) -> None:
-        """Drop what delivery calls settled."""
+    def _ran_out(self, why: SpoolFull, entries: list[Entry]) -> None:
+        """Frames are left to their workers; what happened to sessions is tried again."""
+        self.room.ran_out(why)
+        entries = [*entries, *self._entries]
+        self._entries = self.roster.take_back(entries)
+        for id_ in dict.fromkeys(entry.session for entry in entries if entry.kind is EntryKind.FRAME):
+            self._hold(id_)
+        self._something.set()
+
+    async def _make_room(self) -> None:
+        """Drop what delivery calls settled, and see how much may be taken."""
         cursor = self.rowlog.cursor()
-        if cursor > self._cursor:
-            loop = asyncio.get_running_loop()
-            await loop.run_in_executor(self._writer, self.spool.delete_through, cursor)
-            self._cursor = cursor
+        try:
+            if cursor > self._cursor:
+                await self._in_writer(self.spool.delete_through, cursor)
+                self._cursor = cursor
+            taken = self.room.taken
+            await self._in_writer(self.room.look)
+            self.room.taken -= taken
+        except SpoolFull as error:
+            self.room.ran_out(error)
+        if not self.room.closed:
+            self._let_go_on()
+
+    async def _in_writer(self, act: Callable[..., Any], *arguments: Any) -> None:
+        await asyncio.get_running_loop().run_in_executor(self._writer, act, *arguments)
 
     # The rest of the daemon
 
     async def _watch(self) -> None:
-        next_delete = 0.0
+        next_look = 0.0
         while self.exit_code is None:
             now = self._now()
             if not self._committing and not self._entries:
@@ -349,9 +413,9 @@ class Intake:
             if self.keeper.done:
                 self.exit_code = ExitCode.COMPLETE
             self.collector.tend(time.monotonic())
-            if time.monotonic() >= next_delete:
-                await self._delete_settled()
-                next_delete = time.monotonic() + DELETE_INTERVAL_S
+            if time.monotonic() >= next_look:
+                await self._make_room()
+                next_look = time.monotonic() + LOOK_INTERVAL_S
             await asyncio.sleep(WATCH_INTERVAL_S)
 
     def _now(self) -> float:
@@ -387,10 +451,21 @@ class Intake:
             "duplicates": self.roster.duplicates,
             "gaps": self.roster.gaps,
             "salvaged": self.spool.salvaged,
+            "room": {**self.room.facts(), "held": len(self._held)},
             "collected": self.collector.collected,
             "delivery": {"pid": self.keeper.pid, "restarts": self.keeper.restarts},
             "samplers": {"pid": self.samplers.pid, "restarts": self.samplers.restarts},
         }
+
+
+def _open_spool(run_dir: Path, config: Config) -> tuple[Spool, Room]:
+    """The spool, wherever it lies, and how much it may still take."""
+    options = config.spool
+    home = placement.settle(run_dir, options.dir)
+    above = RowLogReader(home / placement.ROW_LOG).newest()
+    ballast = Ballast(home / "spool.ballast", options.ballast_bytes)
+    spool = open_spool(lambda: Spool(home / placement.SPOOL, above=above, quota=options.max_bytes), ballast)
+    return spool, Room(spool, ballast, [home, run_dir], quota=options.max_bytes, reserve=options.reserve_bytes)
 
 
 def _known(about: dict[str, Any]) -> dict[str, Any]:

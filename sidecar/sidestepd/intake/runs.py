@@ -280,6 +280,7 @@ class SeveralRuns:
 
     def _forget(self, key: str, run: OpenRun) -> None:
         del self._open[key]
+        exit_code = run.intake.rowlog.meta("exit_code")
         run.intake.shut()
         for session in run.intake.roster.sessions:
             self._sessions.pop(session, None)
@@ -288,7 +289,7 @@ class SeveralRuns:
             self._over.popitem(last=False)
         if run.named is None:
             self._launches.closed(run.launch, run.turn)
-        run.intake.run.now("finished", run.intake.rowlog.meta("exit_code")).write(run.intake.run_dir)
+        run.intake.run.now("finished", exit_code).write(run.intake.run_dir)
         self._write_down()
         logger.info("run %s is finished", run.intake.run.id)
 

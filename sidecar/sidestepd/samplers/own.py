@@ -15,6 +15,7 @@ from pathlib import Path
 
 import psutil
 
+from sidestepd import placement
 from sidestepd.rowlog import RowLogReader
 from sidestepd.samplers.base import Rates, Reading
 
@@ -26,7 +27,8 @@ class OwnSampler:
         self._run_dir = run_dir
         self._pid = os.getppid() if pid is None else pid
         self._clock = clock
-        self._rowlog = RowLogReader(run_dir / "delivery.db")
+        self._home = placement.home(run_dir)
+        self._rowlog = RowLogReader(self._home / placement.ROW_LOG)
         self._rates = Rates()
         self._seconds: dict[int, float] = {}
         """CPU time by process, of those that ended too."""
@@ -50,7 +52,7 @@ class OwnSampler:
         """Nothing is held."""
 
     def _spool_bytes(self) -> int:
-        return sum(path.stat().st_size for path in self._run_dir.glob("spool.db*") if path.exists())
+        return sum(path.stat().st_size for path in self._home.glob("spool.db*") if path.exists())
 
     def _of_delivery(self) -> Mapping[str, float]:
         ledger = self._rowlog.meta("ledger", {})

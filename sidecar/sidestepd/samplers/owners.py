@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from sidestep.wire import WORKER
+from sidestepd import placement
 from sidestepd.errors import SpoolError
 from sidestepd.spool import SpoolReader
 
@@ -46,7 +47,7 @@ class Owners:
     @classmethod
     def of_run(cls, run_dir: Path, node: str | None = None) -> Owners:
         """Those that have said HELLO to this run's intake from here."""
-        return cls(_Roster(run_dir / "spool.db", node or os.uname().nodename))
+        return cls(_Roster(placement.home(run_dir) / placement.SPOOL, node or os.uname().nodename))
 
     def share(self, processes: Mapping[int, int]) -> Shares:
         """Divide the memory of `processes` (pid to bytes) among ranks."""

@@ -96,6 +96,10 @@ class Sink(Protocol):
         """The rows that became durable since this was asked last."""
         ...
 
+    def history(self) -> Iterator[tuple[int, Mapping[str, Any]]]:
+        """`_step` and values of every row that the run holds, over all its lives; for when our memory is lost."""
+        ...
+
     def close(self, exit_code: int) -> None:
         """Finish the run; afterwards `confirm` once more tells of every row. Raises Retry or Fatal."""
         ...

@@ -83,6 +83,12 @@ class JsonlSink:
         steps, self._written = tuple(self._written), []
         return Confirmed(steps=steps, bookmark={"offset": file.tell()})
 
+    def history(self) -> Iterator[tuple[int, Mapping[str, Any]]]:
+        """From the file's lines."""
+        with self._path.open("rb") as file:
+            for line in file:
+                yield from ((step, json.loads(line)) for step in _steps(line))
+
     def close(self, exit_code: int) -> None:
         """One last line."""
         self._append({"exit_code": exit_code})

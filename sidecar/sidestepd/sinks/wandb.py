@@ -13,7 +13,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -116,6 +116,11 @@ class WandbSink:
             self._open_run.log(values, step=row.step, commit=True)
         except (TypeError, ValueError) as error:
             self._open_run.log(_loggable(values, error), step=row.step, commit=True)
+
+    def history(self) -> Iterator[tuple[int, Mapping[str, Any]]]:
+        """From the files of all segments."""
+        for segment in wandb_log.segments(Path(self._open_run.settings.sync_file).parents[1]):
+            yield from ((row.step, row.values) for row in wandb_log.history(segment))
 
     def about(self) -> Mapping[str, Any]:
         """The run's address and wandb-core's process, to be gone before another one is started."""

@@ -14,7 +14,7 @@ import os
 import re
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -105,6 +105,11 @@ class OnlineSink(WandbSink):
         through = steps[-1] if steps else self._through
         self._through = through
         return Confirmed(steps=steps, bookmark={"through": through}, trouble=asker.trouble, watched=True)
+
+    def history(self) -> Iterator[tuple[int, Mapping[str, Any]]]:
+        """Those rows of our files that the server held when the run was opened, each step as it was sent last."""
+        rows = {step: values for step, values in super().history() if step <= self.held.last_step}
+        yield from sorted(rows.items())
 
     def close(self, exit_code: int) -> None:
         """Wait for every row to be there, then finish the run."""
