@@ -123,16 +123,18 @@ class Sender:
         self._bell.ring()
 
     def flush(self, timeout: float) -> bool:
-        """Wait until all that was offered before is acknowledged; False when it was not in time."""
+        """Wait until all that was offered before is acknowledged; False when it was not in time, or can not be."""
         flush = _Flush(self._outbox.end)
-        if self._outbox.acknowledged >= flush.end:
-            return True
+        if self._outbox.acknowledged >= flush.end or self._address is None:
+            return self._outbox.acknowledged >= flush.end
         self._flushes.append(flush)
         self.wake()
         return flush.done.wait(timeout) and self._outbox.acknowledged >= flush.end
 
     def ask(self, timeout: float) -> Mapping[str, Any]:
         """What the daemon says of the run, or what is known of it when it does not answer in time."""
+        if self._address is None:
+            return self._dialogue.run
         answered = threading.Event()
         self._dialogue.ask()
         self._questions.append(answered)

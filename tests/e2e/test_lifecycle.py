@@ -336,7 +336,8 @@ class TestTrouble:
             with Control(run.run.address) as control:
                 intake = psutil.Process((control.ask_status(5.0) or {})["pid"])
 
-            for one in [*psutil.Process(process.pid).children(), psutil.Process(process.pid)]:
+            supervisor = psutil.Process(process.pid)  # first: it would close the run as the command ended
+            for one in [supervisor, *supervisor.children()]:
                 if one != intake:
                     one.kill()
             intake.wait(WAIT_S)

@@ -190,12 +190,14 @@ class TestDisturbed:
             ("*", "cut", {"times": 4}),
         ],
     )
+    @pytest.mark.nightly
     def test_from_the_start(self, server: StandIn, tmp_path: Path, match: str, kind: str, how: dict[str, object]):
         server.fault(match, kind, **how)
 
         with self.disturbed(server, tmp_path) as run:
             self.assert_whole(run, f"fault {kind}")
 
+    @pytest.mark.nightly
     def test_it_is_away_when_the_run_begins(self, tmp_path: Path):
         with StandIn(tmp_path / "server") as server:
             server.stop()
@@ -214,6 +216,7 @@ class TestDisturbed:
             server.start()
             self.assert_whole(run)
 
+    @pytest.mark.nightly
     def test_it_hangs_in_the_middle(self, server: StandIn, tmp_path: Path):
         with self.disturbed(server, tmp_path, rate=20.0) as run:
             run.wait_for_progress()
@@ -230,6 +233,7 @@ class TestDisturbed:
 
             assert not run.over
 
+    @pytest.mark.nightly
     def test_a_stream_that_wandb_gave_up_is_opened_again(self, server: StandIn, tmp_path: Path):
         """One 409, and wandb-core sends no row of this run any more; it says nothing about it."""
         server.fault("file_stream", "status", status=409, times=1)
@@ -239,6 +243,7 @@ class TestDisturbed:
 
         assert "took no row" in (run.run_dir / "logs" / "delivery.log").read_text()
 
+    @pytest.mark.nightly
     def test_a_summary_that_came_before_its_rows_does_not_cost_them(self, server: StandIn, tmp_path: Path):
         """wandb-core sends both together, but its dying words may be the summary's."""
         run_online(server, tmp_path, LOG_STEPS_AGAIN, "--id", "same")

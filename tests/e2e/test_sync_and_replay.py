@@ -112,6 +112,7 @@ class TestSync:
         assert sent.returncode == 0, sent.stderr
         assert list(range(20)) == server.steps("new", project="other", entity="crew")
 
+    @pytest.mark.nightly
     def test_leaves_a_run_alone_that_is_there_already(self, server: StandIn, tmp_path: Path):
         """Its rows would be taken for ours, and ours would be missing."""
         made = run_offline(tmp_path)
@@ -166,6 +167,7 @@ class TestSync:
             assert list(range(len(steps))) == steps
         assert 1 == server.run("made")["exitcode"]
 
+    @pytest.mark.nightly
     def test_a_server_that_is_away_is_waited_for(self, server: StandIn, tmp_path: Path):
         made = run_offline(tmp_path)
         server.stop()
@@ -207,6 +209,7 @@ class TestReplay:
         assert {"best": 7, "loss": {"min": 1}}.items() <= summaries[-1].items()
         assert {"exit_code": 3} == lines[-1]
 
+    @pytest.mark.nightly
     def test_of_an_interrupted_run_has_what_waits_in_its_spool(self, tmp_path: Path):
         """The same rows that the run has when its own daemon has finished it."""
         run = killed_run(tmp_path)
@@ -236,6 +239,7 @@ class TestReplay:
         assert list(range(len(steps))) == steps
         assert steps
 
+    @pytest.mark.nightly
     def test_into_one_offline_run_out_of_several_segments(self, tmp_path: Path):
         run = killed_run(tmp_path)
 

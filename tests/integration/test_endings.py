@@ -388,7 +388,7 @@ class TestMultiprocessing:
 class TestDataLoaders:
     """Workers of torch's DataLoader that log, as a dataset or a transform does."""
 
-    @pytest.mark.parametrize("method", ["fork", "spawn"])
+    @pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.nightly)])
     @pytest.mark.parametrize("persistent", [False, True])
     def test_every_item_is_logged_once(self, daemon: FakeDaemon, tmp_path: Path, method: str, persistent: bool):
         code, _, told = run(
