@@ -103,14 +103,15 @@ class Report:
 
 def measure(calls: int = 20_000) -> Report:
     """Measure each condition, and judge. Raises CalledProcessError if anything raised in a worker."""
-    cases = tuple(_measured_apart(condition, calls) for condition in CONDITIONS)
+    cases = tuple(measured_apart(condition, calls) for condition in CONDITIONS)
     up, *others = cases
     return Report(
         cases=cases, judgements=(*_judge(up, up), *(claim for case in others for claim in _judge(case, up)))
     )
 
 
-def _measured_apart(condition: str, calls: int) -> Case:
+def measured_apart(condition: str, calls: int) -> Case:
+    """Measure one condition in a process of its own. Raises CalledProcessError if anything raised there."""
     words = [
         sys.executable,
         "-m",

@@ -23,6 +23,10 @@ PLACES = {
 """Each place, and at which pass of it a life ends: late enough that every life comes further than the last."""
 
 
+OFTEN = ("intake.committed", "delivery.decided", "delivery.settle")
+"""The others are for the long form."""
+
+
 def die_at(place: str, base: Path, *, passes: int, sink: str) -> Training:
     """A training of two ranks through a daemon that dies there at least twice; gives the run when it is over."""
     enough = base / "enough"
@@ -44,7 +48,9 @@ def deaths(run: Training, place: str) -> int:
     return run.boots() - 1 if place.startswith("intake") else run.deaths()
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(
+    "place", [it if it in OFTEN else pytest.param(it, marks=pytest.mark.nightly) for it in PLACES]
+)
 def test_a_daemon_that_dies_there_again_and_again_writes_every_row_once(place: str, tmp_path: Path):
     run = die_at(place, tmp_path, passes=PLACES[place], sink="jsonl")
 

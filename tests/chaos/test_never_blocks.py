@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.benchmarks.never_blocks import ACKNOWLEDGING, CONDITIONS, FULL, Case, measure
+from tests.benchmarks.never_blocks import ACKNOWLEDGING, CONDITIONS, FULL, Case, measured_apart
 
 pytestmark = pytest.mark.chaos
 
@@ -16,12 +16,26 @@ BLOCKED_US = 1_000_000.0
 """A call that waits for a daemon that does not answer waits for ever; the scheduler is never this late."""
 
 
+OFTEN = ("up", "frozen", "killed", "absent", "no address", "outbox full")
+"""The others are for the long form."""
+
+
+class Cases(dict[str, Case]):
+    """Each condition, brought about when it is asked for first."""
+
+    def __missing__(self, condition: str) -> Case:
+        self[condition] = measured_apart(condition, CALLS)
+        return self[condition]
+
+
 @pytest.fixture(scope="module")
-def cases() -> dict[str, Case]:
-    return {case.condition: case for case in measure(CALLS).cases}
+def cases() -> Cases:
+    return Cases()
 
 
-@pytest.mark.parametrize("condition", CONDITIONS)
+@pytest.mark.parametrize(
+    "condition", [it if it in OFTEN else pytest.param(it, marks=pytest.mark.nightly) for it in CONDITIONS]
+)
 class TestWhateverTheDaemonDoes:
     def test_no_call_waits_for_it(self, cases, condition):
         assert cases[condition].log.max < BLOCKED_US

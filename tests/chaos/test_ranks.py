@@ -124,6 +124,7 @@ class TestNamed:
 
 
 class TestControl:
+    @pytest.mark.nightly
     def test_nobody_is_named_in_an_undisturbed_run(self, tmp_path: Path):
         self.leave_alone(tmp_path, rows=80)
 

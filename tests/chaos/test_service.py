@@ -18,7 +18,7 @@ from tests.support.chaos import QUICK, steps_of_ranks, training
 from tests.support.daemons import read_jsonl, see_gone
 from tests.support.waiting import eventually
 
-pytestmark = pytest.mark.chaos
+pytestmark = [pytest.mark.chaos, pytest.mark.nightly]
 
 DEADLINE_S = 120.0
 ROOT = Path(__file__).resolve().parents[2]

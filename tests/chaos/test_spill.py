@@ -104,6 +104,7 @@ class TestCollectedByTheDaemon:
         assert report.ledger.offered == report.ledger.delivered + report.ledger.unknown <= 3000
         assert report.ledger.balances
 
+    @pytest.mark.nightly
     def test_an_intake_that_is_killed_while_it_collects_collects_again(self, tmp_path: Path):
         slowly = {"intake.credit_bytes": 1024 * 1024, "intake.commit_interval_s": 0.5}
         with ended_while_intake_stood_still(tmp_path, "finish", 10_000, **slowly) as (run, intake):

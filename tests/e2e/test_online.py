@@ -96,6 +96,7 @@ class TestRun:
 
         assert 3 == done.returncode == server.run("first")["exitcode"]
 
+    @pytest.mark.nightly
     def test_a_second_run_of_the_same_id_goes_on_behind_the_first(self, server: StandIn, tmp_path: Path):
         """Steps that are left out count on; steps that are said again keep their axis, and lose `_step` only."""
         run_online(server, tmp_path, LOG_TEN, "--id", "same")
@@ -208,6 +209,7 @@ class TestDisturbed:
                 self.assert_whole(run)
                 assert run.report().trouble == ""
 
+    @pytest.mark.nightly
     def test_it_is_away_in_the_middle(self, server: StandIn, tmp_path: Path):
         with self.disturbed(server, tmp_path, rate=20.0) as run:
             run.wait_for_progress()

@@ -93,6 +93,7 @@ class TestSync:
         assert (0.1, "shown", ["a"], 3) == (run["config"]["lr"], run["displayName"], run["tags"], run["exitcode"])
         assert ({"min": 1}, 7) == (summary["loss"], summary["best"])
 
+    @pytest.mark.nightly
     def test_again_sends_nothing(self, server: StandIn, tmp_path: Path):
         made = run_offline(tmp_path)
         sidestep("sync", str(made), server=server, cwd=tmp_path)
