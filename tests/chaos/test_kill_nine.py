@@ -103,6 +103,7 @@ class TestControl:
         assert duplicates(run.rows()) + report.conflicts > 0  # in a row of its own, or in one with the first
         assert report.ledger.delivered > report.ledger.offered
 
+    @pytest.mark.nightly
     def test_without_the_row_log_rows_are_made_again_that_the_run_holds(self, tmp_path: Path):
         """Delivery dies after the run holds rows and before that is settled, in each life."""
         with Training(
