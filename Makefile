@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 .PHONY: help demo test test-nightly lint bench bench-throughput format clean
 help:
 	@echo "make demo          train on handwritten digits with two processes, into one offline wandb run"
-	@echo "make test          every test that fits in five minutes"
+	@echo "make test          all tests but the long forms of the fault tests"
 	@echo "make test-nightly  the long forms of the fault tests too"
 	@echo "make bench         the cost of log(), beside wandb.log, SummaryWriter and no logging"
 	@echo "make bench-throughput  how much the daemon takes, and how fast it hands it on"
