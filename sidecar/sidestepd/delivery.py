@@ -32,6 +32,7 @@ from sidestepd.clock import Clock, Horizon
 from sidestepd.config import Config
 from sidestepd.crashpoints import crash_point
 from sidestepd.errors import ExitCode, Fatal, Retry, SpoolDamaged, Trouble
+from sidestepd.facts import wait_for_facts
 from sidestepd.match import Event, Matcher
 from sidestepd.order import ReorderBuffer
 from sidestepd.processes import Beat, Lock, die_with_parent, read_json, write_json
@@ -44,7 +45,7 @@ from sidestepd.rules import Rule, Rules, Source, operations
 from sidestepd.rundir import TROUBLE
 from sidestepd.samples import Samples, first_ranks
 from sidestepd.settlement import Settlement
-from sidestepd.sinks import MODES, Confirmed, RunFacts, Sink, load, make_sink, patiently, write_all
+from sidestepd.sinks import Confirmed, RunFacts, Sink, load, make_sink, patiently, write_all
 from sidestepd.spool import SALVAGE_STRIDE, Entry, EntryKind, SpoolReader, StoredSession
 from sidestepd.watch import Watch
 
@@ -545,62 +546,10 @@ def tell_trouble(directory: Path, trouble: Trouble | None) -> None:
         (directory / TROUBLE).unlink(missing_ok=True)
 
 
-def settle_facts(run: Mapping[str, Any], config: Config, said: Mapping[str, Any]) -> dict[str, Any]:
-    """What the run is called: the command line's word, then the first worker's `init()`, then the rest."""
-    facts = {}
-    for name in ("project", "entity", "name", "group", "job_type", "tags", "notes", "mode", "resume"):
-        given = config.source(f"run.{name}").startswith("-")
-        facts[name] = run.get(name) if given else _named(name, said) or run.get(name)
-    return {name: value for name, value in facts.items() if value}
-
-
 def _told_once(said: Raised, now: float) -> Alert:
     """What a session raised, as people are told: whether its cause lasts, only its session knows."""
     cause = f"raised/{said.position.entry}/{said.position.seq}"
     return Alert(cause=cause, title=said.title, text=said.text, level=said.level, time=now, over=True)
-
-
-def _named(name: str, said: Mapping[str, Any]) -> Any:
-    """What `init()` calls the run, if it is of a kind that wandb takes."""
-    value = said.get(name)
-    match name:
-        case "tags":
-            return [tag for tag in value if isinstance(tag, str) and tag] if isinstance(value, list) else None
-        case "mode":
-            return value if value in MODES["wandb"] else None
-        case "resume":
-            return value if value in ("allow", "must", "never") else None
-    return value if isinstance(value, str) else None
-
-
-def wait_for_facts(
-    spool: SpoolReader, rowlog: RowLog, run: Mapping[str, Any], config: Config, beat: Beat
-) -> RunFacts:
-    """The run to open, once the first worker said what it is called; later lives open the same."""
-    facts = rowlog.meta("run", None)
-    if facts is None and (about := read_json(Path(run["dir"]) / "about.json")):
-        facts = settle_facts(run, config, about)  # it was opened before, and the row log lost that
-        rowlog.settle(run=facts, base=about.get("base", -1))
-    while facts is None:
-        beat()
-        first = spool.first(EntryKind.HELLO, EntryKind.CLOSE)
-        if first is None:
-            time.sleep(config.delivery.poll_interval_s)
-            continue
-        facts = settle_facts(run, config, first.facts.get("settings", {}))
-        rowlog.settle(run=facts)
-    names = {name: facts.pop(name, None) for name in ("project", "entity", "name")}
-    how = {name: facts.pop(name) for name in ("mode", "resume") if name in facts}
-    return RunFacts(
-        id=run["id"],
-        directory=Path(run["dir"]),
-        server=config.sink.server,
-        ask_every_s=config.sink.ask_every_s,
-        stall_s=config.delivery.stall_s,
-        options=facts,
-        **names,
-        **how,
-    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
