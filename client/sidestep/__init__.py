@@ -24,6 +24,8 @@ from sidestep.settings import Settings
 
 if TYPE_CHECKING:  # what a type checker is told of them; a method of the run is a line `alert = _run.alert`
     from sidestep import errors as errors
+    from sidestep import logger as logger
+    from sidestep import tensorboard as tensorboard
     from sidestep import testing as testing
     from sidestep._run import Metric as Metric
     from sidestep._run import Scope as Scope

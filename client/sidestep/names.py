@@ -24,5 +24,5 @@ LAZY: Mapping[str, str] = {
 OF_THE_RUN: frozenset[str] = frozenset()
 """Methods of `Run` that the module has too, for the current run."""
 
-MODULES: frozenset[str] = frozenset({"errors", "testing"})
+MODULES: frozenset[str] = frozenset({"errors", "logger", "tensorboard", "testing"})
 """Modules of ours that are attributes without being imported."""

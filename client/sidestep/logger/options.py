@@ -92,14 +92,14 @@ class WandbConfig:
 
     def keywords(self) -> dict[str, Any]:
         """What `sidestep.init()` is called with."""
-        settings: dict[str, Any] = {"x_save_requirements": self.save_requirements}
+        settings: dict[str, Any] = {"save_code": self.save_code, "x_save_requirements": self.save_requirements}
         if not self.log_system_metrics:
             settings["x_disable_stats"] = True
         else:
             settings["x_stats_sampling_interval"] = float(self.system_metrics_interval)
         return {
             **{name: getattr(self, name) for name in ("project", "entity", "name", "notes", "group", "job_type")},
-            **{name: getattr(self, name) for name in ("dir", "mode", "sync_tensorboard", "save_code")},
+            **{name: getattr(self, name) for name in ("dir", "mode", "sync_tensorboard")},
             "tags": list(self.tags) or None,
             "config": dict(self.config),
             "reinit": self.reinit or None,

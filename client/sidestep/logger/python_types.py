@@ -48,7 +48,7 @@ def _foreign(value: Any, depth: int) -> Any:
         if callable(method := getattr(value, unpack, None)):
             try:
                 found = method()
-            except Exception:  # noqa: BLE001, S112 - a foreign value's own code may raise anything
+            except Exception:  # noqa: BLE001 - a foreign value's own code may raise anything
                 continue
             return str(value) if type(found) is type(value) else to_python_types(found, _depth=depth - 1)
     return str(value)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice, zip_longest
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -82,33 +81,6 @@ class WandbLogger:
             self._once("images", f"log_images: of one call the first {most} are logged (max_images_to_log)")
         if made:
             self.run.log({name: made}, step)
-
-    def log_model(
-        self,
-        path: str | os.PathLike[str],
-        metadata: Mapping[str, Any] | None = None,
-        aliases: Sequence[str] | None = None,
-        name: str | None = None,
-    ) -> None:
-        """A model in a file or directory, as a version of the artifact `PREFIX-FILE`; `latest` is its newest one."""
-        from sidestep.media import Artifact
-
-        path, given = Path(path), [aliases] if isinstance(aliases, str) else list(aliases or ())
-        if not self.config.is_wanted(given):
-            option = "log_model" if not self.config.log_model else "log_checkpoints"
-            self._once(option, f"log_model: {path.name} is not logged ({option} is off)")
-            return
-        try:
-            artifact = Artifact(name or f"{self.config.checkpoint_prefix}-{path.stem}", "model", metadata=metadata)
-            if path.is_dir():
-                artifact.add_dir(os.fspath(path))
-            else:
-                artifact.add_file(os.fspath(path))
-        except Exception as error:  # noqa: BLE001 - a checkpoint that is not there must not end the training
-            self._refuse(f"log_model({path.name})", path, f"{type(error).__name__}: {error}")
-            return
-        self.run.log_artifact(artifact, aliases=given or None)
-        self._say(f"logs the model {path}")
 
     def log_config(self, config: Any) -> None:
         """What the training is configured with; nested as you like, beside what was said before."""

@@ -70,7 +70,6 @@ class Results:
             beside.replace(path)
         except OSError as error:
             self._run._session.refuse_value(f"save_artifact({name})", type(data), f"{path}: {error}")
-        self._run.save_artifact("/".join(_parts(name)), content)
         return path
 
     def save_json_artifact(self, name: str, value: Any) -> Path:

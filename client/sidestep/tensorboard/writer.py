@@ -281,7 +281,7 @@ class SummaryWriter:
     def _no_form(self, method: str) -> None:
         session = self._run()._session
         session.outbox.values_refused += 1
-        session.notices.once(("tensorboard", method), f"SummaryWriter.{method}(): has no form in the run; passed over")
+        session.notices.once(("tensorboard", method), f"SummaryWriter.{method}() has no form in the run")
 
 
 def _moved(value: Any, now: str, wanted: str) -> Any:
