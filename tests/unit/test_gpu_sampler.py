@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 from pathlib import Path
 
 import pynvml
@@ -11,7 +13,7 @@ from sidestepd.samplers.base import Reading, StartAnew
 from sidestepd.samplers.gpu import GpuSampler
 from sidestepd.samplers.names import GPU_METRICS, look_up
 from sidestepd.samplers.nvml import BACKOFF_S, of_field
-from sidestepd.samplers.owners import Owners
+from sidestepd.samplers.owners import MACHINE, Owners
 from tests.support.gpus import COMPILER, NO_COMPILER, StubGpus
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason=NO_COMPILER)
@@ -354,8 +356,20 @@ class TestOwners:
         assert {2: 5} == Owners({17: 2}.copy, proc=tmp_path).share({4711: 5}).by_rank
 
     def test_that_can_not_be_seen_are_not_guessed(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        """Nor is another one: it may have but the number of a process here."""
+        self.process(tmp_path, 17)
         owners = Owners({17: 2}.copy, proc=tmp_path)
-        shares = owners.share({4711: 5})
+        shares = owners.share({4711: 5, 17: 7})
         owners.share({4711: 5})
         assert ({}, None) == (shares.by_rank, shares.foreign)
         assert 1 == caplog.text.count("pid namespace")
+
+    def test_of_the_machine_that_can_not_be_seen_are_gone_or_anothers(self, tmp_path: Path) -> None:
+        self.process(tmp_path, 17)
+        namespaces = tmp_path / "self" / "ns"
+        namespaces.mkdir(parents=True)
+        (namespaces / "pid").symlink_to(MACHINE)
+        with subprocess.Popen(["true"]) as gone:
+            gone.wait()
+        shares = Owners({17: 2}.copy, proc=tmp_path).share({gone.pid: 5, 17: 7, os.getpid(): 11})
+        assert ({2: 7}, 1) == (shares.by_rank, shares.foreign)
