@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -114,6 +114,19 @@ def finish(exit_code: int | None = None, timeout: float = EXIT_S) -> None:
     """`Run.finish` of the current run, if there is one."""
     if (run := _run) is not None:
         run.finish(exit_code, timeout)
+
+
+def of_run(name: str) -> Callable[..., Any]:
+    """A method of whatever run is the current one when it is called, as a function of the module."""
+
+    def call(*args: Any, **keywords: Any) -> Any:
+        if (run := _run) is None:
+            return _too_early(f"{name}()")
+        return getattr(run, name)(*args, **keywords)
+
+    call.__name__ = call.__qualname__ = name
+    call.__doc__ = f"`Run.{name}` of the current run."
+    return call
 
 
 def current() -> Run | None:
