@@ -204,7 +204,7 @@ class Delivery:
                     self.exit_code = said.exit_code
                 case Sampled():
                     self.samples.meet(first_ranks(self.resolver.sessions.values()))
-                    self.samples.hear(said)
+                    self.samples.hear(said, self._now)
                     self.settlement.settle(said.position.entry)
                 case Raised():
                     self.samples.alert(said)

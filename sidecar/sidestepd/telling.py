@@ -42,23 +42,30 @@ class Telling:
         self._summary_told: dict[str, Any] = {}
 
     def tell_samples(self, now: float) -> None:
-        """Send samples and alerts of the samplers out."""
+        """Send samples and alerts of the samplers out.
+
+        That they are sent is written down before, and so are the alerts themselves: one that a crash keeps from
+        the sink is in the run's status all the same.
+        """
         samples, raised = self._samples.take()
-        if samples or raised:
-            self._rowlog.settle(streamed=list(self._samples.streamed))
+        alerts = [_told_once(said, now) for said in raised]
+        if samples or alerts:  # of which the watch has judged nothing
+            self._rowlog.warn(alerts, through=0, streamed=list(self._samples.streamed))
             crash_point("delivery.stream")
         for sample in samples:
             self._sink.sample(sample)
-        self._tell([_told_once(said, now) for said in raised], through=0)  # the watch has judged nothing new
+        self._announce(alerts)
 
     def tell_alerts(self, now: float, *, through: int) -> None:
         """Tell people what the watch finds, which has seen the spool up to entry `through`."""
         self._watch.poll(now)
-        self._tell(self._watch.take(), through=through)
-
-    def _tell(self, alerts: Sequence[Alert], *, through: int) -> None:
-        if alerts:
+        if alerts := self._watch.take():
             self._rowlog.warn(alerts, through=through)
+            crash_point("delivery.alert")
+            self._announce(alerts)
+
+    def _announce(self, alerts: Sequence[Alert]) -> None:
+        """Tell people what is written down already, and so at most once."""
         for alert in alerts:
             logger.warning("%s: %s", alert.title, alert.text)
             if self._alerts:
