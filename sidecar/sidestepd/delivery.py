@@ -317,7 +317,7 @@ class Delivery:
                     self.exit_code = said.exit_code
                 case Sampled():
                     self.samples.meet(first_ranks(self.resolver.sessions.values()))
-                    self.samples.hear(said)
+                    self.samples.hear(said, self._now)
                     self.settlement.settle(said.position.entry)
                 case Raised():
                     self.samples.alert(said)
@@ -385,24 +385,31 @@ class Delivery:
         crash_point("delivery.written")
 
     def _tell_samples(self) -> None:
-        """Send samples and alerts out, once at most: that they are sent is written down before they are."""
+        """Send samples and alerts out, once at most: that they are sent is written down before they are.
+
+        So are the alerts themselves: one that a crash keeps from the sink is in the run's status all the same.
+        """
         samples, raised = self.samples.take()
-        if samples or raised:
-            self.rowlog.settle(streamed=list(self.samples.streamed))
+        alerts = [_told_once(said, self._now) for said in raised]
+        if samples or alerts:
+            self.rowlog.warn(
+                alerts, through=0, streamed=list(self.samples.streamed)
+            )  # the watch judged nothing new
             crash_point("delivery.stream")
         for sample in samples:
             self.sink.sample(sample)
-        self._tell([_told_once(said, self._now) for said in raised], through=0)  # the watch has judged nothing new
+        self._announce(alerts)
 
     def _tell_alerts(self) -> None:
         """Tell people what the watch finds."""
         self.watch.poll(self._now)
-        self._tell(self.watch.take(), through=self.read_through)
+        if alerts := self.watch.take():
+            self.rowlog.warn(alerts, through=self.read_through)
+            crash_point("delivery.alert")
+            self._announce(alerts)
 
-    def _tell(self, alerts: Sequence[Alert], *, through: int) -> None:
-        """Tell people, at most once: it is written down before."""
-        if alerts:
-            self.rowlog.warn(alerts, through=through)
+    def _announce(self, alerts: Sequence[Alert]) -> None:
+        """Tell people what is written down already, and so at most once."""
         for alert in alerts:
             logger.warning("%s: %s", alert.title, alert.text)
             if self.config.watch.alerts:
