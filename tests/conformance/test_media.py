@@ -20,16 +20,19 @@ from sidestepd.sinks import wandb_log
 NAMES = {"artifact_path", "_latest_artifact_path", "sha256", "size", "path"}
 """What depends on how a file was written, and not on what is in it."""
 PICTURES = {".png", ".jpg", ".bmp"}
-NO_REFERENCE = {"audio", "video"}
-"""Where wandb makes a file of an array only with further packages: test_media_encoding.py looks at those."""
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two runs with the same media."""
+@pytest.fixture(scope="module", params=["light", pytest.param("heavy", marks=pytest.mark.nightly)])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two runs with the same media; the heavy ones take torch and scikit-learn."""
     made = tmp_path_factory.mktemp("media")
     environ = {**os.environ, "WANDB_DATA_DIR": str(made), "WANDB_CACHE_DIR": str(made), "MPLCONFIGDIR": str(made)}
-    subprocess.run([sys.executable, "-m", "tests.support.media_runs", made], env=environ, check=True, timeout=220)
+    subprocess.run(
+        [sys.executable, "-m", "tests.support.media_runs", made, request.param],
+        env=environ,
+        check=True,
+        timeout=220,
+    )
     return made
 
 
@@ -44,7 +47,7 @@ def history(run: Path) -> dict[str, Any]:
     (segment,) = wandb_log.segments(run / "wandb")
     return {
         name: with_content(value, segment.parent / "files")
-        for row in wandb_log.history(segment)
+        for row in wandb_log.nested_history(segment)
         for name, value in row.values.items()
         if not name.startswith("_")
     }
@@ -78,7 +81,7 @@ def drawings(run: Path) -> Any:
     (segment,) = wandb_log.segments(run / "wandb")
     return {
         name: value
-        for record in wandb_log.LogReader(segment)
+        for record in wandb_log.records(segment)
         if record.HasField("config")
         for item in record.config.update
         for name, value in [("/".join(item.nested_key), item.value_json)]
@@ -87,7 +90,8 @@ def drawings(run: Path) -> Any:
 
 
 def kind_of(name: str) -> str:
-    return {"plot": "chart", "list": "html", "nested": "image"}.get(name.partition("/")[0], name.partition("/")[0])
+    first = name.removeprefix("Custom Chart Tables/").partition("/")[0]
+    return {"plot": "chart", "list": "html", "nested": "image"}.get(first, first)
 
 
 class TestAgainstWandb:

@@ -1,9 +1,7 @@
 """One call for each form of each kind of media, to be made with `sidestep` and with `wandb` alike.
 
-    python -m tests.support.media_cases sidestep FOLDER
-
-`values(m)` makes all with the module `m`, so that two runs can be compared name by name. What the process that packs
-has loaded is what a training has: numpy, torch, PIL, matplotlib, pandas and plotly, but neither wandb nor the daemon.
+`values(m, ...)` makes all with the module `m`, so that two runs can be compared name by name. The process that
+packs has loaded what a training has: numpy, PIL, matplotlib, pandas, plotly, but neither wandb nor the daemon.
 """
 
 from __future__ import annotations
@@ -16,7 +14,6 @@ import matplotlib as mpl
 import matplotlib.pyplot
 import numpy as np
 import pandas as pd
-import torch
 from PIL import Image as Pillow
 
 mpl.use("Agg")
@@ -84,9 +81,6 @@ def images(m: Any, folder: Path) -> dict[str, Any]:
         "image/not_contiguous": m.Image(PIXELS[::2, ::-1]),
         "image/floats_to_255": m.Image(PIXELS.astype(np.float32)),
         "image/whole_numbers": m.Image(PIXELS.astype(np.int64)),
-        "image/torch": m.Image(torch.from_numpy(PIXELS).permute(2, 0, 1)),
-        "image/torch_floats": m.Image(torch.from_numpy(PIXELS).permute(2, 0, 1).float().requires_grad_()),
-        "image/torch_gray": m.Image(torch.from_numpy(GRAY)[None]),
         "image/pil": m.Image(Pillow.fromarray(PIXELS)),
         "image/pil_alpha": m.Image(Pillow.fromarray(ALPHA)),
         "image/pil_palette": m.Image(palette()),
@@ -95,7 +89,7 @@ def images(m: Any, folder: Path) -> dict[str, Any]:
         "image/pathlib": m.Image(jpeg),
         "image/mode": m.Image(PIXELS, mode="L"),
         "image/jpg": m.Image(PIXELS, file_type="jpg"),
-        "image/of_an_image": m.Image(m.Image(PIXELS), caption="again", grouping=2),
+        "image/of_an_image": m.Image(m.Image(PIXELS, caption="once"), grouping=2),
         "image/figure": m.Image(figure()),
         "image/boxes": m.Image(PIXELS, boxes=BOXES),
         "image/masks": m.Image(
@@ -136,7 +130,11 @@ def tables(m: Any, folder: Path) -> dict[str, Any]:
 
 def others(m: Any, folder: Path) -> dict[str, Any]:
     """Everything else that a file comes of."""
-    for name, content in {"page.html": "<html><b>file</b></html>", "water.pdb": PDB, "cube.obj": "v 0 0 0\n"}.items():
+    for name, content in {
+        "page.html": "<html><b>file</b></html>",
+        "water.pdb": PDB,
+        "cube.obj": "v 0 0 0\n",
+    }.items():
         (folder / name).write_text(content)
     (folder / "clip.mp4").write_bytes(b"\0\0\0\x18ftypmp42 not a real one")
     (folder / "sound.wav").write_bytes(b"RIFF not a real one")
@@ -192,12 +190,27 @@ def charts(m: Any, folder: Path) -> dict[str, Any]:
             y_true=TRUE.tolist(), preds=PROBABILITIES.argmax(axis=1).tolist(), class_names=NAMES
         ),
         "plot/confusion_by_probability": m.plot.confusion_matrix(probs=PROBABILITIES, y_true=TRUE.tolist()),
+    }
+
+
+def heavy(m: Any, folder: Path) -> dict[str, Any]:
+    """What takes torch, or to be compared scikit-learn: seconds to load."""
+    import torch
+
+    pixels = torch.from_numpy(PIXELS)
+    return {
+        "image/torch": m.Image(pixels.permute(2, 0, 1)),
+        "image/torch_floats": m.Image(pixels.permute(2, 0, 1).float().requires_grad_()),
+        "image/torch_gray": m.Image(torch.from_numpy(GRAY.copy())[None]),
+        "image/torch_mask": m.Image(PIXELS, masks={"guess": {"mask_data": torch.from_numpy(MASK)}}),
+        "histogram/torch": m.Histogram(torch.from_numpy(NUMBERS)),
         "plot/roc": m.plot.roc_curve(TRUE, PROBABILITIES, labels=NAMES),
         "plot/roc_of_one": m.plot.roc_curve(TRUE, PROBABILITIES, classes_to_plot=[1]),
         "plot/pr": m.plot.pr_curve(TRUE, PROBABILITIES, labels=NAMES, interp_size=11),
     }
 
 
-def values(m: Any, folder: Path) -> dict[str, Any]:
+def values(m: Any, folder: Path, *, with_heavy: bool) -> dict[str, Any]:
     """All of them."""
-    return images(m, folder) | tables(m, folder) | others(m, folder) | charts(m, folder)
+    light = images(m, folder) | tables(m, folder) | others(m, folder) | charts(m, folder)
+    return light | heavy(m, folder) if with_heavy else light

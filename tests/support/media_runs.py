@@ -1,6 +1,6 @@
 """The same media in two offline runs: packed here and shown, and as wandb itself does it.
 
-    python -m tests.support.media_runs FOLDER
+    python -m tests.support.media_runs FOLDER [heavy]
 
 - all is packed before wandb is loaded, in a process that never heard of the daemon
 - writes `FOLDER/ours` and `FOLDER/theirs`, one row for each name, and what went wrong into `FOLDER/told.json`
@@ -21,19 +21,19 @@ from sidestep.testing import BlobFolder
 from tests.support import media_cases
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, *, heavy: bool) -> None:
     """Pack, show, log, and log again as wandb does."""
-    blobs = BlobFolder(_made(folder / "blobs"))
+    blobs, made = BlobFolder(_made(folder / "blobs")), _made(folder / "made")
     ours = SimpleNamespace(**{name: getattr(media, name) for name in media.NAMES}, plot=plot)
     wrong: dict[str, str] = {}
-    packed = _each(media_cases.values(ours, _made(folder / "made")), lambda value: pack(value, blobs), wrong)
+    packed = _each(media_cases.values(ours, made, with_heavy=heavy), lambda value: pack(value, blobs), wrong)
     loaded = sorted({"wandb", "sidestepd", "pydantic"} & set(sys.modules))
     shown = _each(packed, lambda value: media.shown(value, blobs), wrong)
     _log(shown, folder / "ours", wrong)
 
     import wandb
 
-    _log(media_cases.values(wandb, _made(folder / "made")), folder / "theirs", wrong)
+    _log(media_cases.values(wandb, made, with_heavy=heavy), folder / "theirs", wrong)
     (folder / "told.json").write_text(json.dumps({"wrong": wrong, "loaded_to_pack": loaded}))
 
 
@@ -74,4 +74,4 @@ def _made(folder: Path) -> Path:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), heavy="heavy" in sys.argv)

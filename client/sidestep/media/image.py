@@ -3,6 +3,7 @@
 - pixels leave the worker as they are, copied once; what becomes of their range is said in `pixels.py`, and differs
   from wandb 0.31 where that shows black or noise: floats in [0, 1], bools, 16 bits
 - an image that is a file stays that file; a figure of matplotlib's is drawn at once, as it may be changed
+- an image made of an image takes the new caption, which wandb 0.31 forgets
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ FILE_TYPES = ("png", "jpg", "jpeg", "bmp")
 """What pixels may be encoded as."""
 OF_PILLOW = frozenset({"1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "LAB", "I", "I;16", "F"})
 """The modes of PIL whose pixels travel as they are."""
-ENCODED = frozenset({"1", "L", "LA", "P", "RGB", "RGBA", "I", "I;16"})
+ENCODED = frozenset({"1", "L", "LA", "P", "RGB", "RGBA", "I;16"})
 """Those that a PNG has."""
 
 
@@ -182,7 +183,7 @@ def _of_mode(facts: Mapping[str, Any], files: Files) -> Any:
     image = PIL.Image.frombytes(mode, (width, height), files.read(facts["data"]))
     if mode == "P":
         image.putpalette(facts["palette"], "RGB")
-    if mode == "F":
+    if mode in ("F", "I"):
         return _of_array(image, facts)
     return image if mode in ENCODED else image.convert("RGB")
 

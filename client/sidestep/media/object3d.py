@@ -164,5 +164,5 @@ def show(facts: Mapping[str, Any], files: Files) -> Any:
             content = {"type": LIDAR} | {name: scene[name] for name in ("vectors", "points", "boxes")}
         else:
             content = arrays.numpy_of(facts["points"], files).tolist()
-        path.write_text(json.dumps(content), encoding="utf-8")
+        path.write_text(json.dumps(content, separators=(",", ":")), encoding="utf-8")
     return wandb.Object3D(str(path), caption=facts.get("caption"))

@@ -88,5 +88,5 @@ def _stretched(pixels: Any, least: float, greatest: float) -> Any:
     import numpy
 
     span = greatest - least
-    scale = 255.0 / span if span > 0 else 0.0
-    return ((pixels - least) * scale).round().clip(0, 255).astype(numpy.uint8)
+    shares = (pixels - least) / span if span > 0 else numpy.zeros(pixels.shape)
+    return (shares * 255).round().clip(0, 255).astype(numpy.uint8)

@@ -34,7 +34,7 @@ def _json(figure: Any) -> bytes:
         figure = tools.mpl_to_plotly(getattr(figure, "figure", figure))
     if not hasattr(figure, "to_plotly_json"):
         raise UnsupportedValue(f"a {type(figure).__name__} is no figure of plotly's")
-    return json.dumps(figure.to_plotly_json(), default=_plain).encode()
+    return json.dumps(figure.to_plotly_json(), default=_plain, separators=(",", ":")).encode()
 
 
 def _plain(value: Any) -> Any:
