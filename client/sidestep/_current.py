@@ -40,6 +40,7 @@ VARIABLES = {
     "tags": ("SIDESTEP_RUN_TAGS", "WANDB_TAGS"),
     "notes": ("SIDESTEP_RUN_NOTES", "WANDB_NOTES"),
     "resume": ("WANDB_RESUME",),
+    "mode": ("SIDESTEP_RUN_MODE", "WANDB_MODE", "SIDESTEP_MODE"),
 }
 """The variables that stand for a keyword of `init()` where that is not given, the strongest first."""
 
