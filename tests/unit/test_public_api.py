@@ -244,8 +244,9 @@ class TestInit:
         for name, value in said.items():
             monkeypatch.setenv(name, value)
 
-        assert sidestep.init(project="ours").flush()
+        sidestep.init(project="ours").log({"n": 1})
 
+        daemon.wait_until(lambda: daemon.sessions)
         (seen,) = daemon.sessions.values()
         expected = {"mode": "online", "resume": "must", "notes": "one", "project": "ours"}
         assert expected == seen.hello.settings
