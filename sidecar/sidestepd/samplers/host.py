@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import psutil
@@ -106,7 +106,7 @@ class HostSampler:
             values["cpu/percent"] = max(values["cpu/percent"], limited["cpu/cgroup_percent"])
         return values | limited
 
-    def _of_cpu_limit(self, now: float) -> Mapping[str, float]:
+    def _of_cpu_limit(self, now: float) -> dict[str, float]:
         """Where a cgroup allows fewer cores than there are: what of them is used, and how often that was all."""
         group = cpu_group(self._proc, self._sys, machine=len(self._cpu) - 1)
         if group is None:
