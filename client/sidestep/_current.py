@@ -20,6 +20,7 @@ import msgpack
 from sidestep import convert, exits, ranks
 from sidestep._run import Metric, Run, SilentRun
 from sidestep.bags import Bag, entries_of
+from sidestep.companions import KEYWORDS, accompany
 from sidestep.errors import UnsupportedValue
 from sidestep.notices import Notices
 from sidestep.session import EXIT_S, NewCarrier, Session
@@ -91,6 +92,7 @@ def init(
     options = WorkerSettings.from_env(os.environ, strict=_strict if strict is None else strict)
     _run = _new_run(options if autostart is None else replace(options, autostart=bool(autostart)), wanted)
     _run.config.update(config)
+    accompany(_run, wanted)
     _bind(_run)
     return _run
 
@@ -132,6 +134,11 @@ def of_run(name: str) -> Callable[..., Any]:
 def current() -> Run | None:
     """The run of this process, from `init` to `finish`."""
     return None if _run is None or _run._session.finished else _run
+
+
+def notices() -> Notices:
+    """What this process has said already."""
+    return _notices
 
 
 def bag(name: str) -> Bag:
@@ -239,7 +246,7 @@ def _plain_keywords(*sources: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _say_what_has_no_effect(keywords: Mapping[str, Any]) -> None:
-    if names := sorted(name for name, value in keywords.items() if value and name not in HARMLESS):
+    if names := sorted(name for name, value in keywords.items() if value and name not in HARMLESS | KEYWORDS):
         _notices.once(("init", *names), f"init({', '.join(names)}): without effect here")
 
 
