@@ -116,6 +116,8 @@ class Delivery:
         """What is waited for outside of this process."""
         self._config_told: dict[str, Any] = {}
         self._summary_told: dict[str, Any] = {}
+        self._named_told: dict[str, Any] = {}
+        self._opened: Callable[[Mapping[str, Any]], None] = lambda _: None
 
     # Life
 
@@ -125,7 +127,8 @@ class Delivery:
         held = patiently(lambda: self.sink.open(run, bookmark), beat=self.beat, kept=self._keep)
         self._tell_trouble(None)
         base = self._base(held)
-        opened({**self.sink.about(), "base": base})
+        self._opened = opened
+        self._tell_about()
         if self._knows_less_than(held, base):
             self._learn_from_the_run(held)
         if self.checkpoint.fold:
@@ -413,11 +416,20 @@ class Delivery:
         for said, told, tell in (
             (self.resolver.config, self._config_told, self.sink.config),
             (self.resolver.summary, self._summary_told, self.sink.summary),
+            (self.resolver.named, self._named_told, self._name),
         ):
             changed = {name: pair[1] for name, pair in said.items() if told.get(name) is not pair}
             if changed:
                 tell(changed)
                 told.update(said)
+
+    def _name(self, values: Mapping[str, Any]) -> None:
+        """Call the run otherwise, and have workers and tools know."""
+        self.sink.named(values)
+        self._tell_about()
+
+    def _tell_about(self) -> None:
+        self._opened({**self.sink.about(), "base": self.rowlog.meta("base", -1)})
 
     def _set_by_workers(self) -> dict[str, Any]:
         """What workers set of the summary, except where a row said something later."""

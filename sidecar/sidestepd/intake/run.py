@@ -41,6 +41,8 @@ from sidestepd.spool import Entry, EntryKind, Spool, damage_mark
 
 logger = logging.getLogger("sidestepd.intake")
 
+MOST_TOLD_CHARS = 4000
+"""Of one fact about the run, to workers that ask."""
 WATCH_INTERVAL_S = 0.1
 LOOK_INTERVAL_S = 1.0
 """How often what is settled is deleted, and room is measured."""
@@ -469,8 +471,12 @@ def _open_spool(run_dir: Path, config: Config) -> tuple[Spool, Room]:
 
 
 def _known(about: dict[str, Any]) -> dict[str, Any]:
-    names = ("name", "project", "entity", "mode", "url", "starting_step")
-    return {name: about[name] for name in names if about.get(name)}
+    """What delivery wrote down of the run, and workers may ask for; long notes would be too much for a message."""
+    names = (
+        "name", "project", "entity", "mode", "url", "starting_step", "resumed", "group", "job_type", "tags",
+        "notes", "sweep_id", "start_time",
+    )  # fmt: skip
+    return {name: about[name] for name in names if about.get(name) and len(str(about[name])) <= MOST_TOLD_CHARS}
 
 
 def _sayable(facts: dict[str, Any]) -> dict[str, Any]:
