@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import html
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -174,6 +173,8 @@ class About:
 
     def to_html(self, height: int = 420, hidden: bool = False) -> str:
         """A frame that shows its page; offline a line that names it."""
+        import html  # only a notebook needs it
+
         url = self.url
         if url is None:
             return html.escape(str(self))

@@ -29,7 +29,7 @@ def login(key: str | None = None, relogin: Any = None, host: str | None = None, 
     return True
 
 
-def setup(settings: Any = None) -> None:  # noqa: ARG001
+def setup(settings: Any = None) -> None:
     """Nothing: there is no service to start in a worker."""
 
 
@@ -43,7 +43,7 @@ def join(exit_code: int | None = None) -> None:
     finish(exit_code)
 
 
-def require(requirement: Any = None, experiment: Any = None) -> None:  # noqa: ARG001
+def require(requirement: Any = None, experiment: Any = None) -> None:
     """Nothing: whatever a script requires of wandb, it has it here or is told when it is used."""
 
 

@@ -67,6 +67,7 @@ class Missing:
         self._instead = instead
 
     def __call__(self, *_: Any, **__: Any) -> NoReturn:
+        """What it is for, which can not be."""
         raise self._error()
 
     def __getattr__(self, name: str) -> NoReturn:

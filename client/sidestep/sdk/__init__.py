@@ -1,6 +1,7 @@
 """wandb's `sdk`, as far as libraries look into it.
 
-That is `wandb_run.Run`, `wandb_settings.Settings`, `lib.RunDisabled` and `lib.config_util.ConfigError`. The rest of it is wandb's own.
+That is `wandb_run.Run`, `wandb_settings.Settings`, `lib.RunDisabled` and `lib.config_util.ConfigError`.
+The rest of it is wandb's own.
 """
 
 from __future__ import annotations

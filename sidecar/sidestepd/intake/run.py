@@ -41,6 +41,7 @@ from sidestepd.spool import Entry, EntryKind, Spool, damage_mark
 
 logger = logging.getLogger("sidestepd.intake")
 
+TOLD = ("id", "mode", "project", "entity", "name", "group", "job_type", "sweep_id")
 MOST_TOLD_CHARS = 4000
 """Of one fact about the run, to workers that ask."""
 WATCH_INTERVAL_S = 0.1
@@ -439,8 +440,8 @@ class Intake:
     def facts(self) -> dict[str, Any]:
         """What a worker may know of the run."""
         about = read_json(self.run_dir / "about.json")
-        facts = {name: getattr(self.run, name) for name in ("id", "mode", "project", "entity", "name")}
-        return _sayable({**facts, **_known(about), "dir": str(self.run_dir)})
+        facts = {name: getattr(self.run, name) for name in TOLD}
+        return _sayable({**facts, "tags": list(self.run.tags), **_known(about), "dir": str(self.run_dir)})
 
     def report(self) -> dict[str, Any]:
         """How this run is, for a tool that asks."""

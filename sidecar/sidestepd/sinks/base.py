@@ -24,10 +24,9 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunFacts:
-    """The run to write into. `options` are the keywords of wandb's init that were given.
+    """The run to write into. `options` are the keywords of wandb's init that were given, `sweep_id` is its sweep.
 
-    `sweep_id` is
-    the sweep that it belongs to. `resume` says whether the server must or may not have the run when it is opened for the first time; `server`
+    `resume` says whether the server must or may not have the run when it is opened for the first time; `server`
     is the address of the W&B server, `ask_every_s` how often it is asked what it holds, `stall_s` after how long
     something is wrong where nothing moves. They count online only.
     """
