@@ -40,7 +40,6 @@ WANDBS: Mapping[str, str] = {
     "gym": "",
     "patched": "",
     "plot_table": "",
-    "plots": "",
     "profiler": "",
     "proto": "",
     "sacred": "",

@@ -1,7 +1,7 @@
 """Training scripts written for wandb, with only the import changed: the run they make is the one wandb makes.
 
-Each script runs twice, once with wandb itself, offline, and once with sidestep under `sidestep run`; both as runs of
-a sweep, by what `wandb agent` puts into the environment.
+Each script runs twice, once with wandb itself, offline, and once with sidestep under `sidestep run`; both as
+runs of a sweep, by what `wandb agent` puts into the environment.
 """
 
 from __future__ import annotations
@@ -113,13 +113,21 @@ def read(folder: Path) -> Found:
             if record.HasField("alert"):
                 found.alerts.append((record.alert.title, record.alert.text, record.alert.level))
     found.config = _own(found.config)
-    found.summary = _own(found.summary)
+    found.summary = _own(_flat(found.summary))
     found.rows = [row for row in found.rows if row]
     return found
 
 
 def _items(items: Any) -> dict[str, Any]:
     return {".".join(item.nested_key) or item.key: json.loads(item.value_json) for item in items}
+
+
+def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Names in dicts joined by dots; what was set later counts."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= {f"{name}.{key}": it for key, it in value.items()} if isinstance(value, dict) else {name: value}
+    return flat
 
 
 def _own(values: Mapping[str, Any]) -> dict[str, Any]:
