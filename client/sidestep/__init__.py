@@ -27,7 +27,11 @@ if TYPE_CHECKING:  # what a type checker is told of them; a method of the run is
     from typing import cast
 
     from sidestep import errors as errors
+    from sidestep import logger as logger
+    from sidestep import media as media
+    from sidestep import plot as plot
     from sidestep import sdk as sdk
+    from sidestep import tensorboard as tensorboard
     from sidestep import testing as testing
     from sidestep import util as util
     from sidestep._formalities import ensure_configured as ensure_configured
@@ -47,6 +51,18 @@ if TYPE_CHECKING:  # what a type checker is told of them; a method of the run is
     from sidestep.errors import Error as Error
     from sidestep.errors import NeedsWandb as NeedsWandb
     from sidestep.errors import UsageError as UsageError
+    from sidestep.media.audio import Audio as Audio
+    from sidestep.media.histogram import Histogram as Histogram
+    from sidestep.media.html import Html as Html
+    from sidestep.media.image import Image as Image
+    from sidestep.media.molecule import Molecule as Molecule
+    from sidestep.media.object3d import Object3D as Object3D
+    from sidestep.media.object3d import box3d as box3d
+    from sidestep.media.overlays import Classes as Classes
+    from sidestep.media.plotly import Plotly as Plotly
+    from sidestep.media.table import Table as Table
+    from sidestep.media.video import Video as Video
+    from sidestep.plot import plot_table as plot_table
     from sidestep.session import Stats as Stats
     from sidestep.terminal import termerror as termerror
     from sidestep.terminal import termlog as termlog

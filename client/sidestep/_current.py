@@ -20,6 +20,7 @@ import msgpack
 from sidestep import configs, convert, exits, ranks
 from sidestep._run import Metric, Run, SilentRun
 from sidestep.bags import Bag, entries_of
+from sidestep.companions import KEYWORDS, accompany
 from sidestep.errors import UnsupportedValue
 from sidestep.keywords import complain, named_by
 from sidestep.notices import Notices
@@ -79,6 +80,8 @@ def init(
         if reinit not in (True, "finish_previous"):
             return _joined(_run, wanted_config, reinit)
         _run.finish()
+    if keywords.pop("tensorboard", None):  # wandb's old name of it
+        keywords.setdefault("sync_tensorboard", True)
     entries = _entries(settings)
     autostart = entries.pop("autostart", None)
     sweep = _of_sweep({"project": project, "entity": entity, "id": id})
@@ -94,13 +97,14 @@ def init(
             "tags": tags, "notes": notes, "dir": dir, "mode": mode, "resume": resume,
         },
     )  # fmt: skip
-    complain(keywords, entries, _notices.once)
+    complain({name: value for name, value in keywords.items() if name not in KEYWORDS}, entries, _notices.once)
     if mode == "shared":
         _notices.once("shared", "init(mode='shared'): every process shares the one run here, in any mode")
         wanted.pop("mode")
     options = WorkerSettings.from_env(os.environ, strict=_strict if strict is None else strict)
     _run = _new_run(options if autostart is None else replace(options, autostart=bool(autostart)), wanted)
     _configure(_run, wanted_config, sweep)
+    accompany(_run, wanted)
     _bind(_run)
     return _run
 
@@ -142,6 +146,11 @@ def of_run(name: str) -> Callable[..., Any]:
 def current() -> Run | None:
     """The run of this process, from `init` to `finish`."""
     return None if _run is None or _run._session.finished else _run
+
+
+def notices() -> Notices:
+    """What this process has said already."""
+    return _notices
 
 
 def bag(name: str) -> Bag:

@@ -18,8 +18,6 @@ REFUSED: Mapping[str, str] = {
     "their own",
     "monitor_gym": "videos of gym are not recorded by themselves: log them as sidestep.Video",
     "save_code": "without effect here",
-    "sync_tensorboard": "without effect here",
-    "tensorboard": "without effect here",
 }
 """Keyword to what is done instead. Any other keyword that is not known is without effect, and said."""
 

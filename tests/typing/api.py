@@ -61,11 +61,11 @@ def in_tests() -> None:
 
 
 def what_the_run_is_called(run: Run) -> None:
+    assert_type(run.name, str | None)
     run.name = "second"
     run.tags += ("best",)
     run.notes = None
     assert_type(run.tags, tuple[str, ...])
-    assert_type(run.name, str | None)
     assert_type(run.starting_step, int)
     assert_type(run.resumed, bool)
     assert_type(run.start_time, float)

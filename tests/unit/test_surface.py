@@ -14,6 +14,7 @@ import wandb
 
 import sidestep
 from sidestep import _about, elsewhere, keywords
+from sidestep.companions import KEYWORDS
 
 PAGE = Path(sidestep.__file__).with_name("SURFACE.md")
 BEGIN, END = "<!-- the tables -->\n", "<!-- their end -->\n"
@@ -42,18 +43,16 @@ MODULE: Mapping[str, tuple[str, str]] = {
     "summary": (OTHER, "what this process set; last values of metrics are known to the run alone"),
     "teardown": (SAME, "`finish()`"),
     "termsetup": (SAME, "does nothing"),
-    "use_artifact": (WANDBS, "asked of wandb itself, if it is installed; that the run uses it is not written down"),
+    "use_artifact": (WANDBS, "asked of wandb itself, if it is installed; its use is not written down"),
     "use_model": (WANDBS, "likewise"),
     "util": (OTHER, "`generate_id`; anything else is wandb's"),
 }  # fmt: skip
 """What there is to say of names that the package has. One that is not here is as in wandb."""
 
 ABSENT: Mapping[str, str] = {
-    "box3d": "to come with the kinds of media",
     "link_model": _about.NOT_HERE["link_model"],
     "pin_config_keys": _about.NOT_HERE["pin_config_keys"],
     "wandb": "a module inside wandb",
-    "tensorboard": "`init(sync_tensorboard=True)`",
 }
 """Names of wandb's module that the package lacks, and why; one that is not here is to come."""
 
@@ -86,8 +85,8 @@ RUN: Mapping[str, tuple[str, str]] = {
 INIT: Mapping[str, tuple[str, str]] = {
     "allow_val_change": (BETTER, "entries may always be changed"),
     "anonymous": (SAME, "does nothing"),
-    "config": (SAME, "a mapping, namespace, dataclass, flags of absl, or a file; `config-defaults.yaml` too; what a "
-               "sweep chose wins"),
+    "config": (SAME, "a mapping, namespace, dataclass, flags of absl, or a file; `config-defaults.yaml` too; "
+               "what a sweep chose wins"),
     "dir": (SAME, "for the daemon that a process starts by itself; else `sidestep run --dir`"),
     "force": (SAME, "does nothing: the key is the daemon's"),
     "id": (OTHER, "under `sidestep run` the command's run counts, and a differing id is said"),
@@ -126,7 +125,7 @@ def of_run(name: str) -> tuple[str, str]:
 
 
 def of_init(name: str) -> tuple[str, str]:
-    if name in keywords.REFUSED:
+    if name in keywords.REFUSED.keys() - KEYWORDS:
         return REFUSED, keywords.REFUSED[name]
     return INIT.get(name, (SAME, ""))
 
@@ -193,7 +192,7 @@ class TestSurface:
 
     def test_every_keyword_of_init_is_taken(self):
         ours = inspect.signature(sidestep.init).parameters
-        taken = keywords.REFUSED.keys() | keywords.HARMLESS | ours.keys()
+        taken = keywords.REFUSED.keys() | keywords.HARMLESS | KEYWORDS | {"tensorboard"} | ours.keys()
 
         assert set() == inspect.signature(wandb.init).parameters.keys() - taken
 
