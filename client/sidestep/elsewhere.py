@@ -39,7 +39,6 @@ WANDBS: Mapping[str, str] = {
     "catboost": "",
     "gym": "",
     "patched": "",
-    "plot_table": "",
     "profiler": "",
     "proto": "",
     "sacred": "",
