@@ -36,6 +36,10 @@ class Kind(IntEnum):
     """What was read of the machine at that time. It has no step and moves none."""
     ALERT = 7
     """Something that people should hear of now."""
+    OUTPUT = 9
+    """Lines that the program printed."""
+    PROGRAM = 10
+    """What the program is: facts of it, or one file that belongs to it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
