@@ -1,7 +1,7 @@
 """What the program prints is in the run's log too: a tee inside the worker.
 
-- the stream is written first, as ever, and what that gives or raises is the caller's: nothing of ours stands in the
-  output's path, so nothing can hold it up or break it
+- the stream is written first, as ever, and what that gives or raises is the caller's: nothing of ours stands in
+  the output's path, so nothing can hold it up or break it
 - a line goes on when it is complete. Of what is written over with carriage returns, as progress bars are, the last
   state is the line. Each thread's words are put together by themselves: there is no lock
 - bounded: `BYTES_PER_S` on average, lines of `LINE_CHARS`, and never the second half of the outbox, which is for
@@ -125,8 +125,8 @@ class Console:
         self._session.outbox.drop(DropReason.OUTPUT)
         self._session.notices.once(
             "console rate",
-            f"this program prints more than {BYTES_PER_S // 1024} KiB/s, or the daemon is away: not all of it will be "
-            "in the run's log",
+            f"this program prints more than {BYTES_PER_S // 1024} KiB/s, or the daemon is away: "
+            "not all of it will be in the run's log",
         )
 
 

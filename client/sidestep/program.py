@@ -81,6 +81,8 @@ def _ask(session: Session, question: bytes, started: list[subprocess.Popen[bytes
         )
         started.append(process)
         answer, _ = process.communicate(question, timeout=PATIENCE_S)
+        if process.returncode < 0:
+            raise InterruptedError("the run ended before it was")
         for said in json.loads(answer):
             session.send(Kind.PROGRAM, said)
     except Exception as error:  # noqa: BLE001 - a thread's head: the training is none the worse for it
@@ -132,7 +134,7 @@ def main() -> None:
 
 def requirements() -> str:
     """The installed packages, as pip would list them."""
-    found = {}
+    found: dict[str, str] = {}
     for package in importlib.metadata.distributions():
         name = package.metadata["Name"]
         if name:

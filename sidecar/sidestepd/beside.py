@@ -16,7 +16,7 @@ from sidestepd.rows import Described, Position, Printed
 STREAMS = ("stdout", "stderr")
 FILES = ("requirements.txt", "diff.patch")
 CODE = "code"
-_START = Position(-1, 0)
+_START = Position(0, -1)
 
 
 class Beside:
