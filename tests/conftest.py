@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 
 from hypothesis import HealthCheck, settings
 
@@ -23,3 +24,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 os.environ.setdefault("SIDESTEP_AUTOSTART", "0")
 os.environ.setdefault("SIDESTEP_CONSOLE", "0")
 os.environ.setdefault("SIDESTEP_PROGRAM", "0")
+
+# Where Python may not keep what it compiled, each of the many processes that tests start compiles all of it anew.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False

@@ -59,6 +59,9 @@ class RunOptions(Section):
     job_type: str | None = Field(default=None, description="What kind of run it is: train, eval, ...")
     tags: tuple[str, ...] = Field(default=(), description="Tags; on the command line separated by commas.")
     notes: str | None = Field(default=None, description="A longer description.")
+    sweep_id: str | None = Field(
+        default=None, description="The sweep it belongs to, as `wandb agent` says. Such a run is online by itself."
+    )
     dir: Path = Field(default=Path(), description="Where the folder `sidestep-runs` is made.")
 
     @field_validator("id")
@@ -170,7 +173,9 @@ class DeliveryOptions(Section):
         gt=0,
         description="A delivery without progress for this long is killed and restarted.",
     )
-    batch_rows: int = Field(default=500, gt=0, description="At most so many rows are decided in one commit.")
+    batch_rows: int = Field(
+        default=500, gt=0, description="While catching up, about so many rows are decided in one commit."
+    )
     backoff_s: float = Field(
         default=30.0, gt=0, description="The longest pause before a delivery that died is started again."
     )
@@ -335,6 +340,8 @@ class Config(Section):
         given = (
             (_from_file(named) if named else {}) | _from_environment(environ) | _from_overrides(overrides or {})
         )
+        if sweep := given.get("run.sweep_id"):  # whose server waits for what its runs come to
+            given = {"run.mode": Given("online", sweep.source)} | given
         return cls._of(given)
 
     @classmethod
@@ -388,6 +395,7 @@ _OTHER_NAMES = {
     "run.job_type": ("WANDB_JOB_TYPE",),
     "run.tags": ("WANDB_TAGS",),
     "run.notes": ("WANDB_NOTES",),
+    "run.sweep_id": ("WANDB_SWEEP_ID",),
     "run.dir": ("WANDB_DIR",),
 }
 _WORKERS_OWN = frozenset({"SIDESTEP_RUN_DIR"})

@@ -36,9 +36,11 @@ class Kind(IntEnum):
     """What was read of the machine at that time. It has no step and moves none."""
     ALERT = 7
     """Something that people should hear of now."""
-    OUTPUT = 9
+    NAMED = 9
+    """What the run shall be called from now on: `name`, `notes`, `tags`; or that it is about to be `preempted`."""
+    OUTPUT = 10
     """Lines that the program printed."""
-    PROGRAM = 10
+    PROGRAM = 11
     """What the program is: facts of it, or one file that belongs to it."""
 
 
