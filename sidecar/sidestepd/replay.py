@@ -28,7 +28,7 @@ from sidestepd.delivery import Delivery
 from sidestepd.entries import Entry, EntryKind
 from sidestepd.errors import Reject, Retry, Trouble
 from sidestepd.rowlog import SENT, RowLog, RowLogReader
-from sidestepd.rows import Definition, Row, Sample
+from sidestepd.rows import Definition, Described, Printed, Row, Sample
 from sidestepd.rundir import RunFile
 from sidestepd.sinks import Confirmed, RunFacts, Sink, make_sink, patiently, wandb_log
 from sidestepd.sinks.jsonl import FILE_NAME, JsonlSink
@@ -76,8 +76,10 @@ def facts_of(run_dir: Path, directory: Path, **other: Any) -> RunFacts:
     called = {"project": run.project, "entity": run.entity, "name": run.name}
     said = dict(RowLogReader(placement.home(run_dir) / placement.ROW_LOG).meta("run") or {})
     names: dict[str, Any] = {name: said.pop(name, None) or value for name, value in called.items()}
+    sweep_id = said.pop("sweep_id", None)
     options = {name: value for name, value in said.items() if name not in ("mode", "resume")}
-    return replace(RunFacts(id=run.id, directory=directory, options=options, **names), **other)
+    facts = RunFacts(id=run.id, directory=directory, sweep_id=sweep_id, options=options, **names)
+    return replace(facts, **other)
 
 
 def replay(
@@ -208,6 +210,10 @@ class AfterHistory:
         """As given."""
         self._sink.summary(values)
 
+    def named(self, values: Mapping[str, Any]) -> None:
+        """As given."""
+        self._sink.named(values)
+
     def alert(self, title: str, text: str, level: str) -> None:
         """As given: only what nobody was told before comes here."""
         self._sink.alert(title, text, level)
@@ -215,6 +221,14 @@ class AfterHistory:
     def sample(self, sample: Sample) -> None:
         """As given: only what was in no stream before comes here."""
         self._sink.sample(sample)
+
+    def printed(self, said: Printed) -> None:
+        """As given, likewise."""
+        self._sink.printed(said)
+
+    def described(self, said: Described) -> None:
+        """As given, likewise."""
+        self._sink.described(said)
 
     def write(self, row: Row) -> None:
         """As given, unless the run's files had it."""

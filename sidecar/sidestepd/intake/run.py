@@ -41,9 +41,14 @@ from sidestepd.spool import Entry, EntryKind, Spool, damage_mark
 
 logger = logging.getLogger("sidestepd.intake")
 
+TOLD = ("id", "mode", "project", "entity", "name", "group", "job_type", "sweep_id")
+MOST_TOLD_CHARS = 4000
+"""Of one fact about the run, to workers that ask."""
 WATCH_INTERVAL_S = 0.1
 LOOK_INTERVAL_S = 1.0
 """How often what is settled is deleted, and room is measured."""
+MOST_OFTEN_S, SELDOM_S = 0.5, 3600.0
+"""Between which a worker may wish the machine to be read."""
 FROZEN_S = 1.0
 """A longer pause of this process is not the silence of its workers."""
 
@@ -93,6 +98,7 @@ class Intake:
         self._cursor = 0
         self.listener = Listener(heartbeat_s=config.intake.heartbeat_s)
         self.exits: Exits | None = None
+        self._samplers_are_asked = False
 
     @classmethod
     def open(cls, run_dir: Path, send: Send) -> Intake:
@@ -185,6 +191,7 @@ class Intake:
         self._touched.add(hello.session)
         session = self.roster.sessions[hello.session]
         if session.is_worker:
+            self._ask_samplers(hello)
             self.samplers.stay()
             self._follow(session)
         welcome = Welcome(
@@ -198,6 +205,20 @@ class Intake:
             run=self.facts(),
         )
         self._replies.append((route, welcome))
+
+    def _ask_samplers(self, hello: Hello) -> None:
+        """What wandb's settings of the first worker say of the machine, where our own options say nothing."""
+        if self._samplers_are_asked:
+            return
+        self._samplers_are_asked = True
+        options, said = self.config, hello.settings
+        interval = said.get("x_stats_sampling_interval")
+        in_range = isinstance(interval, float) and MOST_OFTEN_S <= interval < SELDOM_S
+        ours = options.source("samplers.interval_s") != "default"
+        self.samplers.ask(
+            enabled=options.source("samplers.enabled") != "default" or said.get("x_disable_stats") is not True,
+            interval_s=interval if in_range and not ours else None,
+        )
 
     def _on_frame(self, route: bytes, frame: Frame) -> None:
         if self._is_stranger(route, frame.session):
@@ -437,8 +458,8 @@ class Intake:
     def facts(self) -> dict[str, Any]:
         """What a worker may know of the run."""
         about = read_json(self.run_dir / "about.json")
-        facts = {name: getattr(self.run, name) for name in ("id", "mode", "project", "entity", "name")}
-        return _sayable({**facts, **_known(about), "dir": str(self.run_dir)})
+        facts = {name: getattr(self.run, name) for name in TOLD}
+        return _sayable({**facts, "tags": list(self.run.tags), **_known(about), "dir": str(self.run_dir)})
 
     def report(self) -> dict[str, Any]:
         """How this run is, for a tool that asks."""
@@ -469,8 +490,12 @@ def _open_spool(run_dir: Path, config: Config) -> tuple[Spool, Room]:
 
 
 def _known(about: dict[str, Any]) -> dict[str, Any]:
-    names = ("name", "project", "entity", "mode", "url", "starting_step")
-    return {name: about[name] for name in names if about.get(name)}
+    """What delivery wrote down of the run, and workers may ask for; long notes would be too much for a message."""
+    names = (
+        "name", "project", "entity", "mode", "url", "starting_step", "resumed", "group", "job_type", "tags",
+        "notes", "sweep_id", "start_time",
+    )  # fmt: skip
+    return {name: about[name] for name in names if about.get(name) and len(str(about[name])) <= MOST_TOLD_CHARS}
 
 
 def _sayable(facts: dict[str, Any]) -> dict[str, Any]:
