@@ -55,8 +55,8 @@ class Axis:
         """Say what happened at a step, in about a microsecond.
 
         `step` and `commit` mean what they mean in wandb. Values may be numbers, text, bools, None, lists and
-        dicts of these, numpy scalars, and small tensors on the CPU; a value that can not be logged is left out,
-        counted and said once.
+        dicts of these, numpy scalars, small tensors on the CPU, and media, whose bytes follow in the background;
+        a value that can not be logged is left out, counted and said once.
         """
         session, at = self._session, None
         try:
@@ -153,7 +153,7 @@ class Axis:
         values = {}
         for name, value in entries.items():
             try:
-                values[self._name_of(name)] = convert.plain(value)
+                values[self._name_of(name)] = convert.plain(value, blobs=self._session.lane)
             except UnsupportedValue as error:
                 self._session.refuse_value(name, type(value), str(error))
         return values

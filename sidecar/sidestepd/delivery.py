@@ -1,7 +1,7 @@
 """Delivery: read the spool, put rows in order, write them down, write them out, and see them confirmed.
 
-    read ─▶ resolve ─▶ match ─▶ order ─▶ assemble ─▶ row log ─▶ sink ─▶ confirmed ─▶ cursor
-                                                                   intake deletes up to there ◀─┘
+    read ─▶ resolve ─▶ match ─▶ media ─▶ order ─▶ assemble ─▶ row log ─▶ sink ─▶ confirmed ─▶ cursor
+                                                                            intake deletes up to there ◀─┘
 
 - it knows nothing that is not in the spool or its own row log: killed anywhere, it goes on from both
 - a row is in the row log before the sink sees it; after a crash the rows that the run lacks are sent again
@@ -31,20 +31,23 @@ from sidestepd.assemble import Assembler
 from sidestepd.clock import Clock, Horizon
 from sidestepd.config import Config
 from sidestepd.crashpoints import crash_point
+from sidestepd.entries import SAID
 from sidestepd.errors import ExitCode, Fatal, Retry, SpoolDamaged, Trouble
 from sidestepd.facts import wait_for_facts
 from sidestepd.match import Event, Matcher
+from sidestepd.media import Media
 from sidestepd.order import ReorderBuffer
 from sidestepd.processes import Beat, Lock, die_with_parent, read_json, write_json
 from sidestepd.recovery import Recovery, settled_before
-from sidestepd.resolve import Closed, Folded, Lost, Resolver
+from sidestepd.resolve import Closed, Folded, LaneEnded, Lost, Resolver
 from sidestepd.room import Ballast, Patience
 from sidestepd.rowlog import SENT, RowLog
-from sidestepd.rows import Alert, Bundle, Part, Raised, Row, Sampled
+from sidestepd.rows import Alert, Blob, Bundle, Part, Raised, Row, Sampled
 from sidestepd.rules import Rule, Rules, Source, operations
-from sidestepd.rundir import TROUBLE
+from sidestepd.rundir import BLOBS, TROUBLE
 from sidestepd.samples import Samples, first_ranks
 from sidestepd.settlement import Settlement
+from sidestepd.show import Shower
 from sidestepd.sinks import Confirmed, RunFacts, Sink, load, make_sink, patiently, write_all
 from sidestepd.spool import SALVAGE_STRIDE, Entry, EntryKind, SpoolReader, StoredSession
 from sidestepd.watch import Watch
@@ -73,6 +76,7 @@ class Delivery:
         sink: Sink,
         config: Config,
         *,
+        shower: Shower,
         horizon: Clock,
         beat: Callable[[], None],
         wait_for_room: Callable[[], None] = lambda: None,
@@ -89,6 +93,13 @@ class Delivery:
         self.marks: dict[str, Any] = rowlog.meta("marks", {})
         self.resolver = Resolver(rules)
         self.matcher = Matcher(patience=order.patience_s, capacity=order.capacity_rows)
+        self.media = Media(
+            shower,
+            patience=order.patience_s,
+            capacity=order.capacity_rows,
+            beat=beat,
+            told=rowlog.meta("media", {}),
+        )
         self.order = self._buffer()
         self.assembler = Assembler(
             rules, patience=order.patience_s, max_wait=order.max_wait_s, window=order.late_window_rows
@@ -109,6 +120,7 @@ class Delivery:
         self.unmatched: list[str] = []
         """Patterns that fitted no metric, known when the run is finished."""
         self._now = 0.0
+        self._horizon = 0.0
         self._last_ready = 0.0
         self._last_confirm = 0.0
         self._progress_at = time.monotonic()
@@ -128,10 +140,12 @@ class Delivery:
         opened({**self.sink.about(), "base": base})
         if self._knows_less_than(held, base):
             self._learn_from_the_run(held)
+        self.media.recall(self.rowlog, self.marks)
         if self.checkpoint.fold:
             fold = msgpack.unpackb(self.checkpoint.fold, strict_map_key=False)
             self.resolver.restore(fold["resolver"])
             self.order.restore(fold["order"])
+            self._go_on(self.media.restore(fold))
             self._hear(self.matcher.restore(fold["matcher"]))
             self.watch.restore(fold["watch"])
             self.exit_code = fold["exit_code"]
@@ -234,8 +248,9 @@ class Delivery:
             self.assembler.remember(row)
             self.settlement.recall(row, settled=fate != SENT)
             if fate == SENT:
+                self.media.note([row])
                 (there if row.step in steps else missing).append(row)
-        self.settlement.confirm(row.step for row in there)
+        self._see_confirmed([row.step for row in there])
         if missing:
             logger.info("sending %d rows again, from step %d on", len(missing), missing[0].step)
         self._write(missing)
@@ -245,7 +260,7 @@ class Delivery:
         """Until the run is told to finish."""
         while self.exit_code is None:
             self.beat()
-            horizon = self.horizon()  # asked before reading
+            horizon = self._horizon = self.horizon()  # asked before reading
             entries = self.spool.read(self.read_through, READ_LIMIT)
             unmarked = 0
             for entry in entries:
@@ -257,6 +272,7 @@ class Delivery:
                 if self._now - self._last_ready >= READY_STRIDE_S:
                     self._let_go()
             if len(entries) < READ_LIMIT:
+                self._go_on(self.media.ready(self._now, horizon))
                 self._now = max(self._now, horizon)
             self._tell_samples()
             self._let_go()
@@ -269,6 +285,7 @@ class Delivery:
     def finish(self) -> None:
         """Everything that waits leaves; the run is finished, and seen to be whole."""
         self._hear(self.matcher.flush())
+        self._go_on(self.media.flush())
         self._tell_alerts()
         self._decide([*self._assemble(self.order.flush()), *self.assembler.flush()])
         self._tell_config()
@@ -289,6 +306,7 @@ class Delivery:
             logger.warning("define_metric(%r) matched no metric of the run", pattern)
         bookmark = self.rowlog.meta("bookmark", {})
         self._settle(Confirmed(steps=(), bookmark=bookmark), state="closed", exit_code=self.exit_code)
+        self.media.close()
 
     # Reading
 
@@ -298,7 +316,7 @@ class Delivery:
         if kept := self.settlement.passed(entry.id):
             # Their frames went down with a spool, and they are counted as lost with it; but the run has them.
             self.resolver.dead["spool_lost"] -= kept
-        if entry.kind is EntryKind.FRAME:
+        if entry.kind in SAID:
             self.settlement.read(entry)
         if entry.kind is not EntryKind.BOOT:  # before which nobody listened
             self.watch.poll(self._now)
@@ -319,6 +337,8 @@ class Delivery:
                     self.samples.meet(first_ranks(self.resolver.sessions.values()))
                     self.samples.hear(said)
                     self.settlement.settle(said.position.entry)
+                case Blob() | LaneEnded():
+                    self.media.store(said)
                 case Raised():
                     self.samples.alert(said)
                     self.settlement.settle(said.position.entry)
@@ -330,6 +350,10 @@ class Delivery:
             if isinstance(event, Part):
                 event = self._find(event)
                 self.watch.hear(event, self._now)
+            self._go_on(self.media.hear(event, self._now))
+
+    def _go_on(self, events: Iterable[Event]) -> None:
+        for event in events:
             self.order.hear(event, self._now)
 
     def _find(self, part: Part) -> Part:
@@ -350,6 +374,7 @@ class Delivery:
     def _let_go(self) -> None:
         self._last_ready = self._now
         self._hear(self.matcher.ready(self._now))
+        self._go_on(self.media.ready(self._now, self._horizon))
         self._tell_alerts()
         rows = self._assemble(self.order.ready(self._now))
         self._decide([*rows, *self.assembler.ready(self._now)])
@@ -365,9 +390,12 @@ class Delivery:
         definitions = self.assembler.new_definitions(rows)
         rows = self.samples.into(rows)
         definitions += self.samples.take_definitions()
+        self.media.note(rows)
         if rows and self.config.unsafe.row_log:
             crash_point("delivery.decide")
-            marks = {**self.assembler.marks(), "samples": self.samples.state()}
+            marks = {
+                **self.assembler.marks(), "samples": self.samples.state(), "media": self.media.marks(),
+            }  # fmt: skip
             self.rowlog.append(rows, marks=marks, definitions=definitions)
         if rows:
             crash_point("delivery.decided")
@@ -379,9 +407,10 @@ class Delivery:
 
     def _write(self, rows: Sequence[Row]) -> None:
         self.wait_for_room()
-        for rejected in write_all(self.sink, rows, beat=self.beat, kept=self._keep):
+        for rejected in write_all(self.sink, self.media.shown(rows), beat=self.beat, kept=self._keep):
             logger.warning("row %d was rejected: %s", rejected.row.step, rejected.reason)
             self.settlement.reject(rejected.row.step, rejected.reason)
+            self.media.settle([rejected.row.step], rejected=True)
         crash_point("delivery.written")
 
     def _tell_samples(self) -> None:
@@ -443,7 +472,7 @@ class Delivery:
 
     def _confirm(self) -> None:
         confirmed = self.sink.confirm()
-        self.settlement.confirm(confirmed.steps)
+        self._see_confirmed(confirmed.steps)
         self._tell_trouble(confirmed.trouble)
         self._see_progress(confirmed)
         if self.settlement.newest_snapshot != self.read_through:
@@ -451,6 +480,10 @@ class Delivery:
         crash_point("delivery.settle")
         self._settle(confirmed)
         self._last_confirm = time.monotonic()
+
+    def _see_confirmed(self, steps: Sequence[int]) -> None:
+        self.settlement.confirm(steps)
+        self.media.settle(steps)
 
     def _see_progress(self, confirmed: Confirmed) -> None:
         """A sink that takes rows for ever and holds none stands still, though this process does not."""
@@ -475,6 +508,7 @@ class Delivery:
             {
                 "resolver": self.resolver.state(),
                 "matcher": self.matcher.state(),
+                "media": self.media.state(),
                 "order": self.order.state(),
                 "watch": self.watch.state(),
                 "exit_code": self.exit_code,
@@ -501,9 +535,11 @@ class Delivery:
             bookmark=confirmed.bookmark,
             counts=settlement.counts(),
             ledger=self.ledger(),
+            media=self.media.settled(),
             **meta,
         )
         crash_point("delivery.settled")
+        self.media.clean()
 
     def ledger(self) -> dict[str, Any]:
         """What became of the records that were read, and what is known of those that were not."""
@@ -521,8 +557,9 @@ class Delivery:
             "late_rows": self.assembler.late_rows,
             "forced": self.assembler.forced_rows,
             "conflicts": self.assembler.conflicts,
-            "waiting": self.matcher.waiting + self.order.waiting + self.assembler.waiting,
+            "waiting": self.matcher.waiting + self.media.held + self.order.waiting + self.assembler.waiting,
             "unmatched": self.unmatched,
+            "media": self.media.ledger(),
             "sessions": {
                 id_.hex(): {
                     "rank": s.rank, "node": s.node, "ended": s.ended, "offered": s.offered,
@@ -579,11 +616,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     facts = wait_for_facts(spool, rowlog, run, config, beat)
     sink = make_sink(config.sink.kind, facts.mode)
     horizon = Horizon(directory / "horizon")
+    shower = Shower(directory / BLOBS, sink.show, threads=config.delivery.media_threads)
     delivery = Delivery(
         spool,
         rowlog,
         sink,
         config,
+        shower=shower,
         horizon=horizon,
         beat=beat,
         wait_for_room=patience.wait_for_room,
