@@ -125,8 +125,8 @@ class Session:
 
     __slots__ = (
         "__weakref__", "_beside", "_carried", "_keywords", "_lock", "_new_carrier", "_spill", "_spills",
-        "_starter", "dormant", "exit_code", "finished", "id", "identity", "lane", "names", "notices", "on_finish", "outbox",
-        "packers", "role", "sender", "settings", "silent", "steps",
+        "_starter", "dormant", "exit_code", "finished", "id", "identity", "lane", "names", "notices",
+        "on_finish", "outbox", "packers", "role", "sender", "settings", "silent", "steps",
     )  # fmt: skip
 
     def __init__(

@@ -115,8 +115,10 @@ class Media:
         for step in steps:
             if step in self._rows:
                 media, blobs = self._rows.pop(step)
-                self.delivered += 0 if rejected else media
-                self._gatherer.left_out["rejected"] += media if rejected else 0
+                if rejected:
+                    self._gatherer.left_out["rejected"] += media
+                else:
+                    self.delivered += media
                 self._gatherer.confirm(blobs)
                 self._shower.settle(step)
 
