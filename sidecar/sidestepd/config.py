@@ -175,7 +175,9 @@ class DeliveryOptions(Section):
         gt=0,
         description="A delivery without progress for this long is killed and restarted.",
     )
-    batch_rows: int = Field(default=500, gt=0, description="At most so many rows are decided in one commit.")
+    batch_rows: int = Field(
+        default=500, gt=0, description="While catching up, about so many rows are decided in one commit."
+    )
     media_threads: int = Field(
         default=2, gt=0, le=64, description="Images and other media are encoded in so many threads."
     )

@@ -92,6 +92,8 @@ class _Copy:
             return bytes(value).decode("utf-8", "replace")
         if isinstance(value, Media):
             return self._media(value)
+        if self._blobs is not None and (media := _implied(value)) is not None:
+            return self._media(media)
         if isinstance(value, complex):
             return str(complex(value))
         if self._fallback is not None:
@@ -144,6 +146,13 @@ def converter_of(kind: type) -> Callable[[Any], Any] | None:
         if (found := CONVERTERS.get(base.__module__.partition(".")[0])) is not None:
             return found
     return None
+
+
+def _implied(value: object) -> Media | None:
+    """The media that a foreign value is: a figure, an image of PIL's, a data frame."""
+    from sidestep.media.implicit import media_of  # few trainings log such values
+
+    return media_of(value)
 
 
 def _fixed(items: Iterable[Any]) -> list[Any]:
