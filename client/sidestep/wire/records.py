@@ -38,6 +38,8 @@ class Kind(IntEnum):
     """Something that people should hear of now."""
     BLOB = 8
     """Bytes that belong to media in other records: a piece of them, or that they are complete."""
+    NAMED = 9
+    """What the run shall be called from now on: `name`, `notes`, `tags`; or that it is about to be `preempted`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
