@@ -239,8 +239,9 @@ class TestForkAndExit:
 
 
 def test_the_recorder_has_the_bytes():
+    content = bytes(8192)
     with record() as logged:
-        sidestep.init().log({"a": media.Image(b"not looked at")})
+        sidestep.init().log({"a": media.Image(content)})
 
     ref = logged["a"][0]["facts"]["file"]["_blob"]
-    assert b"not looked at" == logged.blobs[ref["of"], ref["id"]]
+    assert content == logged.blobs[ref["of"], ref["id"]]

@@ -87,6 +87,7 @@ RECORDS = [
     ),
     Record(kind=Kind.BLOB, time=1700000007.0, step=None, data={"id": 3, "at": 0, "bytes": b"\x89PNG"}),
     Record(kind=Kind.BLOB, time=1700000008.0, step=None, data={"id": 3, "size": 4, "crc": 3735928559}),
+    Record(kind=Kind.NAMED, time=1700000009.0, step=None, data={"name": "a", "tags": ["b"]}),
 ]
 BODY = b"".join(map(encode_record, RECORDS))
 
