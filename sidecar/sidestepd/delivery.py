@@ -28,6 +28,7 @@ import msgpack
 
 from sidestepd import placement
 from sidestepd.assemble import Assembler
+from sidestepd.beside import Beside
 from sidestepd.clock import Clock, Horizon
 from sidestepd.config import Config
 from sidestepd.crashpoints import crash_point
@@ -43,7 +44,7 @@ from sidestepd.resolve import Closed, Folded, LaneEnded, Lost, Resolver
 from sidestepd.resume import resume
 from sidestepd.room import Ballast, Patience
 from sidestepd.rowlog import RowLog
-from sidestepd.rows import Blob, Bundle, Definition, Part, Raised, Row, Sampled
+from sidestepd.rows import Blob, Bundle, Definition, Described, Part, Printed, Raised, Row, Sampled
 from sidestepd.rules import Rule, Rules, Source, operations
 from sidestepd.rundir import BLOBS, TROUBLE
 from sidestepd.samples import Samples, first_ranks
@@ -106,6 +107,7 @@ class Delivery:
         self.assembler = Assembler(
             rules, patience=order.patience_s, max_wait=order.max_wait_s, window=order.late_window_rows
         )
+        self.beside = Beside(told=rowlog.meta("beside", None))
         self.samples = Samples(
             history=config.samplers.history,
             interval_s=config.samplers.interval_s,
@@ -131,7 +133,9 @@ class Delivery:
         self._progress_at = time.monotonic()
         self.trouble: Trouble | None = None
         """What is waited for outside of this process."""
-        self.telling = Telling(sink, rowlog, config, self.resolver, self.assembler, self.samples, self.watch)
+        self.telling = Telling(
+            sink, rowlog, config, self.resolver, self.assembler, self.samples, self.watch, self.beside
+        )
 
     # Life
 
@@ -166,6 +170,7 @@ class Delivery:
                 self.go_on(self.media.ready(self._now, horizon))
                 self._now = max(self._now, horizon)
             self.telling.tell_samples(self._now)
+            self.telling.tell_beside()
             self._let_go()
             self._decide()
             self.telling.tell_config()
@@ -232,6 +237,9 @@ class Delivery:
                     self.settlement.settle(said.position.entry)
                 case Blob() | LaneEnded():
                     self.media.store(said)
+                case Printed() | Described():
+                    self.beside.hear(said)
+                    self.settlement.settle(said.position.entry)
                 case Raised():
                     self.samples.alert(said)
                     self.settlement.settle(said.position.entry)

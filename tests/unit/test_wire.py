@@ -88,6 +88,11 @@ RECORDS = [
     Record(kind=Kind.BLOB, time=1700000007.0, step=None, data={"id": 3, "at": 0, "bytes": b"\x89PNG"}),
     Record(kind=Kind.BLOB, time=1700000008.0, step=None, data={"id": 3, "size": 4, "crc": 3735928559}),
     Record(kind=Kind.NAMED, time=1700000009.0, step=None, data={"name": "a", "tags": ["b"]}),
+    Record(kind=Kind.OUTPUT, time=1700000007.0, step=None, data={"stream": "stderr", "text": "one\ntwo"}),
+    Record(
+        kind=Kind.PROGRAM, time=1700000008.0, step=None, data={"facts": {"python": "3.11", "args": ["--lr", "1"]}}
+    ),
+    Record(kind=Kind.PROGRAM, time=1700000009.0, step=None, data={"file": "requirements.txt", "text": "torch==2"}),
 ]
 BODY = b"".join(map(encode_record, RECORDS))
 

@@ -37,13 +37,19 @@ CONVERTERS: Mapping[str, Callable[[Any], Any]] = {
 """By the top module in which a type, or a type it derives from, is defined."""
 
 
-def plain(value: object, fallback: Callable[[Any], Any] | None = None, blobs: Blobs | None = None) -> Any:
+def plain(
+    value: object,
+    fallback: Callable[[Any], Any] | None = None,
+    blobs: Blobs | None = None,
+    implied: Callable[[Any], Media | None] = lambda _: None,
+) -> Any:
     """A plain copy of `value`; `fallback` may find one for what no converter knows.
 
-    Media are packed, and their bytes handed to `blobs`; without that there is no place for media.
+    Media are packed, and their bytes handed to `blobs`; without that there is no place for media. `implied` says
+    which media a foreign value is.
     """
     try:
-        return _Copy(fallback, blobs).of(value, MAX_DEPTH)
+        return _Copy(fallback, blobs, implied).of(value, MAX_DEPTH)
     except UnsupportedValue:
         raise
     except Exception as error:  # noqa: BLE001 - a foreign value's own code may raise anything
@@ -59,10 +65,13 @@ _TOO_DEEP = f"it is nested deeper than {MAX_DEPTH} levels"
 class _Copy:
     """One copy in the making. Every entry takes a byte at least, so a record's bound bounds the walk."""
 
-    __slots__ = ("_blobs", "_fallback", "_left")
+    __slots__ = ("_blobs", "_fallback", "_implied", "_left")
 
-    def __init__(self, fallback: Callable[[Any], Any] | None, blobs: Blobs | None) -> None:
+    def __init__(
+        self, fallback: Callable[[Any], Any] | None, blobs: Blobs | None, implied: Callable[[Any], Media | None]
+    ) -> None:
         self._fallback = fallback
+        self._implied = implied
         self._blobs = blobs
         self._left = MAX_RECORD_BYTES
 
@@ -92,7 +101,7 @@ class _Copy:
             return bytes(value).decode("utf-8", "replace")
         if isinstance(value, Media):
             return self._media(value)
-        if self._blobs is not None and (media := _implied(value)) is not None:
+        if (media := self._implied(value)) is not None:
             return self._media(media)
         if isinstance(value, complex):
             return str(complex(value))
@@ -146,13 +155,6 @@ def converter_of(kind: type) -> Callable[[Any], Any] | None:
         if (found := CONVERTERS.get(base.__module__.partition(".")[0])) is not None:
             return found
     return None
-
-
-def _implied(value: object) -> Media | None:
-    """The media that a foreign value is: a figure, an image of PIL's, a data frame."""
-    from sidestep.media.implicit import media_of  # few trainings log such values
-
-    return media_of(value)
 
 
 def _fixed(items: Iterable[Any]) -> list[Any]:
