@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -374,8 +375,15 @@ class SilentRun(_Silent, Run):
     __slots__ = ()
 
     def __init__(self, session: Session, keywords: Mapping[str, Any]) -> None:
-        super().__init__(session, keywords)
+        from sidestep.util import generate_id  # a script may name its files by the run that is none
+
+        super().__init__(session, {"id": generate_id(), **keywords})
         self._config, self._summary = Bag(None, Kind.CONFIG), Bag(None, Kind.SUMMARY)
+
+    @property
+    def dir(self) -> str:
+        """Where files do no harm: a script may write some beside the run."""
+        return tempfile.gettempdir()
 
 
 def _text(name: Any) -> str:
