@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -383,6 +382,8 @@ class SilentRun(_Silent, Run):
     @property
     def dir(self) -> str:
         """Where files do no harm: a script may write some beside the run."""
+        import tempfile  # which costs more than the rest of a run that does nothing
+
         return tempfile.gettempdir()
 
 

@@ -29,6 +29,7 @@ def daemon(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeDaem
             monkeypatch.delenv(name)
         for name, value in environment(made, {}).items():
             monkeypatch.setenv(name, value)
+        monkeypatch.setenv("TMPDIR", str(tmp_path))  # what other tests' workers left is no business of these
         monkeypatch.setattr(_current, "_run", None)
         monkeypatch.setattr(_current, "_notices", Notices())
         monkeypatch.setattr(sidestep, "log", _current.log)
