@@ -236,7 +236,7 @@ class TestInit:
         run = sidestep.init(save_code=True, sync_tensorboard=False, anonymous="allow", surprise=1, callback=print)
         run.flush()
 
-        assert 1 == sum("without effect here" in line and "save_code" in line for line in caplog.messages)
+        assert 1 == sum("without effect here" in line and "surprise" in line for line in caplog.messages)
         daemon.wait_until(lambda: daemon.sessions)
         (seen,) = daemon.sessions.values()
         assert {

@@ -85,6 +85,7 @@ RECORDS = [
         step=None,
         data={"title": "GPU 0 is lost", "text": "Reset it.", "level": "ERROR"},
     ),
+    Record(kind=Kind.NAMED, time=1700000006.5, step=None, data={"name": "n", "notes": "t", "tags": ["a"]}),
     Record(kind=Kind.OUTPUT, time=1700000007.0, step=None, data={"stream": "stderr", "text": "one\ntwo"}),
     Record(
         kind=Kind.PROGRAM, time=1700000008.0, step=None, data={"facts": {"python": "3.11", "args": ["--lr", "1"]}}
