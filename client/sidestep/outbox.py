@@ -480,7 +480,7 @@ class Outbox:
                 break
             self._cut += 1
             queue.popleft()
-            records.append(record)  # type: ignore[arg-type]  # it is bytes: looked at above
+            records.append(record)
         if not records:
             return None
         body = b"".join(records)

@@ -125,9 +125,9 @@ class Session:
     """One life of a process. The object outlives a fork; its id, outbox and sender do not."""
 
     __slots__ = (
-        "__weakref__", "_devices", "_hidden", "_keywords", "_lock", "_new_carrier", "_spill", "_spills", "_starter",
-        "dormant", "exit_code", "finished", "id", "identity", "names", "notices", "on_finish", "outbox", "packers", "role",
-        "sender", "settings", "silent", "staging", "steps", "watcher",
+        "__weakref__", "_devices", "_hidden", "_keywords", "_lock", "_new_carrier", "_spill", "_spills",
+        "_starter", "dormant", "exit_code", "finished", "id", "identity", "names", "notices", "on_finish",
+        "outbox", "packers", "role", "sender", "settings", "silent", "staging", "steps", "watcher",
     )  # fmt: skip
 
     def __init__(

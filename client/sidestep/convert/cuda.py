@@ -63,7 +63,7 @@ class TorchDevice:
         return torch.stack([least.double(), largest.double(), torch.isfinite(part).sum().double()])
 
     def _counts(self, part: Any, least: Any, width: Any, bins: int) -> Any:
-        """How many are in each bin, as float64. What is not finite is in none, nor anything where all are one value.
+        """How many are in each bin, as float64: what is not finite is in none, nor anything if all are one value.
 
         Divided, not multiplied by an inverse: so the largest is at exactly 1, and nothing is beyond it.
         """
