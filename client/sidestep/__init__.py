@@ -6,36 +6,45 @@
     run.log({"train/loss": loss})
 
 Every rank does this; `sidestep run -- torchrun train.py` starts the daemon that makes one run of it. The API is
-wandb's: `import sidestep as wandb` carries a training script over.
+wandb's: `import sidestep as wandb` carries a training script over. Names that are not needed at once are in
+`names.py`.
 """
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
-from sidestep._current import bag, current, define_metric, finish, init, log
-from sidestep._run import Metric, Run, Scope, Stage
+from sidestep import names as _names
+from sidestep._current import bag, current, define_metric, finish, init, log, of_run
+from sidestep._run import Run
 from sidestep._version import __version__
 from sidestep.errors import SettingsError, SidestepError, UnsupportedValue
-from sidestep.session import Stats
 from sidestep.settings import Settings
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # what a type checker is told of them; a method of the run is a line `alert = _run.alert`
+    from sidestep import errors as errors
+    from sidestep import logger as logger
+    from sidestep import tensorboard as tensorboard
+    from sidestep import testing as testing
+    from sidestep._run import Metric as Metric
+    from sidestep._run import Scope as Scope
+    from sidestep._run import Stage as Stage
     from sidestep.bags import Bag
+    from sidestep.session import Stats as Stats
 
+    _run: Run
     run: Run | None
     config: Bag
     summary: Bag
+    unwatch = _run.unwatch
+    watch = _run.watch
 
 __all__ = [
-    "Metric",
     "Run",
-    "Scope",
     "Settings",
     "SettingsError",
     "SidestepError",
-    "Stage",
-    "Stats",
     "UnsupportedValue",
     "__version__",
     "config",
@@ -46,6 +55,8 @@ __all__ = [
     "run",
     "summary",
 ]
+__all__.extend({*_names.LAZY, *_names.OF_THE_RUN, *_names.MODULES})
+__all__.sort()
 
 
 def __getattr__(name: str) -> Any:
@@ -53,7 +64,16 @@ def __getattr__(name: str) -> Any:
         return current()
     if name in ("config", "summary"):
         return bag(name)
-    raise AttributeError(f"module 'sidestep' has no attribute {name!r}")
+    if name in _names.OF_THE_RUN:
+        found: Any = of_run(name)
+    elif name in _names.LAZY:
+        found = getattr(importlib.import_module(_names.LAZY[name]), name)
+    elif name in _names.MODULES:
+        found = importlib.import_module(f"sidestep.{name}")
+    else:
+        raise AttributeError(f"module 'sidestep' has no attribute {name!r}")
+    globals()[name] = found
+    return found
 
 
 def __dir__() -> list[str]:

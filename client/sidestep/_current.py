@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +20,7 @@ import msgpack
 from sidestep import convert, exits, ranks
 from sidestep._run import Metric, Run, SilentRun
 from sidestep.bags import Bag, entries_of
+from sidestep.companions import KEYWORDS, accompany
 from sidestep.errors import UnsupportedValue
 from sidestep.notices import Notices
 from sidestep.session import EXIT_S, NewCarrier, Session
@@ -91,6 +92,7 @@ def init(
     options = WorkerSettings.from_env(os.environ, strict=_strict if strict is None else strict)
     _run = _new_run(options if autostart is None else replace(options, autostart=bool(autostart)), wanted)
     _run.config.update(config)
+    accompany(_run, wanted)
     _bind(_run)
     return _run
 
@@ -114,6 +116,19 @@ def finish(exit_code: int | None = None, timeout: float = EXIT_S) -> None:
     """`Run.finish` of the current run, if there is one."""
     if (run := _run) is not None:
         run.finish(exit_code, timeout)
+
+
+def of_run(name: str) -> Callable[..., Any]:
+    """A method of whatever run is the current one when it is called, as a function of the module."""
+
+    def call(*args: Any, **keywords: Any) -> Any:
+        if (run := _run) is None:
+            return _too_early(f"{name}()")
+        return getattr(run, name)(*args, **keywords)
+
+    call.__name__ = call.__qualname__ = name
+    call.__doc__ = f"`Run.{name}` of the current run."
+    return call
 
 
 def current() -> Run | None:
@@ -226,7 +241,7 @@ def _plain_keywords(*sources: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _say_what_has_no_effect(keywords: Mapping[str, Any]) -> None:
-    if names := sorted(name for name, value in keywords.items() if value and name not in HARMLESS):
+    if names := sorted(name for name, value in keywords.items() if value and name not in HARMLESS | KEYWORDS):
         _notices.once(("init", *names), f"init({', '.join(names)}): without effect here")
 
 

@@ -32,6 +32,7 @@ import os
 import secrets
 import tempfile
 import threading
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -43,7 +44,8 @@ from typing import Any
 import zmq
 
 from sidestep import _current
-from sidestep.errors import RemoteProtocolError
+from sidestep.errors import RemoteProtocolError, UnsupportedValue
+from sidestep.media.base import BLOB, Buffer, Ref
 from sidestep.outbox import Outbox
 from sidestep.wire import (
     Ack,
@@ -145,6 +147,48 @@ def _next_from_a_device(outbox: Outbox, until: float) -> Frame | None:
             return frame
         sleep(0.001)
     return None
+
+
+class BlobFolder:
+    """Both ends of the way that bytes of media take, in a folder: for tests of one kind of media alone.
+
+    blobs = BlobFolder(tmp_path)
+    value = packed(Image(pixels), blobs)      # as the worker does
+    image = show(value, blobs)                # as the daemon does
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._made = 0
+
+    def add(self, data: Buffer | tuple[Buffer, ...]) -> Ref:
+        """Write bytes into a file."""
+        content = b"".join(data) if isinstance(data, tuple) else bytes(data)
+        path = self.new("")
+        path.write_bytes(content)
+        return {BLOB: {"id": self._made, "size": len(content), "crc": zlib.crc32(content)}}
+
+    def add_file(self, path: str | os.PathLike[str]) -> Ref:
+        """Copy a file."""
+        try:
+            return self.add(Path(path).read_bytes())
+        except OSError as error:
+            raise UnsupportedValue(f"{os.fspath(path)!r} can not be read: {error.strerror}") from None
+
+    def path(self, ref: Ref | bytes) -> Path:
+        """The file of a ref."""
+        if isinstance(ref, bytes):
+            ref = self.add(ref)
+        return self._folder / str(ref[BLOB]["id"])
+
+    def read(self, ref: Ref | bytes) -> bytes:
+        """The bytes of a ref."""
+        return ref if isinstance(ref, bytes) else self.path(ref).read_bytes()
+
+    def new(self, suffix: str) -> Path:
+        """The next file."""
+        self._made += 1
+        return self._folder / f"{self._made}{suffix}"
 
 
 class _Recording:

@@ -36,17 +36,19 @@ from sidestepd.facts import wait_for_facts
 from sidestepd.match import Event, Matcher
 from sidestepd.order import ReorderBuffer
 from sidestepd.processes import Beat, Lock, die_with_parent, read_json, write_json
-from sidestepd.recovery import Recovery, settled_before
+from sidestepd.recovery import Recovery
 from sidestepd.resolve import Closed, Folded, Lost, Resolver
+from sidestepd.resume import resume
 from sidestepd.room import Ballast, Patience
-from sidestepd.rowlog import SENT, RowLog
-from sidestepd.rows import Alert, Bundle, Part, Raised, Row, Sampled
+from sidestepd.rowlog import RowLog
+from sidestepd.rows import Bundle, Part, Raised, Row, Sampled
 from sidestepd.rules import Rule, Rules, Source, operations
 from sidestepd.rundir import TROUBLE
 from sidestepd.samples import Samples, first_ranks
 from sidestepd.settlement import Settlement
 from sidestepd.sinks import Confirmed, RunFacts, Sink, load, make_sink, patiently, write_all
-from sidestepd.spool import SALVAGE_STRIDE, Entry, EntryKind, SpoolReader, StoredSession
+from sidestepd.spool import Entry, EntryKind, SpoolReader
+from sidestepd.telling import Telling
 from sidestepd.watch import Watch
 
 logger = logging.getLogger("sidestepd.delivery")
@@ -89,7 +91,7 @@ class Delivery:
         self.marks: dict[str, Any] = rowlog.meta("marks", {})
         self.resolver = Resolver(rules)
         self.matcher = Matcher(patience=order.patience_s, capacity=order.capacity_rows)
-        self.order = self._buffer()
+        self.order = self.new_buffer()
         self.assembler = Assembler(
             rules, patience=order.patience_s, max_wait=order.max_wait_s, window=order.late_window_rows
         )
@@ -114,132 +116,16 @@ class Delivery:
         self._progress_at = time.monotonic()
         self.trouble: Trouble | None = None
         """What is waited for outside of this process."""
-        self._config_told: dict[str, Any] = {}
-        self._summary_told: dict[str, Any] = {}
+        self.telling = Telling(sink, rowlog, config, self.resolver, self.assembler, self.samples, self.watch)
 
     # Life
 
     def start(self, run: RunFacts, opened: Callable[[Mapping[str, Any]], None]) -> None:
-        """Take up the state of the last life, open the run, say so, and send again what it lacks."""
+        """Open the run, say so, and go on where the last life ended."""
         bookmark = self.rowlog.meta("bookmark", {})
         held = patiently(lambda: self.sink.open(run, bookmark), beat=self.beat, kept=self._keep)
         self._tell_trouble(None)
-        base = self._base(held)
-        opened({**self.sink.about(), "base": base})
-        if self._knows_less_than(held, base):
-            self._learn_from_the_run(held)
-        if self.checkpoint.fold:
-            fold = msgpack.unpackb(self.checkpoint.fold, strict_map_key=False)
-            self.resolver.restore(fold["resolver"])
-            self.order.restore(fold["order"])
-            self._hear(self.matcher.restore(fold["matcher"]))
-            self.watch.restore(fold["watch"])
-            self.exit_code = fold["exit_code"]
-        if self.marks:
-            self.assembler.restore(self.marks)
-            if "samples" in self.marks:
-                self.samples.restore(self.marks["samples"])
-        self.watch.take_up(*self.rowlog.alerts())
-        self.assembler.latest.update(self.rowlog.latest())
-        self._begin_behind(base)
-        if self.recovery is not None:
-            self._count_anew(self.recovery)
-        self._replay_declarations()
-        self._resend(held)
-
-    def _base(self, held: Confirmed) -> int:
-        """The last step of what the run held when it was opened for the first time; -1 if that was nothing."""
-        base: int | None = self.rowlog.meta("base", None)
-        if base is None:
-            base = held.steps[-1] if held.steps else -1
-            self.rowlog.settle(base=base)
-        return base
-
-    def _begin_behind(self, base: int) -> None:
-        """Go on behind what was there before us."""
-        if base >= 0 and not self.checkpoint.fold:
-            self.resolver.begin_behind(base)
-        self.assembler.last = max(self.assembler.last, base)
-
-    # What is done when the row log lost something
-
-    def _knows_less_than(self, held: Confirmed, base: int) -> bool:
-        """Whether the row log lost something: it says so, or the run or the spool shows it."""
-        if self.rowlog.meta("recover", None) is not None:
-            return True
-        if isinstance(held.steps, range):  # which names steps that no row has
-            more = bool(held.steps) and held.steps[-1] > max(base, self.marks.get("last", -1))
-        else:
-            more = not {row.step for row, _ in self.rowlog.rows()}.issuperset(held.steps)
-        front = self.spool.front() or 0
-        skipped = front - self.checkpoint.cursor - 1
-        return more or 0 < skipped < SALVAGE_STRIDE
-
-    def _learn_from_the_run(self, held: Confirmed) -> None:
-        known = {row.step for row, _ in self.rowlog.rows()}
-        self.recovery = Recovery(row for row in self.sink.history() if row[0] not in known)
-        logger.error(
-            "%s lost something: %d rows of the run are not in it; the run and the spool are taken as the truth",
-            self.rowlog.path,
-            self.recovery.rows,
-        )
-        through = max((self.rowlog.meta("recover", None) or {}).get("through", 0), self.spool.newest())
-        self.rowlog.settle(recover={"through": through})
-        last = held.steps[-1] if held.steps else -1  # a server may hold rows that no file here has
-        self.marks = self.recovery.over(self.marks or self.assembler.marks(), last=last)
-        self.order = self._buffer()
-
-    def _count_anew(self, recovery: Recovery) -> None:
-        """Introduce the sessions of frames that are gone, and count what lay in those."""
-        stored, firsts = self.spool.sessions(), self.spool.firsts()
-        was_lost = self.spool.front() == 1 or any(self.spool.path.parent.glob("quarantine/spool-*"))
-        if not was_lost:  # then whatever is missing at its front was settled, and deleted
-            for one in stored:
-                self._introduce(one, firsts.get(one.id, one.next))
-        resolver, front = self.resolver, self.spool.front() or self.spool.newest() + 1
-        kept = {one.id: resolver.sessions[one.id].next for one in stored if one.id in resolver.sessions}
-        rows = [(row, fate != SENT) for row, fate in self.rowlog.rows()]
-        given_up = resolver.folded + sum(resolver.dead.values()) + sum(self.settlement.rejected.values())
-        self.settlement.delivered, gone = settled_before(
-            kept, rows, cursor=self.checkpoint.cursor, front=front, given_up=given_up
-        )
-        self.settlement.rows = recovery.rows + sum(fate for _, fate in rows)
-        resolver.dead["spool_lost"] += gone  # `_take` will find them
-        resolver.see_released(recovery.reached)
-
-    def _introduce(self, stored: StoredSession, first: int) -> None:
-        """A session, as if everything below `first` had been read of it."""
-        if stored.id not in self.resolver.sessions:
-            facts = {**stored.hello, **stored.counters}
-            self._read(Entry.of_event(EntryKind.HELLO, stored.id, received=0.0, **facts))
-        session = self.resolver.sessions[stored.id]
-        session.next = max(session.next, first)
-        if stored.state != "live" and first == stored.next:
-            end = EntryKind.BYE if stored.state == "bye" else EntryKind.LEASE
-            self._read(Entry.of_event(end, stored.id, first=first, received=0.0, **stored.counters))
-
-    def _replay_declarations(self) -> None:
-        definitions = self.rowlog.definitions()
-        self.assembler.defined.update({definition.name: definition for definition in definitions})
-        self.sink.define(definitions)
-        self.sink.summary(self.assembler.newest())
-        self._tell_config()
-
-    def _resend(self, held: Confirmed) -> None:
-        """Confirm the rows that the run holds, and write the others verbatim."""
-        missing: list[Row] = []
-        there: list[Row] = []
-        steps = held.steps if isinstance(held.steps, range) else frozenset(held.steps)
-        for row, fate in self.rowlog.rows():
-            self.assembler.remember(row)
-            self.settlement.recall(row, settled=fate != SENT)
-            if fate == SENT:
-                (there if row.step in steps else missing).append(row)
-        self.settlement.confirm(row.step for row in there)
-        if missing:
-            logger.info("sending %d rows again, from step %d on", len(missing), missing[0].step)
-        self._write(missing)
-        self._settle(held)
+        resume(self, held, lambda base: opened({**self.sink.about(), "base": base}))
 
     def serve(self) -> None:
         """Until the run is told to finish."""
@@ -258,9 +144,9 @@ class Delivery:
                     self._let_go()
             if len(entries) < READ_LIMIT:
                 self._now = max(self._now, horizon)
-            self._tell_samples()
+            self.telling.tell_samples(self._now)
             self._let_go()
-            self._tell_config()
+            self.telling.tell_config()
             if time.monotonic() - self._last_confirm >= self.config.delivery.confirm_interval_s:
                 self._confirm()
             if not entries and self.exit_code is None:
@@ -268,11 +154,11 @@ class Delivery:
 
     def finish(self) -> None:
         """Everything that waits leaves; the run is finished, and seen to be whole."""
-        self._hear(self.matcher.flush())
-        self._tell_alerts()
+        self.hear(self.matcher.flush())
+        self.telling.tell_alerts(self._now, through=self.read_through)
         self._decide([*self._assemble(self.order.flush()), *self.assembler.flush()])
-        self._tell_config()
-        self._tell_summary()
+        self.telling.tell_config()
+        self.telling.tell_summary(self.totals())
         logger.info("finishing the run with exit code %s", self.exit_code)
         patiently(lambda: self.sink.close(self.exit_code or 0), beat=self.beat, kept=self._keep)
         deadline = time.monotonic() + CLOSE_DEADLINE_S
@@ -288,7 +174,7 @@ class Delivery:
         for pattern in self.unmatched:
             logger.warning("define_metric(%r) matched no metric of the run", pattern)
         bookmark = self.rowlog.meta("bookmark", {})
-        self._settle(Confirmed(steps=(), bookmark=bookmark), state="closed", exit_code=self.exit_code)
+        self.settle(Confirmed(steps=(), bookmark=bookmark), state="closed", exit_code=self.exit_code)
 
     # Reading
 
@@ -302,11 +188,12 @@ class Delivery:
             self.settlement.read(entry)
         if entry.kind is not EntryKind.BOOT:  # before which nobody listened
             self.watch.poll(self._now)
-        self._read(entry)
+        self.read(entry)
         session = self.resolver.sessions.get(entry.session)
         self.watch.read(entry, session.launch if session else "")
 
-    def _read(self, entry: Entry) -> None:
+    def read(self, entry: Entry) -> None:
+        """Have the stages hear what stands in an entry."""
         for said in self.resolver.read(entry, self.settlement.places_of):
             match said:
                 case Lost():
@@ -317,15 +204,16 @@ class Delivery:
                     self.exit_code = said.exit_code
                 case Sampled():
                     self.samples.meet(first_ranks(self.resolver.sessions.values()))
-                    self.samples.hear(said)
+                    self.samples.hear(said, self._now)
                     self.settlement.settle(said.position.entry)
                 case Raised():
                     self.samples.alert(said)
                     self.settlement.settle(said.position.entry)
                 case _:
-                    self._hear(self.matcher.hear(said, self._now))
+                    self.hear(self.matcher.hear(said, self._now))
 
-    def _hear(self, events: Iterable[Event]) -> None:
+    def hear(self, events: Iterable[Event]) -> None:
+        """Put what is matched in order."""
         for event in events:
             if isinstance(event, Part):
                 event = self._find(event)
@@ -339,7 +227,8 @@ class Delivery:
         self.settlement.find(part.position)
         return replace(part, used=True)
 
-    def _buffer(self) -> ReorderBuffer:
+    def new_buffer(self) -> ReorderBuffer:
+        """A reorder buffer behind which lies what `marks` say was released."""
         order = self.config.order
         return ReorderBuffer(
             patience=order.patience_s, capacity=order.capacity_rows, released=self.marks.get("released", ())
@@ -349,8 +238,8 @@ class Delivery:
 
     def _let_go(self) -> None:
         self._last_ready = self._now
-        self._hear(self.matcher.ready(self._now))
-        self._tell_alerts()
+        self.hear(self.matcher.ready(self._now))
+        self.telling.tell_alerts(self._now, through=self.read_through)
         rows = self._assemble(self.order.ready(self._now))
         self._decide([*rows, *self.assembler.ready(self._now)])
 
@@ -375,69 +264,15 @@ class Delivery:
             self.settlement.decide(row)
         self.sink.define(definitions)
         for start in range(0, len(rows), size):
-            self._write(rows[start : start + size])
+            self.write(rows[start : start + size])
 
-    def _write(self, rows: Sequence[Row]) -> None:
+    def write(self, rows: Sequence[Row]) -> None:
+        """Hand rows that are written down to the sink; what it refuses for good is settled."""
         self.wait_for_room()
         for rejected in write_all(self.sink, rows, beat=self.beat, kept=self._keep):
             logger.warning("row %d was rejected: %s", rejected.row.step, rejected.reason)
             self.settlement.reject(rejected.row.step, rejected.reason)
         crash_point("delivery.written")
-
-    def _tell_samples(self) -> None:
-        """Send samples and alerts out, once at most: that they are sent is written down before they are."""
-        samples, raised = self.samples.take()
-        if samples or raised:
-            self.rowlog.settle(streamed=list(self.samples.streamed))
-            crash_point("delivery.stream")
-        for sample in samples:
-            self.sink.sample(sample)
-        self._tell([_told_once(said, self._now) for said in raised], through=0)  # the watch has judged nothing new
-
-    def _tell_alerts(self) -> None:
-        """Tell people what the watch finds."""
-        self.watch.poll(self._now)
-        self._tell(self.watch.take(), through=self.read_through)
-
-    def _tell(self, alerts: Sequence[Alert], *, through: int) -> None:
-        """Tell people, at most once: it is written down before."""
-        if alerts:
-            self.rowlog.warn(alerts, through=through)
-        for alert in alerts:
-            logger.warning("%s: %s", alert.title, alert.text)
-            if self.config.watch.alerts:
-                self.sink.alert(alert.title, alert.text, alert.level)
-
-    def _tell_config(self) -> None:
-        """Send what workers set of the configuration and the summary since this was done last."""
-        for said, told, tell in (
-            (self.resolver.config, self._config_told, self.sink.config),
-            (self.resolver.summary, self._summary_told, self.sink.summary),
-        ):
-            changed = {name: pair[1] for name, pair in said.items() if told.get(name) is not pair}
-            if changed:
-                tell(changed)
-                told.update(said)
-
-    def _set_by_workers(self) -> dict[str, Any]:
-        """What workers set of the summary, except where a row said something later."""
-        latest = self.assembler.latest
-        return {
-            name: value
-            for name, (time_, value) in self.resolver.summary.items()
-            if name not in latest or latest[name].time <= time_
-        }
-
-    def _tell_summary(self) -> None:
-        totals = {
-            "sidestep/rows": self.settlement.rows + self.settlement.unconfirmed,
-            "sidestep/late_rows": self.assembler.late_rows,
-            "sidestep/late_values": self.assembler.late_values,
-            "sidestep/conflicts": self.assembler.conflicts,
-            "sidestep/forced_rows": self.assembler.forced_rows,
-            "sidestep/dropped": sum(self.ledger()["dropped"].values()),
-        }
-        self.sink.summary({**self.assembler.aggregated(), **self._set_by_workers(), **totals})
 
     # Confirming
 
@@ -449,7 +284,7 @@ class Delivery:
         if self.settlement.newest_snapshot != self.read_through:
             self.settlement.snapshot(self.read_through, self._fold())
         crash_point("delivery.settle")
-        self._settle(confirmed)
+        self.settle(confirmed)
         self._last_confirm = time.monotonic()
 
     def _see_progress(self, confirmed: Confirmed) -> None:
@@ -482,7 +317,8 @@ class Delivery:
         )
         return fold
 
-    def _settle(self, confirmed: Confirmed, **meta: Any) -> None:
+    def settle(self, confirmed: Confirmed, **meta: Any) -> None:
+        """Write fates down, and whatever else is due."""
         settlement = self.settlement
         checkpoint = settlement.checkpoint()
         if (
@@ -504,6 +340,17 @@ class Delivery:
             **meta,
         )
         crash_point("delivery.settled")
+
+    def totals(self) -> dict[str, int]:
+        """What the run's summary says of the whole of it."""
+        return {
+            "sidestep/rows": self.settlement.rows + self.settlement.unconfirmed,
+            "sidestep/late_rows": self.assembler.late_rows,
+            "sidestep/late_values": self.assembler.late_values,
+            "sidestep/conflicts": self.assembler.conflicts,
+            "sidestep/forced_rows": self.assembler.forced_rows,
+            "sidestep/dropped": sum(self.ledger()["dropped"].values()),
+        }
 
     def ledger(self) -> dict[str, Any]:
         """What became of the records that were read, and what is known of those that were not."""
@@ -544,12 +391,6 @@ def tell_trouble(directory: Path, trouble: Trouble | None) -> None:
         write_json(directory / TROUBLE, asdict(trouble))
     else:
         (directory / TROUBLE).unlink(missing_ok=True)
-
-
-def _told_once(said: Raised, now: float) -> Alert:
-    """What a session raised, as people are told: whether its cause lasts, only its session knows."""
-    cause = f"raised/{said.position.entry}/{said.position.seq}"
-    return Alert(cause=cause, title=said.title, text=said.text, level=said.level, time=now, over=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -141,12 +141,21 @@ class RowLog:
 
         self._commit(write)
 
-    def warn(self, alerts: Iterable[Alert], *, through: int) -> None:
-        """Write down what people are about to be told; `through` is the entry that was read last."""
+    def warn(self, alerts: Iterable[Alert], *, through: int, **meta: Any) -> None:
+        """Write down what people are about to be told; `through` is the entry that was read last.
+
+        `meta` is packed, and of the same commit.
+        """
         rows = [
             sealed(it.cause, it.title, it.text, it.level, float(it.time), int(it.over), through) for it in alerts
         ]
-        self._commit(lambda: self._db.executemany(_WARN, rows))
+
+        def write() -> None:
+            self._db.executemany(_WARN, rows)
+            for key, value in meta.items():
+                self._set(key, msgpack.packb(value))
+
+        self._commit(write)
 
     def alerts(self) -> tuple[list[Alert], int]:
         """What people were told, and the entry up to which was read when they were told last."""

@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
@@ -24,7 +24,8 @@ from sidestepd.samplers.visible import device_number
 MANY_NODES = 4
 """With more nodes, rows hold aggregates over all of them."""
 FRESH_S = 60.0
-"""A value that is older is not of the present: a worker that is gone, a node that went silent."""
+"""A value that is older is not of the present: a worker that is gone, a node that went silent. By the time at
+which it came: the clocks of nodes differ."""
 LEVELS = ("INFO", "WARN", "ERROR")
 _START = Position(0, -1)
 _OPERATIONS: Mapping[str, Callable[[list[float]], float]] = {"mean": fmean, "min": min, "max": max, "sum": sum}
@@ -80,6 +81,8 @@ class _Meter:
     """When its utilization was heard last."""
     told_j: float = 0.0
     """`energy_j` as of the last row that took it."""
+    counted_j: float = 0.0
+    """`energy_j` as of the last row that knew of more training samples."""
 
 
 class Samples:
@@ -107,15 +110,21 @@ class Samples:
         self._pending: dict[tuple[str, str], float] = {}
         """By node and name, what no row has taken."""
         self._newest: dict[tuple[str, str], tuple[float, float]] = {}
-        """By node and name, when it was read and what."""
+        """By node and name, when it came and what."""
+        self._began: float | None = None
+        """When the first sample came in this life."""
         self._torch: dict[tuple[str, int], dict[bytes, tuple[float, Mapping[str, float]]]] = {}
         self._nodes: dict[str, int] = {}
         self._gpus: dict[str, dict[str, int]] = {}
         self._used: dict[str, set[int]] = {}
         """The GPUs of each node that workers are known to use."""
         self._meters: dict[str, dict[int, _Meter]] = {}
-        self._row_at: tuple[int, float | None] | None = None
-        """The main step of the last row that took samples, and how many training samples it told of."""
+        self._row_at: int | None = None
+        """The main step of the last row that took samples."""
+        self._counted: float | None = None
+        """How many training samples there were when the energy of each was told last."""
+        self._count: float | None = None
+        """How many there are by now."""
 
     # Hearing
 
@@ -129,13 +138,15 @@ class Samples:
         if alert.position > self.streamed:
             self._alerts.append(alert)
 
-    def hear(self, said: Sampled) -> None:
-        """Take in what was read."""
+    def hear(self, said: Sampled, now: float | None = None) -> None:
+        """Take in what was read; it came at `now`, or when it was read if that is not given."""
+        now = said.time if now is None else now
+        self._began = now if self._began is None else self._began
         self.meet({said.node: len(self._nodes)} if said.node not in self._nodes else {})
         self._heard = max(self._heard, said.position)
         if said.gpus is not None:
             self._gpus[said.node] = dict(said.gpus)
-        values = self._of_worker(said) if said.ordinal is not None else self._of_machine(said)
+        values = self._of_worker(said, now) if said.ordinal is not None else self._of_machine(said, now)
         values = {name: value for name, value in values.items() if look_up(name) is not None}
         if not values:
             return
@@ -144,13 +155,13 @@ class Samples:
         new = said.position > self._merged
         for name, value in values.items():
             if _is_short(name):
-                self._newest[said.node, name] = (said.time, value)
+                self._newest[said.node, name] = (now, value)
                 if new and self._history:
                     self._pending[said.node, name] = value
         if new:
             self._measure(said.node, said.time, values)
 
-    def _of_worker(self, said: Sampled) -> dict[str, float]:
+    def _of_worker(self, said: Sampled, now: float) -> dict[str, float]:
         """A process's part of one GPU, by full names; several processes of one GPU add up."""
         number = device_number(
             ordinal=said.ordinal or 0,
@@ -160,9 +171,9 @@ class Samples:
         )
         self._used.setdefault(said.node, set()).add(number)
         shares = self._torch.setdefault((said.node, number), {})
-        shares[said.session] = (said.time, said.values)
+        shares[said.session] = (now, said.values)
         for session, (time, _) in list(shares.items()):
-            if time < said.time - FRESH_S:
+            if time < now - FRESH_S:
                 del shares[session]
         total: dict[str, float] = {}
         for _, values in shares.values():
@@ -170,7 +181,7 @@ class Samples:
                 total[f"system/gpu{number}/{name}"] = total.get(f"system/gpu{number}/{name}", 0) + value
         return total
 
-    def _of_machine(self, said: Sampled) -> dict[str, float]:
+    def _of_machine(self, said: Sampled, now: float) -> dict[str, float]:
         """A sampler's values; what torch calls allocated is NVML's used memory where no worker tells better."""
         values = dict(said.values)
         for name, value in said.values.items():
@@ -180,14 +191,14 @@ class Samples:
             number = int(known.words["i"])
             if "r" in known.words:
                 self._used.setdefault(said.node, set()).add(number)
-            if name.endswith(f"gpu{number}/memory_used_bytes") and not self._torch_tells(said, number):
+            if name.endswith(f"gpu{number}/memory_used_bytes") and not self._torch_tells(said.node, number, now):
                 values[f"system/gpu{number}/memory_allocated"] = value
                 values[f"system/gpu{number}/memory_reserved"] = value
         return values
 
-    def _torch_tells(self, said: Sampled, number: int) -> bool:
-        shares = self._torch.get((said.node, number), {})
-        return any(time >= said.time - FRESH_S for time, _ in shares.values())
+    def _torch_tells(self, node: str, number: int, now: float) -> bool:
+        shares = self._torch.get((node, number), {})
+        return any(time >= now - FRESH_S for time, _ in shares.values())
 
     # Energy and idle time
 
@@ -224,18 +235,33 @@ class Samples:
         if step is None:
             return derived
         spent = sum(it.energy_j - it.told_j for it in meters)
-        count = row.values.get(self._samples_metric) if self._samples_metric else None
-        count = float(count) if isinstance(count, (int, float)) and math.isfinite(count) else None
-        if self._row_at is not None and "system/energy_j" in derived and spent > 0:
-            last_step, last_count = self._row_at
-            if step > last_step:
-                derived["system/energy_per_step_j"] = spent / (step - last_step)
-            if count is not None and last_count is not None and count > last_count:
-                derived["system/energy_per_sample_j"] = spent / (count - last_count)
-        for meter in (it for gpus in self._meters.values() for it in gpus.values()):
+        if self._row_at is not None and step > self._row_at and spent > 0:
+            derived["system/energy_per_step_j"] = spent / (step - self._row_at)
+        for meter in self._every_meter():
             meter.told_j = meter.energy_j
-        self._row_at = (step, count)
-        return derived
+        self._row_at = step
+        return derived | self._per_sample(meters)
+
+    def _per_sample(self, meters: Sequence[_Meter]) -> dict[str, float]:
+        """The energy of each training sample, since their count was seen to grow last; it may stand in few rows."""
+        count, before = self._count, self._counted
+        if count is None or count == before:
+            return {}
+        spent = sum(it.energy_j - it.counted_j for it in meters)
+        self._counted = count
+        for meter in self._every_meter():
+            meter.counted_j = meter.energy_j
+        if before is None or count < before or spent <= 0:  # fewer: a checkpoint was loaded
+            return {}
+        return {"system/energy_per_sample_j": spent / (count - before)}
+
+    def _every_meter(self) -> Iterator[_Meter]:
+        return (it for gpus in self._meters.values() for it in gpus.values())
+
+    def _see_count(self, row: Row) -> None:
+        count = row.values.get(self._samples_metric) if self._samples_metric else None
+        if isinstance(count, (int, float)) and not isinstance(count, bool) and math.isfinite(count):
+            self._count = float(count)
 
     # Going out
 
@@ -251,8 +277,11 @@ class Samples:
         """The rows, the first that is in its order with what has been read since the last one that was."""
         rows = list(rows)
         for index, row in enumerate(rows):
-            if self._pending and not row.late:
-                read = {**self._take_pending(row.time), **self._derived(row)}
+            if row.late:
+                continue
+            self._see_count(row)
+            if self._pending and self._is_all_heard():
+                read = {**self._take_pending(), **self._derived(row)}
                 self._define(read.keys() - row.values.keys())
                 rows[index] = replace(row, values={**read, **row.values})
         return rows
@@ -267,17 +296,28 @@ class Samples:
         self._defined.update(new)
         self._definitions += [Definition(name=name) for name in new]
 
-    def _take_pending(self, now: float) -> dict[str, float]:
+    def _is_all_heard(self) -> bool:
+        """Whether a sum over all nodes is one: not just after the start, when some have not been heard yet."""
+        if len(self._nodes) <= MANY_NODES or self._began is None:
+            return True
+        heard = {node for node, _ in self._newest}
+        return heard >= self._nodes.keys() or self._latest() - self._began >= FRESH_S
+
+    def _latest(self) -> float:
+        return max((time for time, _ in self._newest.values()), default=0.0)
+
+    def _take_pending(self) -> dict[str, float]:
         pending, self._pending = self._pending, {}
         self._merged = self._heard
         if len(self._nodes) > MANY_NODES:
-            return self._over_nodes(now)
+            return self._over_nodes()
         if len(self._nodes) > 1:
             return {on_node(name, self._nodes[node]): value for (node, name), value in pending.items()}
         return {name: value for (_, name), value in pending.items()}
 
-    def _over_nodes(self, now: float) -> dict[str, float]:
+    def _over_nodes(self) -> dict[str, float]:
         gathered: dict[str, list[float]] = {}
+        now = self._latest()
         for (_, name), (time, value) in self._newest.items():
             known = look_up(name)
             if known is not None and time >= now - FRESH_S:
@@ -295,10 +335,13 @@ class Samples:
             "gpus": dict(self._gpus),
             "used": {node: sorted(numbers) for node, numbers in self._used.items()},
             "meters": {
-                node: {n: [m.counter, m.energy_j, m.idle_s, m.heard, m.told_j] for n, m in gpus.items()}
+                node: {
+                    n: [m.counter, m.energy_j, m.idle_s, m.heard, m.told_j, m.counted_j] for n, m in gpus.items()
+                }
                 for node, gpus in self._meters.items()
             },
-            "row_at": None if self._row_at is None else list(self._row_at),
+            "row_at": self._row_at,
+            "counted": self._counted,
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -311,7 +354,7 @@ class Samples:
             node: {int(number): _Meter(*values) for number, values in gpus.items()}
             for node, gpus in state["meters"].items()
         }
-        self._row_at = None if state["row_at"] is None else tuple(state["row_at"])
+        self._row_at, self._counted = state["row_at"], state["counted"]
 
 
 _ENERGY, _UTILIZATION = "system/gpu{i}/energy_j", "system/gpu{i}/utilization"

@@ -203,6 +203,14 @@ class SpoolReader:
         with self._reading():
             return int(self._db.execute(query, (after, EntryKind.FRAME)).fetchone()[0])
 
+    def received_after(self, after: int) -> float | None:
+        """When the oldest entry above id `after` came, if there is one."""
+        with self._reading():
+            row = self._db.execute(
+                "SELECT received FROM entry WHERE id > ? ORDER BY id LIMIT 1", (after,)
+            ).fetchone()
+            return None if row is None else float(row[0])
+
     def newest(self) -> int:
         """The id of the newest entry, 0 if there is none."""
         with self._reading():

@@ -63,7 +63,10 @@ class StubGpus:
         assert library_at.nvmlInit_v2 is not None
 
     def set(self, **figures: int) -> Self:
-        """Of all together: count, init, delay_us, and what `counting` and `waiting` for events answer."""
+        """Of all together: count, init, delay_us, and what `counting` and `waiting` for events answer.
+
+        `replaced` is when the driver was: libraries that were loaded before that are of no use from then on.
+        """
         return self._put({(name,): f"{name} {value}" for name, value in figures.items()})
 
     def gpu(self, number: int | str, **figures: int) -> Self:

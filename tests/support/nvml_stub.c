@@ -8,9 +8,11 @@
  *     counting CODE              what nvmlDeviceGetCount answers
  *     waiting CODE               what nvmlEventSetWait answers
  *     delay_us N                 how long each call about a GPU takes
+ *     replaced NS                the driver was replaced at this time: a library that was loaded before is of no use
  *     gpu I KEY VALUE            a figure of GPU I, or of all with *: util mem_util mem_used mem_total mem_reserved temp
  *                                mem_temp power_mw limit_mw energy_mj sm memclk reasons fan pstate pcie_gen pcie_width
- *                                pcie_tx pcie_rx nvlink_tx nvlink_rx replays ecc_c ecc_u rows_c rows_u mig mig_used
+ *                                pcie_tx pcie_rx nvlink_tx nvlink_rx replays ecc_c ecc_u rows_c rows_u mig mig_used gpm
+ *                                (1 where GPM is there), gpm_ID (a value of it), mig_gpm_ID (of each MIG instance)
  *     gpu I error FUNCTION CODE  what a function answers for that GPU; * for all functions
  *     gpu I field ID CODE        what a field of nvmlDeviceGetFieldValues answers
  *     gpu I process PID BYTES    a process on that GPU
@@ -28,6 +30,7 @@
 typedef unsigned int u32;
 typedef unsigned long long u64;
 enum { OK = 0, UNINITIALIZED = 1, INVALID = 2, NOT_SUPPORTED = 3, NOT_FOUND = 6, SMALL = 7, TIMEOUT = 10 };
+enum { MISMATCH = 18, UNKNOWN = 999 };
 enum { MOST = 16, MOST_MIG = 7 };
 
 typedef struct { int index, instance; } Device;
@@ -82,10 +85,19 @@ static u64 figure(const Device *it, const char *name, u64 otherwise) {
     return value;
 }
 
+static u64 loaded;
+__attribute__((constructor)) static void load(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_REALTIME, &now);
+    loaded = now.tv_sec * 1000000000ull + now.tv_nsec;
+}
+static int is_stale(void) { return loaded < global("replaced", 0); }
+
 static int fault(const Device *it, const char *function) {
     char name[80];
     u64 code;
     if (!refs) return UNINITIALIZED;
+    if (is_stale()) return UNKNOWN;
     u64 delay = global("delay_us", 0);
     if (delay) usleep(delay);
     if (it->index >= (int)global("count", 0)) return INVALID;
@@ -109,6 +121,7 @@ static u64 energy(const Device *it) {
 int nvmlInitWithFlags(u32 flags) {
     int code = (int)global("init", 0);
     if (code) return code;
+    if (is_stale()) return MISMATCH;
     refs++;
     since();
     for (int i = 0; i < MOST; i++) {
@@ -151,7 +164,10 @@ int nvmlDeviceGetHandleByUUID(const char *uuid, Device **out) {
     char own[80];
     for (int i = 0; i < (int)global("count", 0) && i < MOST; i++) {
         uuid_of(&gpus[i], own, sizeof own);
-        if (!strcmp(own, uuid)) { *out = &gpus[i]; return OK; }
+        if (strcmp(own, uuid)) continue;
+        *out = &gpus[i];
+        ASK(*out)
+        return OK;
     }
     return NOT_FOUND;
 }
@@ -287,6 +303,33 @@ int nvmlDeviceGetMigDeviceHandleByIndex(const Device *it, u32 i, Device **out) {
 int nvmlDeviceGetGpuInstanceId(const Device *it, u32 *out) { ASK(it) *out = it->instance + 1; return OK; }
 int nvmlDeviceGetComputeInstanceId(const Device *it, u32 *out) { ASK(it) *out = 0; return OK; }
 int nvmlDeviceIsMigDeviceHandle(const Device *it, u32 *out) { ASK(it) *out = it->instance >= 0; return OK; }
+
+typedef struct { int index, instance; } GpmSample;
+typedef struct { u32 id; int code; double value; const char *names[3]; } GpmMetric;
+typedef struct { u32 version, count; GpmSample *before, *after; GpmMetric metrics[]; } GpmQuestion;
+typedef struct { u32 version, supported; } GpmSupport;
+int nvmlGpmQueryDeviceSupport(const Device *it, GpmSupport *out) { ASK(it) out->supported = (u32)figure(it, "gpm", 1); return OK; }
+int nvmlGpmSampleAlloc(GpmSample **out) { *out = calloc(1, sizeof **out); return OK; }
+int nvmlGpmSampleFree(GpmSample *it) { free(it); return OK; }
+int nvmlGpmSampleGet(const Device *it, GpmSample *out) { ASK(it) *out = (GpmSample){it->index, -1}; return OK; }
+int nvmlGpmMigSampleGet(const Device *it, u32 instance, GpmSample *out) {
+    ASK(it)
+    *out = (GpmSample){it->index, (int)instance};
+    return OK;
+}
+int nvmlGpmMetricsGet(GpmQuestion *it) {
+    if (it->before->index != it->after->index || it->before->instance != it->after->instance) return INVALID;
+    for (u32 i = 0; i < it->count; i++) {
+        char key[40];
+        u64 value = it->metrics[i].id;
+        Device of = {it->after->index, it->after->instance};
+        snprintf(key, sizeof key, "%sgpm_%u", of.instance < 0 ? "" : "mig_", it->metrics[i].id);
+        it->metrics[i].value = (double)figure(&of, key, value);
+        snprintf(key, sizeof key, "error gpm_%u", it->metrics[i].id);
+        it->metrics[i].code = (int)figure(&of, key, 0);
+    }
+    return OK;
+}
 
 typedef struct { char legacy[16]; u32 domain, bus, device, pci, sub; char id[32]; } Pci;
 int nvmlDeviceGetPciInfo_v3(const Device *it, Pci *out) {

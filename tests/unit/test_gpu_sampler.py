@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 from pathlib import Path
 
+import pynvml
 import pytest
 
-from sidestepd.samplers.base import Reading
-from sidestepd.samplers.gpu import BACKOFF_S, GpuSampler
+from sidestepd.samplers.base import Reading, StartAnew
+from sidestepd.samplers.gpu import GpuSampler
 from sidestepd.samplers.names import GPU_METRICS, look_up
-from sidestepd.samplers.owners import Owners
+from sidestepd.samplers.nvml import BACKOFF_S, of_field
+from sidestepd.samplers.owners import MACHINE, Owners
 from tests.support.gpus import COMPILER, NO_COMPILER, StubGpus
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason=NO_COMPILER)
@@ -27,7 +31,7 @@ def gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StubGpus:
 
 @pytest.fixture
 def sampler() -> GpuSampler:
-    made = GpuSampler(slow_interval_s=30)
+    made = GpuSampler(slow_interval_s=30, works_elsewhere=lambda: False)
     yield made
     made.close()
 
@@ -50,18 +54,18 @@ class TestReading:
         first, second, third = (sampler.read(now) for now in (0.0, 5.0, 30.0))
 
         assert [[0, 1]] * 3 == [numbers(it, "utilization") for it in (first, second, third)]
-        assert [[0, 1], [], [0, 1]] == [numbers(it, "fan_percent") for it in (first, second, third)]
+        assert [[0, 1]] * 3 == [numbers(it, "fan_percent") for it in (first, second, third)]
+        assert [[0, 1], [], [0, 1]] == [numbers(it, "pcie_width") for it in (first, second, third)]
         assert 7 == second.values["system/gpu1/utilization"]
         assert (350, 50) == (second.values["system/gpu1/power_w"], second.values["system/gpu1/power_percent"])
         assert (1, 1, 0) == tuple(
             second.values[f"system/gpu1/throttle/{it}"] for it in ("sw_power_cap", "sw_thermal", "hw_thermal")
         )
-        assert third.values["system/gpu0/pcie_sent_bytes_per_s"] >= 0
 
     def test_has_no_name_that_is_not_in_the_table_and_all_that_are(
         self, gpus: StubGpus, sampler: GpuSampler, tmp_path: Path
     ) -> None:
-        gpus.set(count=1).gpu(0, mig=2).process(0, 17, 5)
+        gpus.set(count=2).gpu(0, mig=2).process(0, 17, 5)
         (tmp_path / "17").mkdir()
         (tmp_path / "17" / "status").write_text("NSpid:\t17\nPPid:\t1\n")
         sampler = GpuSampler(slow_interval_s=0, owners=Owners(lambda: {17: 0}, proc=tmp_path))
@@ -92,6 +96,68 @@ class TestReading:
         assert 3 << 30 == reading.values["system/gpu0/mig1/memory_used_bytes"]
         assert {0} == {number for uuid, number in (reading.gpus or {}).items() if uuid.startswith("MIG-")}
         assert not numbers(reading, "utilization")
+
+    def test_of_mig_has_the_processes_of_its_instances(self, gpus: StubGpus, sampler: GpuSampler) -> None:
+        gpus.set(count=1).gpu(0, mig=2).process(0, 17, 5)
+        assert 1 == sampler.read(0.0).values["system/gpu0/process_count"]
+
+    def test_holds_no_number_that_means_none(self, gpus: StubGpus, sampler: GpuSampler) -> None:
+        gpus.set(count=1).gpu(0, fan=0xFFFFFFFF, mem_temp=0xFFFFFFFF, replays=2**64 - 1, pstate=32)
+        reading = sampler.read(0.0)
+        names = ("fan_percent", "memory_temperature_c", "pcie_replays", "pstate", "power_w")
+        assert [[], [], [], [], [0]] == [numbers(reading, name) for name in names]
+
+
+class TestProfiling:
+    """GPM: what was so between two readings."""
+
+    def test_tells_of_the_interval_from_the_second_reading_on(self, gpus: StubGpus, sampler: GpuSampler) -> None:
+        gpus.set(count=2).gpu(1, gpm_2=71, gpm_20=3)
+
+        first, second = sampler.read(0.0), sampler.read(5.0)
+
+        assert ([], [0, 1]) == (numbers(first, "sm_active_percent"), numbers(second, "sm_active_percent"))
+        assert 71 == second.values["system/gpu1/sm_active_percent"]
+        assert 3 * 2**20 == second.values["system/gpu1/pcie_sent_bytes_per_s"]
+
+    def test_of_mig_tells_of_each_instance(self, gpus: StubGpus, sampler: GpuSampler) -> None:
+        gpus.set(count=1).gpu(0, mig=2, mig_gpm_2=17)
+        sampler.read(0.0)
+        values = sampler.read(5.0).values
+        assert [17, 17] == [values[f"system/gpu0/mig{id_}/sm_active_percent"] for id_ in (1, 2)]
+        assert "system/gpu0/sm_active_percent" not in values
+
+    def test_that_is_not_there_leaves_the_traffic_to_counters(self, gpus: StubGpus, sampler: GpuSampler) -> None:
+        gpus.set(count=2).gpu(0, gpm=0)
+        sampler.read(0.0)
+        reading = sampler.read(30.0)
+        assert [1] == numbers(reading, "sm_active_percent")
+        assert [0, 1] == numbers(reading, "nvlink_sent_bytes_per_s") == numbers(reading, "pcie_sent_bytes_per_s")
+
+    @pytest.mark.parametrize("code", [NOT_SUPPORTED, NO_PERMISSION])
+    def test_that_fails_in_part_costs_that_part(self, gpus: StubGpus, sampler: GpuSampler, code: int) -> None:
+        gpus.set(count=1).error(0, code, "gpm_2")
+        sampler.read(0.0)
+        reading = sampler.read(5.0)
+        assert ([], [0]) == (numbers(reading, "sm_active_percent"), numbers(reading, "dram_active_percent"))
+        gpus.error(0, 0, "gpm_2")
+        assert ([0] if code == NO_PERMISSION else []) == numbers(sampler.read(10.0), "sm_active_percent")
+
+    def test_begins_anew_after_a_gpu_was_lost(self, gpus: StubGpus, sampler: GpuSampler) -> None:
+        gpus.set(count=1)
+        sampler.read(0.0)
+        gpus.error(0, LOST)
+        sampler.read(5.0)
+        gpus.error(0, 0)
+        back, next_ = sampler.read(10.0), sampler.read(15.0)
+        assert ([0], []) == (numbers(back, "utilization"), numbers(back, "sm_active_percent"))
+        assert [0] == numbers(next_, "sm_active_percent")
+
+    def test_does_not_trust_a_counter_of_bytes_that_goes_round_at_once(self) -> None:
+        value = pynvml.c_nvmlFieldValue_t(valueType=1)
+        value.value.uiVal = 7
+        assert None is of_field("pcie_sent_bytes_per_s", value)
+        assert 7 == of_field("memory_temperature_c", value)
 
 
 class TestCapabilities:
@@ -147,6 +213,20 @@ class TestLostGpus:
         assert (["GPU 1 is back"], [0, 1, 2]) == (titles(back), numbers(back, "utilization"))
         assert 0 == back.values["system/gpu1/lost"]
 
+    @pytest.mark.parametrize("function", ["nvmlDeviceGetUUID", "nvmlDeviceGetMaxMigDeviceCount"])
+    def test_cost_no_other_gpu_wherever_they_fail(
+        self, gpus: StubGpus, sampler: GpuSampler, function: str
+    ) -> None:
+        """From the start, when not even their UUID is known."""
+        gpus.set(count=2).gpu(0, mig=1).error(0, LOST, function)
+
+        first, second = sampler.read(0.0), sampler.read(0.5)
+
+        assert ["GPU 0 is lost"] == titles(first)
+        assert [1] == numbers(first, "utilization") == numbers(second, "utilization")
+        gpus.error(0, 0, function)
+        assert [0, 1] == numbers(sampler.read(9.0), "utilization")
+
     def test_that_are_all_lost_do_not_make_nvml_lost(self, gpus: StubGpus, sampler: GpuSampler) -> None:
         gpus.set(count=1)
         sampler.read(0.0)
@@ -174,6 +254,19 @@ class TestNvml:
         assert not sampler.read(4.1)  # the next try is due later
         back = sampler.read(4.0 + 4 * BACKOFF_S[0])
         assert (["NVML answers again"], [0, 1]) == (titles(back), numbers(back, "utilization"))
+
+    def test_that_was_replaced_is_left_to_a_new_process_once_that_can_use_it(self, gpus: StubGpus) -> None:
+        """This one keeps the library that it loaded."""
+        works = [False, True]
+        sampler = GpuSampler(works_elsewhere=lambda: works.pop(0))
+        gpus.set(count=1)
+        sampler.read(0.0)
+        gpus.error("*", UNKNOWN).set(init=MISMATCH)
+
+        assert [["NVML does not answer"], ["NVML does not answer"]] == [titles(sampler.read(at)) for at in (1, 2)]
+        assert [True] == works
+        with pytest.raises(StartAnew, match="driver was replaced"):
+            sampler.read(9.0)
 
     def test_that_was_replaced_forgets_what_was_not_supported(self, gpus: StubGpus, sampler: GpuSampler) -> None:
         gpus.set(count=1).error(0, NOT_SUPPORTED, "nvmlDeviceGetFanSpeed")
@@ -225,6 +318,15 @@ class TestEvents:
 
         assert ["XID 79 on GPU 1"] == titles(sampler.rest(1.0))
 
+    def test_of_a_gpu_that_came_back_are_heard_again(self, gpus: StubGpus, sampler: GpuSampler) -> None:
+        gpus.set(count=1).error(0, LOST)
+        sampler.read(0.0)
+        gpus.error(0, 0)
+        sampler.read(5.0)
+        sampler.read(30.0)  # with the slow list
+        gpus.xid(0, 79)
+        assert ["XID 79 on GPU 0"] == titles(sampler.rest(1.0))
+
     def test_that_come_again_are_counted_and_not_told_again(self, gpus: StubGpus, sampler: GpuSampler) -> None:
         gpus.set(count=1)
         sampler.read(0.0)
@@ -254,8 +356,20 @@ class TestOwners:
         assert {2: 5} == Owners({17: 2}.copy, proc=tmp_path).share({4711: 5}).by_rank
 
     def test_that_can_not_be_seen_are_not_guessed(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        """Nor is another one: it may have but the number of a process here."""
+        self.process(tmp_path, 17)
         owners = Owners({17: 2}.copy, proc=tmp_path)
-        shares = owners.share({4711: 5})
+        shares = owners.share({4711: 5, 17: 7})
         owners.share({4711: 5})
         assert ({}, None) == (shares.by_rank, shares.foreign)
         assert 1 == caplog.text.count("pid namespace")
+
+    def test_of_the_machine_that_can_not_be_seen_are_gone_or_anothers(self, tmp_path: Path) -> None:
+        self.process(tmp_path, 17)
+        namespaces = tmp_path / "self" / "ns"
+        namespaces.mkdir(parents=True)
+        (namespaces / "pid").symlink_to(MACHINE)
+        with subprocess.Popen(["true"]) as gone:
+            gone.wait()
+        shares = Owners({17: 2}.copy, proc=tmp_path).share({gone.pid: 5, 17: 7, os.getpid(): 11})
+        assert ({2: 7}, 1) == (shares.by_rank, shares.foreign)

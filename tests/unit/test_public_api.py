@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 import sidestep
 from sidestep import __main__ as command
-from sidestep import _current
+from sidestep import _current, names
 from sidestep.notices import Notices
 from sidestep.testing import FakeDaemon, environment
 from sidestep.wire import Kind
@@ -40,30 +42,25 @@ def in_a_fresh_process(code: str, **environ: str) -> Any:
 
 
 class TestNames:
-    def test_the_public_names_are_these(self):
-        assert (
-            [
-                "Metric",
-                "Run",
-                "Scope",
-                "Settings",
-                "SettingsError",
-                "SidestepError",
-                "Stage",
-                "Stats",
-                "UnsupportedValue",
-                "__version__",
-                "config",
-                "define_metric",
-                "finish",
-                "init",
-                "log",
-                "run",
-                "summary",
-            ]
-            == sidestep.__all__
-            == dir(sidestep)
-        )
+    def test_all_are_listed_once(self):
+        assert sorted(set(sidestep.__all__)) == sidestep.__all__ == dir(sidestep)
+        assert {*names.LAZY, *names.OF_THE_RUN, *names.MODULES, "init", "log", "run"} <= set(sidestep.__all__)
+
+    def test_no_module_takes_the_place_of_a_function(self):
+        """Importing a module of that name would overwrite the function."""
+        modules = {path.name.removesuffix(".py") for path in Path(sidestep.__file__).parent.iterdir()}
+
+        assert set() == modules & (set(sidestep.__all__) - names.MODULES)
+
+    def test_each_that_is_a_method_of_the_run_is_one(self):
+        assert [] == [name for name in names.OF_THE_RUN if not callable(getattr(sidestep.Run, name, None))]
+
+    def test_a_type_checker_is_told_of_each(self):
+        """mypy sees no `__getattr__` table: every lazy name is written down for it too."""
+        source = Path(sidestep.__file__).read_text()
+
+        told = {*re.findall(r" as (\w+)$", source, re.M), *re.findall(r"^    (\w+) = _run\.\1$", source, re.M)}
+        assert set() == {*names.LAZY, *names.MODULES, *names.OF_THE_RUN} - told
 
     def test_each_is_there(self, daemon: FakeDaemon):
         for name in sidestep.__all__:

@@ -166,6 +166,26 @@ class TestNodes:
         assert 600.0 == values["system/gpu/power_w.sum"]
         assert not [name for name in values if "/node" in name or "/gpu0" in name]
 
+    def test_that_are_many_are_told_of_when_all_are_heard(self) -> None:
+        """Half a sum is none; but who never says anything is not waited for."""
+        samples = Samples()
+        samples.meet({f"n{i}": i for i in range(5)})
+        for i in range(4):
+            samples.hear(said(i, {"system/gpu0/power_w": 100.0}, node=f"n{i}"), 10.0 + i)
+        assert "system/gpu/power_w.sum" not in samples.into([row(0)])[0].values
+
+        samples.hear(said(5, {"system/gpu0/power_w": 100.0}, node="n3"), 12.0 + FRESH_S)
+
+        assert 200.0 == samples.into([row(0)])[0].values["system/gpu/power_w.sum"]
+
+    def test_may_have_clocks_that_are_wrong(self) -> None:
+        samples = Samples()
+        samples.meet({f"n{i}": i for i in range(5)})
+        for i in range(5):
+            read = said(i, {"system/gpu0/power_w": 100.0}, node=f"n{i}", time=1000.0 * i)
+            samples.hear(read, now=10.0 + i)
+        assert 500.0 == samples.into([row(0)])[0].values["system/gpu/power_w.sum"]
+
     def test_are_known_by_their_lowest_rank(self) -> None:
         from sidestepd.resolve import SessionFacts
 
@@ -224,6 +244,19 @@ class TestEnergy:
         assert 300 == values["system/energy_j"]
         assert 30 == values["system/energy_per_step_j"]
         assert 5 == values["system/energy_per_sample_j"]
+
+    def test_of_a_sample_is_known_where_their_number_stands_in_other_rows(self) -> None:
+        samples = Samples(samples_metric="seen")
+        told = []
+        for seq in range(8):
+            self.hear(samples, seq, joules=100.0 * seq)
+            seen = {"seen": 10 * seq} if seq % 3 == 0 else {}
+            samples.into([row(2 * seq, seen, late=True)])  # is of another time
+            told += samples.into([row(2 * seq, {}, places={"global_step": seq}), row(2 * seq + 1, seen)])
+
+        values = [it.values.get("system/energy_per_sample_j") for it in told]
+
+        assert [10.0, 10.0] == [value for value in values if value is not None]
 
     def test_goes_on_when_the_driver_begins_to_count_anew(self) -> None:
         samples = Samples()

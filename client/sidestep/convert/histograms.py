@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from sidestep.errors import UnsupportedValue
-from sidestep.wire.plain import dump
 
 BINS = 32
 """Of an array in `log()`, as in wandb 0.31."""
@@ -22,14 +21,14 @@ NOTHING_FINITE = "none of its elements is a finite number"
 
 
 class Packed(dict[str, Any]):
-    """The media value `histogram` as it stands in a record."""
+    """A histogram as it stands in a record."""
 
     __slots__ = ()
 
 
 def packed(counts: Sequence[int], edges: Sequence[float]) -> Packed:
-    """The one place that knows how a record says a histogram: what media/histogram.py packs and shows."""
-    return Packed(_sidestep="histogram", facts={"counted": dump([list(counts), list(edges)])})
+    """The one place that knows how a record says a histogram: as wandb's history has it."""
+    return Packed(_type="histogram", values=list(counts), bins=list(edges))
 
 
 def spread(counts: Sequence[int], least: float, largest: float, number: int) -> Packed:

@@ -30,6 +30,14 @@ class Notice:
     level: str = "WARN"
 
 
+class StartAnew(Exception):
+    """What a sampler reads can only be read by a process that starts now; `notice` tells people of it."""
+
+    def __init__(self, notice: Notice) -> None:
+        super().__init__(notice.text)
+        self.notice = notice
+
+
 @dataclass(slots=True, kw_only=True)
 class Reading:
     """What was read at one moment. `gpus` maps UUIDs to numbers, where that has changed."""
@@ -46,7 +54,7 @@ class Sampler(Protocol):
     """One source."""
 
     def read(self, now: float) -> Reading:
-        """What there is at `now` (monotonic seconds). May take long, may raise."""
+        """What there is at `now` (monotonic seconds). May take long, may raise; StartAnew ends the process."""
         ...
 
     def rest(self, seconds: float) -> Reading:
@@ -92,6 +100,10 @@ class Pace:
     def _guard(self, read: Callable[[], Reading]) -> bool:
         try:
             reading = read()
+        except StartAnew as wish:
+            self.tell(Reading(notices=[wish.notice]))
+            self.stop.set()
+            return True
         except Exception:
             self.failures += 1
             if self._in_a_row == 0:

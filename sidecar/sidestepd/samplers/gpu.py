@@ -6,44 +6,51 @@
 - a failure is a gap in what failed and in nothing else: one metric, one GPU, or all of NVML; never an end
 - only "not supported" is remembered, for that metric of that GPU, until NVML is started anew
 - a GPU that is lost, an XID, and a changed number of GPUs are told as they happen
-- nothing here is asked for that is known to be slow (PCIe throughput samples 20 ms a call): counters instead
+- a process keeps the library that it loaded first: after the driver was replaced only a new one can use NVML
+- what is asked of a GPU stands in nvml.py
 """
 
 from __future__ import annotations
 
 import ctypes
 import logging
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection
+from math import isfinite
 from typing import Any
 
 import pynvml
 
-from sidestepd.samplers.base import Notice, Rates, Reading
-from sidestepd.samplers.names import THROTTLES
+from sidestepd.samplers.base import Notice, Rates, Reading, StartAnew
+from sidestepd.samplers.gpm import Profile, is_supported
+from sidestepd.samplers.nvml import (
+    BACKOFF_S,
+    FAST,
+    FIELDS,
+    GPU_GONE,
+    LIBRARY_GONE,
+    NEVER,
+    NOT_AVAILABLE,
+    SLOW,
+    SLOW_FIELDS,
+    TRAFFIC,
+    Ask,
+    Gpu,
+    energy,
+    memory_of,
+    of_field,
+    text,
+)
 from sidestepd.samplers.owners import Owners
 
 logger = logging.getLogger("sidestepd.samplers.gpu")
 
-BACKOFF_S = (1.0, 60.0)
-"""After NVML or a GPU was lost: the first pause and the longest."""
 SAME_XID_S = 300.0
 """People hear of the same XID of the same GPU once in this time; the samples hold each."""
-ALL_LINKS = 0xFFFFFFFF
-
-_LIBRARY_GONE = frozenset(
-    {
-        pynvml.NVML_ERROR_UNINITIALIZED,
-        pynvml.NVML_ERROR_DRIVER_NOT_LOADED,
-        pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH,
-        pynvml.NVML_ERROR_LIBRARY_NOT_FOUND,
-    }
-)
-_GPU_GONE = frozenset(
-    {pynvml.NVML_ERROR_GPU_IS_LOST, pynvml.NVML_ERROR_RESET_REQUIRED, pynvml.NVML_ERROR_GPU_NOT_FOUND}
-)
-_NEVER = frozenset({pynvml.NVML_ERROR_NOT_SUPPORTED, pynvml.NVML_ERROR_FUNCTION_NOT_FOUND})
+PROBE_S = 20.0
+"""How long another process may take to see whether NVML works there."""
 _NO_GPU_HERE = frozenset({pynvml.NVML_ERROR_LIBRARY_NOT_FOUND, pynvml.NVML_ERROR_DRIVER_NOT_LOADED})
 """At the start this is a machine without a GPU, which is no news."""
 
@@ -78,38 +85,23 @@ class _GpuGone(Exception):
     """One GPU does not answer, and will not for a while."""
 
 
-@dataclass(slots=True, kw_only=True)
-class _Gpu:
-    """One GPU, by its number in NVML's order."""
-
-    number: int
-    handle: Any = None
-    uuid: str = ""
-    never: set[str] = field(default_factory=set)
-    """What it does not support."""
-    limit_w: float = 0.0
-    instances: dict[int, Any] = field(default_factory=dict)
-    """MIG instances by their id."""
-    mig: dict[str, int] = field(default_factory=dict)
-    """Their UUIDs, to this GPU's number."""
-    lost: bool = False
-    retry_at: float = 0.0
-    backoff_s: float = BACKOFF_S[0]
-
-    @property
-    def prefix(self) -> str:
-        return f"system/gpu{self.number}/"
-
-
 class GpuSampler:
     """All GPUs of this machine."""
 
-    def __init__(self, *, slow_interval_s: float = 30.0, owners: Owners | None = None, nvml: Any = pynvml) -> None:
+    def __init__(
+        self,
+        *,
+        slow_interval_s: float = 30.0,
+        owners: Owners | None = None,
+        nvml: Any = pynvml,
+        works_elsewhere: Callable[[], bool] | None = None,
+    ) -> None:
         self._nvml = nvml
+        self._works_elsewhere = works_elsewhere or _works_elsewhere
         self._owners = owners
         self._slow_interval_s = slow_interval_s
         self._slow_at = 0.0
-        self._gpus: list[_Gpu] = []
+        self._gpus: list[Gpu] = []
         self._known: dict[str, int] | None = None
         self._count: int | None = None
         self._rates = Rates()
@@ -124,7 +116,7 @@ class GpuSampler:
         self._backoff_s = BACKOFF_S[0]
 
     def read(self, now: float) -> Reading:
-        """What the GPUs do; the slow list too when that is due."""
+        """What the GPUs do; the slow list too when that is due. Raises StartAnew when only that helps."""
         reading = Reading()
         if not self._up and (now < self._retry_at or not self._start(now, reading)):
             return reading
@@ -176,6 +168,14 @@ class GpuSampler:
         try:
             self._nvml.nvmlInit()
         except self._nvml.NVMLError as error:
+            if error.value == self._nvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH and self._works_elsewhere():
+                raise StartAnew(
+                    Notice(
+                        title="NVML answers again",
+                        text="The driver was replaced. The samplers start anew to use its library.",
+                        level="INFO",
+                    )
+                ) from error
             self._put_off(error, now, reading)
             return False
         try:
@@ -196,13 +196,14 @@ class GpuSampler:
         logger.info("NVML knows %d GPUs", count)
         return True
 
-    def _meet(self, number: int) -> _Gpu:
-        gpu = _Gpu(number=number)
+    def _meet(self, number: int) -> Gpu:
+        gpu = Gpu(number=number)
         try:
-            gpu.handle = self._nvml.nvmlDeviceGetHandleByIndex(number)
-            gpu.uuid = _text(self._nvml.nvmlDeviceGetUUID(gpu.handle))
+            handle = self._nvml.nvmlDeviceGetHandleByIndex(number)
+            gpu.uuid = text(self._nvml.nvmlDeviceGetUUID(handle))
+            gpu.handle = handle
         except self._nvml.NVMLError as error:
-            if error.value in _LIBRARY_GONE:
+            if error.value in LIBRARY_GONE:
                 raise
             logger.warning("GPU %d does not introduce itself: %s", number, error)
         return gpu
@@ -243,13 +244,16 @@ class GpuSampler:
         self._told = None if quiet else error.value
         logger.info("NVML does not answer: %s", error)
         if not quiet:
-            hint = " The driver was replaced while it was in use." if error.value == 18 else ""
-            text = f"{error}.{hint} The GPUs' metrics have a gap until it answers again."
-            reading.notices.append(Notice(title="NVML does not answer", text=text))
+            replaced = error.value == self._nvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH
+            hint = " The driver was replaced while it was in use." if replaced else ""
+            why = f"{error}.{hint} The GPUs' metrics have a gap until it answers again."
+            reading.notices.append(Notice(title="NVML does not answer", text=why))
 
     def _shut(self) -> None:
         self._up = False
         self._forget_events()
+        for gpu in self._gpus:
+            gpu.forget_profiles()
         try:
             self._nvml.nvmlShutdown()
         except self._nvml.NVMLError:
@@ -265,7 +269,7 @@ class GpuSampler:
 
     # One GPU
 
-    def _read_gpu(self, gpu: _Gpu, slow: bool, now: float, reading: Reading) -> bool:
+    def _read_gpu(self, gpu: Gpu, slow: bool, now: float, reading: Reading) -> bool:
         """Ask one GPU everything that is due; whether it answered at all."""
         if gpu.lost and now < gpu.retry_at:
             reading.values[f"{gpu.prefix}lost"] = 1
@@ -276,10 +280,11 @@ class GpuSampler:
                 self._find_again(gpu)
             for name, ask in (*(SLOW if slow else ()), *FAST):
                 values |= self._ask(gpu, name, ask)
-            values |= self._fields(gpu, slow, now)
+            values |= self._instances(gpu, slow)
+            profile = self._profile(gpu)
+            values |= self._fields(gpu, slow, now, counted=profile.keys()) | profile
             if slow:
                 values |= self._processes(gpu)
-            values |= self._instances(gpu, slow)
         except _GpuGone as gone:
             self._lose_gpu(gpu, str(gone), now, reading)
             values = {"lost": 1}
@@ -287,27 +292,34 @@ class GpuSampler:
             if values and gpu.lost:
                 gpu.lost, gpu.backoff_s, values["lost"] = False, BACKOFF_S[0], 0
                 reading.notices.append(Notice(title=f"GPU {gpu.number} is back", text=gpu.uuid, level="INFO"))
+                self._forget_events()  # its own are asked for anew, with the next slow list
+                self._deaf = True
         if "power_w" in values and gpu.limit_w:
             values["power_percent"] = 100 * values["power_w"] / gpu.limit_w
-        reading.values |= {f"{gpu.prefix}{name}": value for name, value in values.items()}
+        reading.values |= {f"{gpu.prefix}{name}": value for name, value in values.items() if _is_value(value)}
         return bool(values) and not gpu.lost
 
-    def _find_again(self, gpu: _Gpu) -> None:
-        found = self._ask(gpu, "handle", lambda nvml, _: {"": nvml.nvmlDeviceGetHandleByIndex(gpu.number)})
+    def _find_again(self, gpu: Gpu) -> None:
+        """By its UUID once that is known: numbers may have moved."""
+        ask = self._nvml.nvmlDeviceGetHandleByIndex
+        found = self._ask(gpu, "handle", lambda nvml, it: {"": _by_uuid(nvml, it) if it.uuid else ask(it.number)})
         if not found:
             raise _GpuGone("it can not be found")
         gpu.handle = found[""]
-        gpu.uuid = gpu.uuid or _text(self._nvml.nvmlDeviceGetUUID(gpu.handle))
+        gpu.forget_profiles()  # what was counted in its last life is not to be compared
+        if not gpu.uuid:
+            said = self._ask(gpu, "uuid", lambda nvml, it: {"": nvml.nvmlDeviceGetUUID(it.handle)})
+            gpu.uuid = text(said.get("", ""))
 
-    def _lose_gpu(self, gpu: _Gpu, why: str, now: float, reading: Reading) -> None:
+    def _lose_gpu(self, gpu: Gpu, why: str, now: float, reading: Reading) -> None:
         if not gpu.lost:
             gpu.lost = True
-            text = f"{why} ({gpu.uuid}). The other GPUs are sampled on."
-            reading.notices.append(Notice(title=f"GPU {gpu.number} is lost", text=text, level="ERROR"))
+            what = f"{why} ({gpu.uuid}). The other GPUs are sampled on."
+            reading.notices.append(Notice(title=f"GPU {gpu.number} is lost", text=what, level="ERROR"))
         gpu.retry_at = now + gpu.backoff_s
         gpu.backoff_s = min(2 * gpu.backoff_s, BACKOFF_S[1])
 
-    def _ask(self, gpu: _Gpu, name: str, ask: Callable[[Any, _Gpu], dict[str, Any]]) -> dict[str, Any]:
+    def _ask(self, gpu: Gpu, name: str, ask: Ask) -> dict[str, Any]:
         """One question; what goes wrong with it alone is a gap."""
         if name in gpu.never:
             return {}
@@ -317,18 +329,18 @@ class GpuSampler:
             self._judge(gpu, name, error.value)
             return {}
 
-    def _judge(self, gpu: _Gpu, name: str, code: int) -> None:
-        if code in _LIBRARY_GONE:
+    def _judge(self, gpu: Gpu, name: str, code: int) -> None:
+        if code in LIBRARY_GONE:
             raise _LibraryGone(self._nvml.NVMLError(code))
-        if code in _GPU_GONE:
+        if code in GPU_GONE:
             raise _GpuGone(str(self._nvml.NVMLError(code)))
-        if code in _NEVER:
+        if code in NEVER:
             gpu.never.add(name)
 
-    def _fields(self, gpu: _Gpu, slow: bool, now: float) -> dict[str, float]:
-        """All field values that are due, in one call."""
+    def _fields(self, gpu: Gpu, slow: bool, now: float, *, counted: Collection[str]) -> dict[str, float]:
+        """All field values that are due, in one call, but for what GPM has `counted`."""
         all_due = {**FIELDS, **SLOW_FIELDS} if slow else FIELDS
-        due = {name: id_ for name, id_ in all_due.items() if name not in gpu.never}
+        due = {name: id_ for name, id_ in all_due.items() if name not in gpu.never and name not in counted}
         values: dict[str, float] = {}
         if due and "fields" not in gpu.never:
             got = self._ask(
@@ -336,58 +348,82 @@ class GpuSampler:
             )
             for name, value in zip(due, got.get("", ()), strict=False):
                 if value.nvmlReturn == self._nvml.NVML_SUCCESS:
-                    values |= self._of_field(gpu, name, _number(value), now)
+                    values |= self._of_field(gpu, name, of_field(name, value), now)
                 else:
                     self._judge(gpu, name, value.nvmlReturn)
         if {"energy_j", "fields"} & gpu.never:
-            values |= self._ask(gpu, "energy", _energy)
+            values |= self._ask(gpu, "energy", energy)
         return values
 
-    def _of_field(self, gpu: _Gpu, name: str, value: float, now: float) -> dict[str, float]:
-        value *= _FIELD_SCALES.get(name, 1)
-        if name.endswith("_per_s"):
-            rate = self._rates.per_s(f"{gpu.prefix}{name}", value, now)
-            return {} if rate is None else {name: rate}
-        return {name: value}
+    def _of_field(self, gpu: Gpu, name: str, value: float | None, now: float) -> dict[str, float]:
+        if value is not None and name in TRAFFIC:
+            value = self._rates.per_s(f"{gpu.prefix}{name}", value, now)
+        return {} if value is None else {name: value}
 
-    def _processes(self, gpu: _Gpu) -> dict[str, float]:
-        """How many there are, and what of the GPU's memory each rank holds."""
-        got = self._ask(
-            gpu, "processes", lambda nvml, _: {"": nvml.nvmlDeviceGetComputeRunningProcesses(gpu.handle)}
-        )
-        if "" not in got:
-            return {}
-        values: dict[str, float] = {"process_count": len(got[""])}
+    def _processes(self, gpu: Gpu) -> dict[str, float]:
+        """How many there are, and what of the GPU's memory each rank holds; with MIG those of its instances."""
+        found: dict[int, int] = {}
+        for name, handle in [(f"processes{id_}", it) for id_, it in gpu.instances.items()] or [
+            ("processes", gpu.handle)
+        ]:
+            got = self._ask(gpu, name, _processes_on(handle))
+            if "" not in got:
+                return {}
+            for it in got[""]:
+                found[it.pid] = found.get(it.pid, 0) + (it.usedGpuMemory or 0)
+        values: dict[str, float] = {"process_count": len(found)}
         if self._owners is None:
             return values
-        shares = self._owners.share({it.pid: it.usedGpuMemory or 0 for it in got[""]})
+        shares = self._owners.share(found)
         if shares.foreign is not None:
             values["foreign_process_count"] = shares.foreign
         return values | {f"rank{rank}/memory_bytes": size for rank, size in shares.by_rank.items()}
 
-    def _instances(self, gpu: _Gpu, slow: bool) -> dict[str, float]:
-        """The memory of each MIG instance; NVML knows no utilization of them."""
+    def _profile(self, gpu: Gpu) -> dict[str, float]:
+        """What GPM counted since the last time, of the GPU or of each of its MIG instances."""
+        if "gpm" in gpu.never or not (gpu.profiles or self._has_gpm(gpu)):
+            return {}
+        wanted: set[int | None] = {*gpu.instances} or {None}
+        for id_ in gpu.profiles.keys() - wanted:
+            gpu.profiles.pop(id_).close()
+        values: dict[str, float] = {}
+        for id_ in wanted:
+            if (profile := gpu.profiles.get(id_)) is None:
+                profile = gpu.profiles[id_] = Profile(self._nvml, gpu.handle, id_)
+            read = self._ask(gpu, f"gpm of {id_}", lambda *_, of=profile: of.read())
+            values |= read if id_ is None else {f"mig{id_}/{name}": value for name, value in read.items()}
+        return values
+
+    def _has_gpm(self, gpu: Gpu) -> bool:
+        said = self._ask(gpu, "gpm", lambda nvml, it: {"": is_supported(nvml, it.handle)})
+        if said.get("") is False:
+            gpu.never.add("gpm")
+        return bool(said.get(""))
+
+    def _instances(self, gpu: Gpu, slow: bool) -> dict[str, float]:
+        """The memory of each MIG instance; what it does, only GPM knows."""
         if slow:
             gpu.instances, gpu.mig = self._find_instances(gpu)
         values: dict[str, float] = {"mig_instances": len(gpu.instances)} if slow and gpu.instances else {}
         for id_, handle in gpu.instances.items():
-            memory = self._ask(gpu, f"mig{id_}", _memory_of(handle))
+            memory = self._ask(gpu, f"mig{id_}", memory_of(handle))
             for info in memory.values():
                 values[f"mig{id_}/memory_used_bytes"] = info.used
                 values[f"mig{id_}/memory_total_bytes"] = info.total
         return values
 
-    def _find_instances(self, gpu: _Gpu) -> tuple[dict[int, Any], dict[str, int]]:
+    def _find_instances(self, gpu: Gpu) -> tuple[dict[int, Any], dict[str, int]]:
         mode = self._ask(gpu, "mig", lambda nvml, it: {"": nvml.nvmlDeviceGetMigMode(it.handle)[0]})
         found: dict[int, Any] = {}
         uuids: dict[str, int] = {}
         if mode.get("") != self._nvml.NVML_DEVICE_MIG_ENABLE:
             return found, uuids
-        for index in range(self._nvml.nvmlDeviceGetMaxMigDeviceCount(gpu.handle)):
+        most = self._ask(gpu, "mig", lambda nvml, it: {"": nvml.nvmlDeviceGetMaxMigDeviceCount(it.handle)})
+        for index in range(most.get("", 0)):
             try:
                 handle = self._nvml.nvmlDeviceGetMigDeviceHandleByIndex(gpu.handle, index)
                 found[self._nvml.nvmlDeviceGetGpuInstanceId(handle)] = handle
-                uuids[_text(self._nvml.nvmlDeviceGetUUID(handle))] = gpu.number
+                uuids[text(self._nvml.nvmlDeviceGetUUID(handle))] = gpu.number
             except self._nvml.NVMLError:
                 continue  # there is none of this number
         return found, uuids
@@ -402,7 +438,7 @@ class GpuSampler:
         nvml, heard = self._nvml, 0
         try:
             self._events = nvml.nvmlEventSetCreate()
-            for gpu in self._gpus:
+            for gpu in (it for it in self._gpus if it.handle is not None):
                 try:
                     nvml.nvmlDeviceRegisterEvents(gpu.handle, nvml.nvmlEventTypeXidCriticalError, self._events)
                     heard += 1
@@ -424,148 +460,35 @@ class GpuSampler:
         if now < self._xid_told.get((gpu.number, xid), 0.0):
             return
         self._xid_told[gpu.number, xid] = now + SAME_XID_S
-        text = f"{XIDS.get(xid, 'see the driver documentation for what it means')} ({gpu.uuid})."
+        what = f"{XIDS.get(xid, 'see the driver documentation for what it means')} ({gpu.uuid})."
         level = "WARN" if xid in _BY_APPLICATION else "ERROR"
-        reading.notices.append(Notice(title=f"XID {xid} on GPU {gpu.number}", text=text, level=level))
+        reading.notices.append(Notice(title=f"XID {xid} on GPU {gpu.number}", text=what, level=level))
 
-    def _gpu_of(self, handle: Any) -> _Gpu | None:
+    def _gpu_of(self, handle: Any) -> Gpu | None:
         """By the handle's address: a GPU that just failed could not be asked."""
         address = ctypes.cast(handle, ctypes.c_void_p).value
         same = (it for it in self._gpus if ctypes.cast(it.handle, ctypes.c_void_p).value == address)
         return next(same, None)
 
 
-# The questions
+def _by_uuid(nvml: Any, gpu: Gpu) -> Any:
+    return nvml.nvmlDeviceGetHandleByUUID(gpu.uuid)
 
 
-def _utilization(nvml: Any, gpu: _Gpu) -> dict[str, float]:
-    rates = nvml.nvmlDeviceGetUtilizationRates(gpu.handle)
-    return {"utilization": rates.gpu, "memory_utilization": rates.memory}
+def _processes_on(handle: Any) -> Ask:
+    return lambda nvml, _: {"": nvml.nvmlDeviceGetComputeRunningProcesses(handle)}
 
 
-def _memory(nvml: Any, gpu: _Gpu) -> dict[str, float]:
-    """By version 2, which leaves out what the driver keeps for itself; older drivers know only the first."""
+def _is_value(value: float) -> bool:
+    return isfinite(value) and value not in NOT_AVAILABLE
+
+
+def _works_elsewhere() -> bool:
+    """Whether NVML works in a process that loads it now."""
+    probe = [sys.executable, "-P", "-c", "import pynvml; pynvml.nvmlInit()"]
+    nowhere = subprocess.DEVNULL
     try:
-        info = nvml.nvmlDeviceGetMemoryInfo(gpu.handle, version=nvml.nvmlMemory_v2)
-    except nvml.NVMLError as error:
-        if error.value not in (nvml.NVML_ERROR_FUNCTION_NOT_FOUND, nvml.NVML_ERROR_ARGUMENT_VERSION_MISMATCH):
-            raise
-        info = nvml.nvmlDeviceGetMemoryInfo(gpu.handle)
-    percent = {"memory_percent": 100 * info.used / info.total} if info.total else {}
-    return {"memory_used_bytes": info.used, "memory_total_bytes": info.total, **percent}
-
-
-def _memory_of(handle: Any) -> Callable[[Any, _Gpu], dict[str, Any]]:
-    return lambda nvml, _: {"": nvml.nvmlDeviceGetMemoryInfo(handle)}
-
-
-def _power(nvml: Any, gpu: _Gpu) -> dict[str, float]:
-    return {"power_w": nvml.nvmlDeviceGetPowerUsage(gpu.handle) / 1000}
-
-
-def _energy(nvml: Any, gpu: _Gpu) -> dict[str, float]:
-    return {"energy_j": nvml.nvmlDeviceGetTotalEnergyConsumption(gpu.handle) / 1000}
-
-
-def _temperature(nvml: Any, gpu: _Gpu) -> dict[str, float]:
-    return {"temperature_c": nvml.nvmlDeviceGetTemperature(gpu.handle, nvml.NVML_TEMPERATURE_GPU)}
-
-
-def _sm_clock(nvml: Any, gpu: _Gpu) -> dict[str, float]:
-    return {"sm_clock_mhz": nvml.nvmlDeviceGetClockInfo(gpu.handle, nvml.NVML_CLOCK_SM)}
-
-
-def _memory_clock(nvml: Any, gpu: _Gpu) -> dict[str, float]:
-    return {"memory_clock_mhz": nvml.nvmlDeviceGetClockInfo(gpu.handle, nvml.NVML_CLOCK_MEM)}
-
-
-def _throttle(nvml: Any, gpu: _Gpu) -> dict[str, float]:
-    """Under its present name, or the one that older drivers know it by."""
-    try:
-        mask = nvml.nvmlDeviceGetCurrentClocksEventReasons(gpu.handle)
-    except nvml.NVMLError as error:
-        if error.value != nvml.NVML_ERROR_FUNCTION_NOT_FOUND:
-            raise
-        mask = nvml.nvmlDeviceGetCurrentClocksThrottleReasons(gpu.handle)
-    return {"throttle_mask": mask} | {f"throttle/{name}": int(bool(mask & bit)) for name, bit in THROTTLES.items()}
-
-
-def _power_limit(nvml: Any, gpu: _Gpu) -> dict[str, float]:
-    gpu.limit_w = nvml.nvmlDeviceGetEnforcedPowerLimit(gpu.handle) / 1000
-    return {"power_limit_w": gpu.limit_w}
-
-
-def _fan(nvml: Any, gpu: _Gpu) -> dict[str, float]:
-    return {"fan_percent": nvml.nvmlDeviceGetFanSpeed(gpu.handle)}
-
-
-def _pstate(nvml: Any, gpu: _Gpu) -> dict[str, float]:
-    state = nvml.nvmlDeviceGetPerformanceState(gpu.handle)
-    return {"pstate": state} if 0 <= state <= 15 else {}
-
-
-def _ecc(kind: str, name: str) -> Callable[[Any, _Gpu], dict[str, float]]:
-    def ask(nvml: Any, gpu: _Gpu) -> dict[str, float]:
-        count = nvml.nvmlDeviceGetTotalEccErrors(gpu.handle, getattr(nvml, kind), nvml.NVML_VOLATILE_ECC)
-        return {name: count}
-
-    return ask
-
-
-def _remapped(nvml: Any, gpu: _Gpu) -> dict[str, float]:
-    names = ("remapped_rows_corrected", "remapped_rows_uncorrected", "remap_pending", "remap_failure")
-    return dict(zip(names, nvml.nvmlDeviceGetRemappedRows(gpu.handle), strict=True))
-
-
-def _pcie_generation(nvml: Any, gpu: _Gpu) -> dict[str, float]:
-    return {"pcie_generation": nvml.nvmlDeviceGetCurrPcieLinkGeneration(gpu.handle)}
-
-
-def _pcie_width(nvml: Any, gpu: _Gpu) -> dict[str, float]:
-    return {"pcie_width": nvml.nvmlDeviceGetCurrPcieLinkWidth(gpu.handle)}
-
-
-_Questions = tuple[tuple[str, Callable[[Any, _Gpu], dict[str, float]]], ...]
-
-FAST: _Questions = (
-    ("utilization", _utilization),
-    ("memory", _memory),
-    ("power", _power),
-    ("temperature", _temperature),
-    ("sm_clock", _sm_clock),
-    ("memory_clock", _memory_clock),
-    ("throttle", _throttle),
-)
-SLOW: _Questions = (
-    ("power_limit", _power_limit),
-    ("fan", _fan),
-    ("pstate", _pstate),
-    ("ecc_corrected", _ecc("NVML_MEMORY_ERROR_TYPE_CORRECTED", "ecc_corrected")),
-    ("ecc_uncorrected", _ecc("NVML_MEMORY_ERROR_TYPE_UNCORRECTED", "ecc_uncorrected")),
-    ("remapped", _remapped),
-    ("pcie_generation", _pcie_generation),
-    ("pcie_width", _pcie_width),
-)
-FIELDS: Mapping[str, Any] = {
-    "memory_temperature_c": pynvml.NVML_FI_DEV_MEMORY_TEMP,
-    "energy_j": pynvml.NVML_FI_DEV_TOTAL_ENERGY_CONSUMPTION,
-}
-SLOW_FIELDS: Mapping[str, Any] = {
-    "pcie_replays": pynvml.NVML_FI_DEV_PCIE_REPLAY_COUNTER,
-    "pcie_sent_bytes_per_s": pynvml.NVML_FI_DEV_PCIE_COUNT_TX_BYTES,
-    "pcie_received_bytes_per_s": pynvml.NVML_FI_DEV_PCIE_COUNT_RX_BYTES,
-    "nvlink_sent_bytes_per_s": (pynvml.NVML_FI_DEV_NVLINK_THROUGHPUT_DATA_TX, ALL_LINKS),
-    "nvlink_received_bytes_per_s": (pynvml.NVML_FI_DEV_NVLINK_THROUGHPUT_DATA_RX, ALL_LINKS),
-}
-_FIELD_SCALES = {"energy_j": 1e-3, "nvlink_sent_bytes_per_s": 1024, "nvlink_received_bytes_per_s": 1024}
-"""NVML counts mJ and KiB."""
-_VALUE_TYPES = {0: "dVal", 1: "uiVal", 2: "ulVal", 3: "ullVal", 4: "sllVal", 5: "siVal", 6: "usVal"}
-
-
-def _number(value: Any) -> float:
-    """A field's value, by the type that it says it has."""
-    return float(getattr(value.value, _VALUE_TYPES.get(value.valueType, "ullVal")))
-
-
-def _text(value: str | bytes) -> str:
-    return value.decode() if isinstance(value, bytes) else value
+        done = subprocess.run(probe, check=False, timeout=PROBE_S, stdin=nowhere, stdout=nowhere, stderr=nowhere)
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return done.returncode == 0

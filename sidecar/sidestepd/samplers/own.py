@@ -16,15 +16,16 @@ from pathlib import Path
 import psutil
 
 from sidestepd import placement
+from sidestepd.errors import SpoolError
 from sidestepd.rowlog import RowLogReader
 from sidestepd.samplers.base import Rates, Reading
+from sidestepd.spool import SpoolReader
 
 
 class OwnSampler:
     """One run's daemon. `pid` is its intake's."""
 
     def __init__(self, run_dir: Path, *, pid: int | None = None, clock: Callable[[], float] = time.time) -> None:
-        self._run_dir = run_dir
         self._pid = os.getppid() if pid is None else pid
         self._clock = clock
         self._home = placement.home(run_dir)
@@ -39,7 +40,7 @@ class OwnSampler:
         for source in (self._of_delivery, lambda: self._of_processes(now)):
             try:
                 values |= source()
-            except (OSError, sqlite3.Error, psutil.Error):
+            except (OSError, sqlite3.Error, SpoolError, psutil.Error):
                 continue
         return Reading(values={f"sidestep/{name}": value for name, value in values.items()})
 
@@ -67,13 +68,12 @@ class OwnSampler:
 
     def _lag_s(self, read_through: int) -> float:
         """How long the oldest entry that delivery has not told of reading has lain in the spool."""
-        spool = sqlite3.connect(f"file:{self._run_dir / 'spool.db'}?mode=ro", uri=True)
+        reader = SpoolReader(self._home / placement.SPOOL)
         try:
-            query = "SELECT received FROM entry WHERE id > ? ORDER BY id LIMIT 1"
-            oldest = spool.execute(query, (read_through,)).fetchone()
+            oldest = reader.received_after(read_through)
         finally:
-            spool.close()
-        return max(self._clock() - oldest[0], 0.0) if oldest else 0.0
+            reader.close()
+        return 0.0 if oldest is None else max(self._clock() - oldest, 0.0)
 
     def _of_processes(self, now: float) -> Mapping[str, float]:
         memory = 0

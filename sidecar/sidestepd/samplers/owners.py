@@ -2,7 +2,10 @@
 
 - NVML names processes by their pids in the machine's own namespace. A worker says its pid as its own namespace
   numbers it; `NSpid` in /proc tells both, where the process can be seen from here
-- from inside a container the machine's processes can not be seen: then nothing is mapped, and that is said
+- from inside a container the machine's processes can not be seen: then nothing is mapped, and that is said. One
+  that has the number of a process here would be taken for it; so once one can not be seen, none is mapped
+- in the machine's own namespace a process that can not be seen has ended, or is another user's where /proc hides
+  those
 """
 
 from __future__ import annotations
@@ -26,6 +29,8 @@ REMEMBER_S = 10.0
 """How long the workers are taken to be those that they were."""
 _DEPTH = 64
 PROC = Path("/proc")
+MACHINE = "pid:[4026531836]"
+"""What the kernel calls the machine's own pid namespace."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,22 +56,33 @@ class Owners:
 
     def share(self, processes: Mapping[int, int]) -> Shares:
         """Divide the memory of `processes` (pid to bytes) among ranks."""
-        workers, by_rank, foreign, unseen = self._workers(), dict[int, int](), 0, 0
-        for pid, size in processes.items():
-            if not (self._proc / str(pid)).exists():
-                unseen += 1
-            elif (rank := self._rank_of(pid, workers)) is None:
+        unseen = [pid for pid in processes if not (self._proc / str(pid)).exists()]
+        if unseen and not self._is_in_machines_namespace():
+            self._say(len(unseen))
+            return Shares(foreign=None)
+        workers, by_rank = self._workers(), dict[int, int]()
+        foreign = sum(map(_exists, unseen))
+        for pid in processes.keys() - set(unseen):
+            if (rank := self._rank_of(pid, workers)) is None:
                 foreign += 1
             else:
-                by_rank[rank] = by_rank.get(rank, 0) + size
-        if unseen and not self._said:
+                by_rank[rank] = by_rank.get(rank, 0) + processes[pid]
+        return Shares(by_rank=by_rank, foreign=foreign)
+
+    def _is_in_machines_namespace(self) -> bool:
+        try:
+            return os.readlink(self._proc / "self" / "ns" / "pid") == MACHINE
+        except OSError:
+            return False
+
+    def _say(self, unseen: int) -> None:
+        if not self._said:
             self._said = True
             logger.warning(
-                "NVML names %d processes that can not be seen from this pid namespace, so they are not mapped to "
-                "ranks; in a container, share the machine's namespace to have that",
+                "NVML names %d processes that can not be seen from this pid namespace, so none is mapped to a "
+                "rank; in a container, share the machine's namespace to have that",
                 unseen,
             )
-        return Shares(by_rank=by_rank, foreign=None if unseen else foreign)
 
     def _rank_of(self, pid: int, workers: Mapping[int, int]) -> int | None:
         for _ in range(_DEPTH):
@@ -85,6 +101,17 @@ class Owners:
         except OSError:
             return {}
         return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
+
+
+def _exists(pid: int) -> bool:
+    """Also of a process that /proc does not show."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # it is another user's
+        return True
+    return True
 
 
 class _Roster:
