@@ -37,8 +37,8 @@ if TYPE_CHECKING:  # what a type checker is told of them; a method of the run is
     run: Run | None
     config: Bag
     summary: Bag
-    unwatch = _run.unwatch
-    watch = _run.watch
+    unwatch = _run.unwatch  # noqa: F821 - declared above, for a type checker alone
+    watch = _run.watch  # noqa: F821
 
 __all__ = [
     "Run",

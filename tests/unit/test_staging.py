@@ -268,7 +268,8 @@ class TestOrder:
         frame = run._session.outbox.next_frame()
         assert frame is not None
         first, second = decode_records(frame.body, frame.count)
-        assert isinstance(first, Record) and isinstance(second, Record)
+        assert isinstance(first, Record)
+        assert isinstance(second, Record)
         assert (7, 8) == (first.step, second.step)
         assert first.time <= second.time
 
