@@ -53,7 +53,7 @@ def device() -> FakeDevice:
 @pytest.fixture
 def run(device: FakeDevice) -> Iterator[Run]:
     session = Session(
-        settings=WorkerSettings(when_full="drop"),
+        settings=WorkerSettings(when_full="drop", autostart=False),
         identity=ME,
         keywords={},
         notices=Notices(),

@@ -1,0 +1,87 @@
+"""A real model is watched, and its tensors logged, under a real daemon: what the run holds is numpy's, and wandb's."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sidestepd.sinks import wandb_log
+from tests.support.chaos import Training
+from tests.support.watched import EVERY, STEPS
+
+pytestmark = pytest.mark.e2e
+
+LAYERS = ["0.bias", "0.weight", "2.bias", "2.weight"]
+NAMES = [f"{kind}/{layer}" for kind in ("gradients", "parameters") for layer in LAYERS]
+
+
+def by_wandb(folder: Path) -> dict[int, Mapping[str, Any]]:
+    """The rows that wandb itself writes of the same training."""
+    environ = {name: value for name, value in os.environ.items() if not name.startswith(("SIDESTEP_", "WANDB_"))}
+    command = [sys.executable, "-m", "tests.support.watched", "wandb", str(folder / "unused.npz")]
+    subprocess.run(
+        command,
+        cwd=Path(__file__).parents[2],
+        env={**environ, "WANDB_DIR": str(folder), "WANDB_SILENT": "true", "WANDB_CONSOLE": "off"},
+        check=True,
+        timeout=300,
+    )
+    return {
+        row.step: row.values
+        for segment in wandb_log.segments(folder / "wandb")
+        for row in wandb_log.history(segment)
+    }
+
+
+class TestOneProcess:
+    def test_the_run_holds_what_numpy_and_wandb_count(self, tmp_path: Path):
+        file, theirs = tmp_path / "arrays.npz", tmp_path / "wandb-itself"
+        theirs.mkdir()
+        command = [sys.executable, "-m", "tests.support.watched", "sidestep", str(file)]
+        with Training(tmp_path, command) as run:
+            assert 0 == run.wait(), run.log()
+
+        rows = {row.step: row.values for row in run.rows()}
+        assert list(range(STEPS)) == sorted(rows)
+        wandb_rows = by_wandb(theirs)
+        for name in NAMES:
+            found = {step: values[name] for step, values in rows.items() if name in values}
+            assert {step: values[name] for step, values in wandb_rows.items() if name in values} == found
+            assert STEPS // EVERY == len(found)
+        for name in ("weights", "array"):
+            assert [wandb_rows[step][name] for step in sorted(rows)] == [rows[step][name] for step in sorted(rows)]
+        last = max(step for step, values in rows.items() if NAMES[0] in values)
+        for name, array in np.load(file).items():
+            counts, edges = np.histogram(array.astype(float), bins=64)
+            held = rows[last][name]
+            if array.size > 1:
+                assert np.allclose(edges, held["bins"])
+                assert 4 >= sum(abs(one - other) for one, other in zip(counts, held["values"], strict=True))
+        assert run.report().ledger.balances
+
+
+@pytest.mark.nightly
+class TestSeveralRanks:
+    def test_watching_a_model_of_ddp_hangs_nobody(self, tmp_path: Path):
+        torchrun = "-m torch.distributed.run --standalone --nproc-per-node 2 -m tests.support.watched sidestep"
+        command = [sys.executable, *torchrun.split(), str(tmp_path / "arrays.npz"), "--ddp"]
+        with Training(tmp_path, command) as run:
+            assert 0 == run.wait(), run.log()
+
+        rows = {row.step: row.values for row in run.rows()}
+        assert list(range(STEPS)) == sorted(rows)
+        assert {0.5} == {values["rank"] for values in rows.values()}  # of two ranks the mean
+        named = {
+            name for values in rows.values() for name in values if name.startswith(("gradients", "parameters"))
+        }
+        assert {f"{kind}/module.{layer}" for kind in ("gradients", "parameters") for layer in LAYERS} == {
+            name.partition("/rank")[0] for name in named
+        }
+        assert run.report().ledger.balances
