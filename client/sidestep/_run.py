@@ -475,6 +475,12 @@ class SilentRun(_Silent, Run):
         super().__init__(session, keywords)
         self._config, self._summary = Bag(None, Kind.CONFIG), Bag(None, Kind.SUMMARY)
 
+    def watch(self, models: Any, *_: Any, **__: Any) -> None:
+        """Nothing."""
+
+    def unwatch(self, models: Any = None) -> None:
+        """Nothing."""
+
 
 def _text(name: Any) -> str:
     """A name as users give it."""

@@ -1,4 +1,4 @@
-"""A real model is watched, and its tensors logged, under a real daemon: what the run holds is numpy's, and wandb's."""
+"""A real model is watched and tensors are logged, under a real daemon: the run holds what numpy and wandb count."""
 
 from __future__ import annotations
 
@@ -33,11 +33,13 @@ def by_wandb(folder: Path) -> dict[int, Mapping[str, Any]]:
         check=True,
         timeout=300,
     )
-    return {
-        row.step: row.values
-        for segment in wandb_log.segments(folder / "wandb")
-        for row in wandb_log.history(segment)
-    }
+    (segment,) = wandb_log.segments(folder / "wandb")
+    return {row.step: row.values for row in wandb_log.history(segment)}
+
+
+def same(ours: Any, theirs: Any) -> bool:
+    """Whether two histograms are one; wandb reckons its edges as float32."""
+    return ours["values"] == theirs["values"] and np.allclose(ours["bins"], theirs["bins"], rtol=1e-5, atol=1e-6)
 
 
 class TestOneProcess:
@@ -52,11 +54,12 @@ class TestOneProcess:
         assert list(range(STEPS)) == sorted(rows)
         wandb_rows = by_wandb(theirs)
         for name in NAMES:
-            found = {step: values[name] for step, values in rows.items() if name in values}
-            assert {step: values[name] for step, values in wandb_rows.items() if name in values} == found
+            found = [step for step, values in rows.items() if name in values]
+            assert [step for step, values in wandb_rows.items() if name in values] == found
             assert STEPS // EVERY == len(found)
+            assert all(same(rows[step][name], wandb_rows[step][name]) for step in found), name
         for name in ("weights", "array"):
-            assert [wandb_rows[step][name] for step in sorted(rows)] == [rows[step][name] for step in sorted(rows)]
+            assert all(same(values[name], wandb_rows[step][name]) for step, values in rows.items()), name
         last = max(step for step, values in rows.items() if NAMES[0] in values)
         for name, array in np.load(file).items():
             counts, edges = np.histogram(array.astype(float), bins=64)
@@ -78,10 +81,6 @@ class TestSeveralRanks:
         rows = {row.step: row.values for row in run.rows()}
         assert list(range(STEPS)) == sorted(rows)
         assert {0.5} == {values["rank"] for values in rows.values()}  # of two ranks the mean
-        named = {
-            name for values in rows.values() for name in values if name.startswith(("gradients", "parameters"))
-        }
-        assert {f"{kind}/module.{layer}" for kind in ("gradients", "parameters") for layer in LAYERS} == {
-            name.partition("/rank")[0] for name in named
-        }
+        found = {name.partition("/rank")[0] for values in rows.values() for name in values}
+        assert {name.replace("/", "/module.") for name in NAMES} == {name for name in found if "module" in name}
         assert run.report().ledger.balances

@@ -4,7 +4,7 @@
     python -m tests.support.watched wandb FILE             # offline, in the current directory
     torchrun --nproc-per-node 2 -m tests.support.watched sidestep FILE --ddp
 
-What the gradients and parameters were at the last step that was counted goes to FILE, for numpy to count (of rank 0).
+What rank 0's gradients and parameters were at the last step that was counted goes to FILE, for numpy to count.
 """
 
 from __future__ import annotations

@@ -52,8 +52,9 @@ def single(counts: Sequence[int], least: float, largest: float, number: int) -> 
 
 def edges_of(bins: int, least: float, largest: float) -> list[float]:
     """The edges of equal bins."""
-    step = largest / bins - least / bins  # apart, since the difference may be beyond a float
-    return [*(least + step * index for index in range(bins)), largest]
+    return [
+        least * (1 - at / bins) + largest * (at / bins) for at in range(bins + 1)
+    ]  # no difference: it may overflow
 
 
 def of_numpy(array: Any, bins: int = BINS) -> Packed:
