@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import sys
+from functools import lru_cache
 from typing import Any
 
 from sidestep.convert import histograms
@@ -93,9 +94,8 @@ def hide_from_compiler() -> bool:
 
 
 def _staged(torch: Any, value: Any, device: Device, call: Call) -> Any:
-    elements = value.numel()
-    code = CODES.get(str(value.dtype))
-    if value.is_complex() or value.is_sparse or value.is_quantized:
+    elements, code = value.numel(), code_of(value.dtype)
+    if value.is_sparse or (code is None and (value.is_complex() or value.is_quantized)):
         raise UnsupportedValue("it is a complex, sparse or quantized tensor on a device: log its parts")
     if elements > MOST_ELEMENTS:
         return _read(lambda: call.histogram(device, value, histograms.spread))
@@ -106,6 +106,12 @@ def _staged(torch: Any, value: Any, device: Device, call: Call) -> Any:
     if elements == 1:
         return call.number(device, value, code)
     return call.array(device, value, Numbers(code, tuple(value.shape)))
+
+
+@lru_cache(maxsize=256)
+def code_of(dtype: object) -> str | None:
+    """How a number of a type is read from memory, if it is."""
+    return CODES.get(str(dtype))
 
 
 def widened(torch: Any, value: Any) -> Any:
