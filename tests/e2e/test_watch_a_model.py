@@ -1,4 +1,4 @@
-"""A real model is watched and tensors are logged, under a real daemon: the run holds what numpy and wandb count."""
+"""A real model is watched and tensors logged, under a real daemon: the run holds what numpy and wandb count."""
 
 from __future__ import annotations
 
