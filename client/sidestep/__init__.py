@@ -25,12 +25,26 @@ from sidestep.settings import Settings
 if TYPE_CHECKING:  # what a type checker is told of them; a method of the run is a line `alert = _run.alert`
     from sidestep import errors as errors
     from sidestep import logger as logger
+    from sidestep import media as media
+    from sidestep import plot as plot
     from sidestep import tensorboard as tensorboard
     from sidestep import testing as testing
     from sidestep._run import Metric as Metric
     from sidestep._run import Scope as Scope
     from sidestep._run import Stage as Stage
     from sidestep.bags import Bag
+    from sidestep.media.audio import Audio as Audio
+    from sidestep.media.histogram import Histogram as Histogram
+    from sidestep.media.html import Html as Html
+    from sidestep.media.image import Image as Image
+    from sidestep.media.molecule import Molecule as Molecule
+    from sidestep.media.object3d import Object3D as Object3D
+    from sidestep.media.object3d import box3d as box3d
+    from sidestep.media.overlays import Classes as Classes
+    from sidestep.media.plotly import Plotly as Plotly
+    from sidestep.media.table import Table as Table
+    from sidestep.media.video import Video as Video
+    from sidestep.plot import plot_table as plot_table
     from sidestep.session import Stats as Stats
 
     _run: Run

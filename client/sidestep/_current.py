@@ -136,6 +136,11 @@ def current() -> Run | None:
     return None if _run is None or _run._session.finished else _run
 
 
+def notices() -> Notices:
+    """What this process has said already."""
+    return _notices
+
+
 def bag(name: str) -> Bag:
     """The current run's `config` or `summary`."""
     if _run is None:

@@ -14,15 +14,27 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 LAZY: Mapping[str, str] = {
+    "Audio": "sidestep.media.audio",
+    "Classes": "sidestep.media.overlays",
+    "Histogram": "sidestep.media.histogram",
+    "Html": "sidestep.media.html",
+    "Image": "sidestep.media.image",
     "Metric": "sidestep._run",
+    "Molecule": "sidestep.media.molecule",
+    "Object3D": "sidestep.media.object3d",
+    "Plotly": "sidestep.media.plotly",
     "Scope": "sidestep._run",
     "Stage": "sidestep._run",
     "Stats": "sidestep.session",
+    "Table": "sidestep.media.table",
+    "Video": "sidestep.media.video",
+    "box3d": "sidestep.media.object3d",
+    "plot_table": "sidestep.plot",
 }
 """Name to the module that has it."""
 
 OF_THE_RUN: frozenset[str] = frozenset({"unwatch", "watch"})
 """Methods of `Run` that the module has too, for the current run."""
 
-MODULES: frozenset[str] = frozenset({"errors", "logger", "tensorboard", "testing"})
+MODULES: frozenset[str] = frozenset({"errors", "logger", "media", "plot", "tensorboard", "testing"})
 """Modules of ours that are attributes without being imported."""

@@ -28,7 +28,7 @@ OWN_PREFIX = "sidestep/"
 """Names that sidestep itself adds to rows."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class _Draft:
     """A bundle reduced, without a `_step` yet. `since`: when it began to wait."""
 
@@ -135,16 +135,19 @@ class Assembler:
 
     def _main(self, draft: _Draft, world: int) -> Iterator[Row]:
         """The main row, after those that must go before it, merged with those that may."""
-        guests = self._guests(draft)
-        yield from self._alone(*(self._waiting.keys() - {guest.axis for guest in guests}))
-        self._waiting = {}
+        guests = self._guests(draft) if self._waiting else []
+        if self._waiting:
+            yield from self._alone(*(self._waiting.keys() - {guest.axis for guest in guests}))
+            self._waiting = {}
         if self._main_at is not None:
             self._interval = draft.since - self._main_at
         self._main_at = draft.since
         step = max(draft.step, self.last + 1)
         self.shift = step - draft.step
-        values = {**{name: value for guest in guests for name, value in guest.values.items()}, **draft.values}
-        yield self._row(draft, guests, step=step, values={**values, **self._own(draft, world)})
+        values = {name: value for guest in guests for name, value in guest.values.items()}
+        values |= draft.values
+        values |= self._own(draft, world)
+        yield self._row(draft, guests, step=step, values=values)
 
     def _own(self, draft: _Draft, world: int) -> dict[str, Any]:
         """What sidestep says of a main row."""

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import click
 
 from sidestep.errors import SettingsError, SidestepError
-from sidestepd import collect, command, rundir, running, serving, status, transfer
+from sidestepd import collect, command, rundir, running, serving, status
 from sidestepd.command import Signals
 from sidestepd.config import SECTIONS, Given, is_option, variables
 from sidestepd.control import Control
@@ -313,6 +313,8 @@ def sync(run_dir: Path, project: str | None, entity: str | None, run_id: str | N
     that was interrupted is finished first. Stopped at any time, it goes on from
     what the server holds when it is called again.
     """
+    from sidestepd import transfer  # with all that delivery needs, which no other command does
+
     target = transfer.Target(project=project, entity=entity, id=run_id, server=server)
 
     def send() -> int:
@@ -335,6 +337,8 @@ def replay(run_dir: Path, sink: str) -> None:
     """
 
     def write() -> int:
+        from sidestepd import transfer
+
         say(transfer.write(run_dir.absolute(), sink))
         return 0
 

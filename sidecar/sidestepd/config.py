@@ -170,7 +170,9 @@ class DeliveryOptions(Section):
         gt=0,
         description="A delivery without progress for this long is killed and restarted.",
     )
-    batch_rows: int = Field(default=500, gt=0, description="At most so many rows are decided in one commit.")
+    batch_rows: int = Field(
+        default=500, gt=0, description="While catching up, about so many rows are decided in one commit."
+    )
     backoff_s: float = Field(
         default=30.0, gt=0, description="The longest pause before a delivery that died is started again."
     )

@@ -41,7 +41,7 @@ from sidestepd.resolve import Closed, Folded, Lost, Resolver
 from sidestepd.resume import resume
 from sidestepd.room import Ballast, Patience
 from sidestepd.rowlog import RowLog
-from sidestepd.rows import Bundle, Part, Raised, Row, Sampled
+from sidestepd.rows import Bundle, Definition, Part, Raised, Row, Sampled
 from sidestepd.rules import Rule, Rules, Source, operations
 from sidestepd.rundir import TROUBLE
 from sidestepd.samples import Samples, first_ranks
@@ -110,6 +110,9 @@ class Delivery:
         """What the run holds and the row log does not know of; None as long as the row log is whole."""
         self.unmatched: list[str] = []
         """Patterns that fitted no metric, known when the run is finished."""
+        self._ready: list[Row] = []
+        """Rows that are to be written down, and the definitions that go before them."""
+        self._definitions: list[Definition] = []
         self._now = 0.0
         self._last_ready = 0.0
         self._last_confirm = 0.0
@@ -135,6 +138,7 @@ class Delivery:
             entries = self.spool.read(self.read_through, READ_LIMIT)
             unmarked = 0
             for entry in entries:
+                self.beat()
                 self._take(entry)
                 unmarked += len(entry.body)
                 if unmarked >= SNAPSHOT_BYTES:  # so that a row that waits does not keep all that was read with it
@@ -142,13 +146,16 @@ class Delivery:
                     unmarked = 0
                 if self._now - self._last_ready >= READY_STRIDE_S:
                     self._let_go()
+                    if len(self._ready) >= self.config.delivery.batch_rows:
+                        self._decide()
+                        self._confirm_if_due()
             if len(entries) < READ_LIMIT:
                 self._now = max(self._now, horizon)
             self.telling.tell_samples(self._now)
             self._let_go()
+            self._decide()
             self.telling.tell_config()
-            if time.monotonic() - self._last_confirm >= self.config.delivery.confirm_interval_s:
-                self._confirm()
+            self._confirm_if_due()
             if not entries and self.exit_code is None:
                 time.sleep(self.config.delivery.poll_interval_s)
 
@@ -156,7 +163,8 @@ class Delivery:
         """Everything that waits leaves; the run is finished, and seen to be whole."""
         self.hear(self.matcher.flush())
         self.telling.tell_alerts(self._now, through=self.read_through)
-        self._decide([*self._assemble(self.order.flush()), *self.assembler.flush()])
+        self._make([*self._assemble(self.order.flush()), *self.assembler.flush()])
+        self._decide()
         self.telling.tell_config()
         self.telling.tell_summary(self.totals())
         logger.info("finishing the run with exit code %s", self.exit_code)
@@ -241,19 +249,23 @@ class Delivery:
         self.hear(self.matcher.ready(self._now))
         self.telling.tell_alerts(self._now, through=self.read_through)
         rows = self._assemble(self.order.ready(self._now))
-        self._decide([*rows, *self.assembler.ready(self._now)])
+        self._make([*rows, *self.assembler.ready(self._now)])
 
     def _assemble(self, bundles: Iterable[Bundle]) -> list[Row]:
         world = max((session.world for session in self.resolver.sessions.values()), default=1)
         bundles = self.watch.annotate(bundles)
         return self.assembler.add(bundles, world=world, now=self._now)
 
-    def _decide(self, rows: Sequence[Row]) -> None:
-        """Write rows down, then out."""
-        size = self.config.delivery.batch_rows
-        definitions = self.assembler.new_definitions(rows)
-        rows = self.samples.into(rows)
-        definitions += self.samples.take_definitions()
+    def _make(self, rows: Sequence[Row]) -> None:
+        """Make rows complete; the next `_decide` writes them down, with the state that they leave behind."""
+        self._definitions += self.assembler.new_definitions(rows)
+        self._ready += self.samples.into(rows)
+        self._definitions += self.samples.take_definitions()
+
+    def _decide(self) -> None:
+        """Write what is ready down, then out."""
+        rows, definitions, size = self._ready, self._definitions, self.config.delivery.batch_rows
+        self._ready, self._definitions = [], []
         if rows and self.config.unsafe.row_log:
             crash_point("delivery.decide")
             marks = {**self.assembler.marks(), "samples": self.samples.state()}
@@ -275,6 +287,10 @@ class Delivery:
         crash_point("delivery.written")
 
     # Confirming
+
+    def _confirm_if_due(self) -> None:
+        if time.monotonic() - self._last_confirm >= self.config.delivery.confirm_interval_s:
+            self._confirm()
 
     def _confirm(self) -> None:
         confirmed = self.sink.confirm()
@@ -363,6 +379,7 @@ class Delivery:
             "dropped": dict(dropped),
             "unsettled": self.settlement.unsettled,
             "read_through": self.read_through,
+            "settled_beyond": self.settlement.settled_beyond(self.read_through),
             "rows": self.settlement.rows,
             "last_step": self.assembler.last,
             "late_rows": self.assembler.late_rows,

@@ -234,6 +234,7 @@ def _as_told(session: Mapping[str, Any]) -> SessionReport:
 
 def _ledger(sessions: Iterable[SessionReport], told: Mapping[str, Any], unread: int) -> Ledger:
     by_workers = _sum(session.dropped for session in sessions)
+    unread -= told.get("settled_beyond", 0)  # delivery was started again, and has yet to read those once more
     unreadable = Counter(told.get("dropped", {}))
     unreadable -= _sum(session["dropped"] for session in told.get("sessions", {}).values())
     return Ledger(

@@ -158,12 +158,12 @@ from pathlib import Path
 import wandb
 from sidestepd.delivery import NICENESS
 from sidestepd.sinks.base import RunFacts
-from sidestepd.sinks.wandb import _init
+from sidestepd.sinks.wandb import _init_offline
 
 os.nice(NICENESS)
 rows, folder = int(sys.argv[1]), Path(sys.argv[2])
 (folder / "wandb").mkdir(parents=True)
-run = _init(RunFacts(id="bare", directory=folder))
+run = _init_offline(RunFacts(id="bare", directory=folder))
 began = time.monotonic()
 for step in range(rows):
     values = {{name: step + at + 0.0 for at, name in enumerate({NAMES!r})}}

@@ -16,7 +16,7 @@ BLOCKED_US = 1_000_000.0
 """A call that waits for a daemon that does not answer waits for ever; the scheduler is never this late."""
 
 
-OFTEN = ("up", "frozen", "killed", "absent", "no address", "outbox full")
+OFTEN = ("up", "frozen", "killed", "absent")
 """The others are for the long form."""
 
 

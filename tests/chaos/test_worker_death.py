@@ -85,9 +85,10 @@ class TestKilled:
 class TestStopped:
     def test_one_that_goes_on_after_its_lease_ended_is_whole_in_the_end(self, tmp_path: Path):
         """What it says then comes late, and once."""
-        options = {"order.lease_s": 1.0, "order.patience_s": 0.5}
-        with Training(tmp_path, training(ranks=2, steps=500, pids=tmp_path), options=options) as run:
-            eventually(lambda: run.told().get("rows", 0) > 50, DEADLINE_S, run.log)
+        options, until = {"order.lease_s": 1.0, "order.patience_s": 0.5}, tmp_path / "until"
+        command = training(ranks=2, steps=1, pids=tmp_path, until=until)
+        with Training(tmp_path, command, options=options) as run:
+            run.wait_for_progress()
             pid = int((tmp_path / "1").read_text())
             os.kill(pid, signal.SIGSTOP)
             eventually(lambda: session(run, 1).state == "lost", DEADLINE_S, run.log)
@@ -95,10 +96,12 @@ class TestStopped:
             eventually(lambda: run.told()["rows"] > rows + 50, DEADLINE_S, run.log)
 
             os.kill(pid, signal.SIGCONT)
+            eventually(lambda: session(run, 1).state == "live", DEADLINE_S, run.log)
+            until.touch()
 
             assert run.wait() == 0
 
-        report = assert_whole(run, ranks=2, steps=500)
+        report = assert_whole(run, ranks=2, steps=steps_taken(until))
         assert report.late_rows > 0
         assert {"bye"} == {it.state for it in report.sessions}
 

@@ -1,14 +1,14 @@
 """What every kind of sink must keep to, in each mode: a new one is picked up by being in MODES.
 
-Each life of a sink is a process of its own, as it is in delivery: it can be killed, and wandb's core with it.
+Each life of a sink is a process of its own, as it is in delivery: it can be killed, and wandb's core with it. They
+are forked from one that has imported wandb and done nothing else, as that takes longer than most of the tests.
 """
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -20,6 +20,7 @@ import pytest
 
 from sidestepd.rows import Row
 from sidestepd.sinks import MODES, make_sink, wandb_log
+from tests.support import sink_life
 from tests.support.daemons import DEADLINE_S, see_gone
 from tests.support.waiting import eventually
 from tests.support.wandb_server import StandIn
@@ -27,78 +28,19 @@ from tests.support.wandb_server import StandIn
 ONLINE, OFFLINE, JSONL = "wandb online", "wandb offline", "jsonl offline"
 EVERY_KIND = [f"{kind} {mode}" for kind, modes in MODES.items() for mode in modes]
 FILES = [kind for kind in EVERY_KIND if kind != ONLINE]
-
-LIFE = """
-import json, os, sys
-from pathlib import Path
-from sidestepd.errors import Retry
-from sidestepd.rows import Definition, Row, Sample
-from sidestepd.sinks import RunFacts, make_sink, patiently
-
-kind, mode = sys.argv[1].split()
-sink = make_sink(kind, mode)
-
-def plain(confirmed):
-    trouble = confirmed.trouble.what if confirmed.trouble else None
-    return {"steps": list(confirmed.steps), "bookmark": dict(confirmed.bookmark), "trouble": trouble}
-
-def rows(steps, values):
-    for step in steps:
-        yield Row(step=step, time=step + 0.5, values={"loss": step * 1.0, "global_step": step, **values},
-                  places={"global_step": step}, positions=())
-
-def do(name, *arguments):
-    match name:
-        case "open":
-            run = RunFacts(id="tested", directory=Path(sys.argv[2]), mode=mode, project="p",
-                           options={"tags": ["t"]}, ask_every_s=0.2)
-            return plain(patiently(lambda: sink.open(run, arguments[0]), beat=lambda: None))
-        case "write":
-            for row in rows(*arguments):
-                sink.write(row)
-        case "try_write":
-            try:
-                return do("write", *arguments)
-            except Retry as later:
-                return str(later)
-        case "set":
-            return setattr(sink, *arguments)
-        case "confirm":
-            return plain(sink.confirm())
-        case "define":
-            return sink.define([Definition(name=name, step_metric=axis) for name, axis in arguments[0]])
-        case "sample":
-            time, node, values = arguments
-            return sink.sample(Sample(time=time, node=node, values=values))
-        case "alert":
-            return sink.alert(*arguments)
-        case "about":
-            return dict(sink.about())
-        case "close":
-            return patiently(lambda: sink.close(*arguments), beat=lambda: None)
-        case _:
-            return getattr(sink, name)(*arguments)
-
-for line in sys.stdin:
-    print(json.dumps(do(*json.loads(line))), flush=True)
-os._exit(0)
-"""
+NURSERY = multiprocessing.get_context("forkserver")
+NURSERY.set_forkserver_preload(["tests.support.sink_life"])
 
 
 class Life:
     """One process with one sink of a kind, in a run directory; its methods are called by name."""
 
-    def __init__(self, kind: str, directory: Path) -> None:
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
-        if kind == ONLINE:
-            environment |= server_of(directory).environment
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", LIFE, kind, str(directory)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=environment,
-            text=True,
-        )
+    def __init__(self, kind: str, directory: Path, **environment: str) -> None:
+        environment |= server_of(directory).environment if kind == ONLINE else {}
+        self._pipe, theirs = NURSERY.Pipe()
+        self._process = NURSERY.Process(target=sink_life.live, args=(theirs, kind, directory, environment))
+        self._process.start()
+        theirs.close()
         self._core: dict[str, Any] | None = None
 
     def __enter__(self) -> Self:
@@ -111,13 +53,11 @@ class Life:
 
     def call(self, name: str, *arguments: Any) -> Any:
         """Call a method of the sink."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps([name, *arguments]) + "\n")
-        self._process.stdin.flush()
-        answer = self._process.stdout.readline()
-        assert answer, f"the sink died in {name}"
-        return json.loads(answer)
+        self._pipe.send((name, arguments))
+        try:
+            return self._pipe.recv()
+        except EOFError:
+            raise AssertionError(f"the sink died in {name}") from None
 
     def open(self, bookmark: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Open the run, and remember what process of the sink's own must go with it."""
@@ -153,7 +93,7 @@ class Life:
     def kill(self) -> None:
         """SIGKILL, to the sink's own process too, as the keeper does before it starts another."""
         self._process.kill()
-        self._process.communicate()
+        self._process.join()
         if self._core:
             try:
                 core = psutil.Process(self._core["pid"])
@@ -507,11 +447,9 @@ class TestWandb:
 
         assert {"b": "global_step"} == said_in(OFFLINE, tmp_path)["define"]
 
-    def test_is_not_disturbed_by_a_wandb_around_it(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def test_is_not_disturbed_by_a_wandb_around_it(self, tmp_path: Path):
         """A daemon started from a notebook inherits its core, which dies with the notebook."""
-        monkeypatch.setenv("WANDB_SERVICE", "3-1234-unix-/nowhere/socket")
-
-        with Life(OFFLINE, tmp_path) as life:
+        with Life(OFFLINE, tmp_path, WANDB_SERVICE="3-1234-unix-/nowhere/socket") as life:
             life.open()
             life.write(0)
             assert [0] == life.close()["steps"]

@@ -92,6 +92,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     for name in [name for name in os.environ if name.startswith(("SIDESTEP_", "WANDB_"))]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("SIDESTEP_SINK_KIND", "jsonl")
+    monkeypatch.setenv("SIDESTEP_SAMPLERS_ENABLED", "off")  # they have tests of their own
     monkeypatch.chdir(tmp_path)
     with tempfile.TemporaryDirectory(dir="/tmp") as sockets:  # a socket's path has to be short
         monkeypatch.setenv("XDG_RUNTIME_DIR", sockets)

@@ -73,7 +73,7 @@ class Training:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         with contextlib.suppress(psutil.NoSuchProcess):
-            family = [*self.supervisor.children(recursive=True), self.supervisor]
+            family = [self.supervisor, *self.supervisor.children(recursive=True)]  # so that nobody starts it again
             for process in family:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.kill()
@@ -194,13 +194,14 @@ class Training:
 
     def boots(self) -> int:
         """How often intake was started."""
-        return self._intake_log().count(": boot ")
+        return self.intake_log().count(": boot ")
 
     def deaths(self) -> int:
         """How often intake saw its delivery killed."""
-        return self._intake_log().count("delivery ended with -9")
+        return self.intake_log().count("delivery ended with -9")
 
-    def _intake_log(self) -> str:
+    def intake_log(self) -> str:
+        """What intake wrote so far."""
         path = self.run_dir / "logs" / "intake.log"
         return path.read_text() if path.exists() else ""
 

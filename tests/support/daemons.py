@@ -484,4 +484,5 @@ def read_jsonl(run_dir: Path) -> list[HeldRow]:
 
 def _lines(run_dir: Path) -> list[dict[str, Any]]:
     path = run_dir / "rows.jsonl"
-    return [json.loads(line) for line in path.read_bytes().splitlines()] if path.exists() else []
+    whole = path.read_bytes().rpartition(b"\n")[0] if path.exists() else b""
+    return [json.loads(line) for line in whole.splitlines()]

@@ -1,0 +1,115 @@
+"""Every kind of media is in the run as the same call to wandb puts it there: pixels, samples, rows, captions."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image as Pillow
+
+from sidestep.media import KINDS
+from sidestepd.sinks import wandb_log
+
+NAMES = {"artifact_path", "_latest_artifact_path", "sha256", "size", "path"}
+"""What depends on how a file was written, and not on what is in it."""
+PICTURES = {".png", ".jpg", ".bmp"}
+
+
+@pytest.fixture(scope="module", params=["light", pytest.param("heavy", marks=pytest.mark.nightly)])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two runs with the same media; the heavy ones take torch and scikit-learn."""
+    made = tmp_path_factory.mktemp("media")
+    environ = {**os.environ, "WANDB_DATA_DIR": str(made), "WANDB_CACHE_DIR": str(made), "MPLCONFIGDIR": str(made)}
+    subprocess.run(
+        [sys.executable, "-m", "tests.support.media_runs", made, request.param],
+        env=environ,
+        check=True,
+        timeout=220,
+    )
+    return made
+
+
+@pytest.fixture(scope="module")
+def told(folder: Path) -> Mapping[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "told.json").read_text())
+    return found
+
+
+def history(run: Path) -> dict[str, Any]:
+    """What was logged under each name, with the content of the files in the place of their names."""
+    (segment,) = wandb_log.segments(run / "wandb")
+    return {
+        name: with_content(value, segment.parent / "files")
+        for row in wandb_log.nested_history(segment)
+        for name, value in row.values.items()
+        if not name.startswith("_")
+    }
+
+
+def with_content(value: Any, files: Path) -> Any:
+    if isinstance(value, list):
+        return [with_content(item, files) for item in value]
+    if not isinstance(value, dict):
+        return value
+    found = {name: with_content(item, files) for name, item in value.items() if name not in NAMES}
+    if isinstance(path := value.get("path"), str):
+        found["content"] = content(files / path)
+    if "filenames" in found:
+        found["filenames"] = [content(files / path) for path in value["filenames"]]
+    return found
+
+
+def content(path: Path) -> Any:
+    suffix = path.suffix
+    if suffix in PICTURES:
+        with Pillow.open(path) as image:
+            return suffix, image.mode, image.size, hashlib.sha256(image.tobytes()).hexdigest()
+    if suffix == ".json":
+        return json.loads(path.read_text())
+    return suffix, path.read_bytes()
+
+
+def drawings(run: Path) -> Any:
+    """What the run's charts are drawn by."""
+    (segment,) = wandb_log.segments(run / "wandb")
+    return {
+        name: value
+        for record in wandb_log.records(segment)
+        if record.HasField("config")
+        for item in record.config.update
+        for name, value in [("/".join(item.nested_key), item.value_json)]
+        if "visualize" in name
+    }
+
+
+def kind_of(name: str) -> str:
+    first = name.removeprefix("Custom Chart Tables/").partition("/")[0]
+    return {"plot": "chart", "list": "html", "nested": "image"}.get(first, first)
+
+
+class TestAgainstWandb:
+    def test_packing_loads_nothing_that_a_worker_goes_without(self, told: Mapping[str, Any]):
+        assert [] == told["loaded_to_pack"]
+
+    def test_nothing_is_refused_by_either(self, told: Mapping[str, Any]):
+        assert {} == told["wrong"]
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_what_is_logged_is_the_same(self, folder: Path, kind: str):
+        ours, theirs = history(folder / "ours"), history(folder / "theirs")
+
+        names = {name for name in theirs if kind_of(name) == kind}
+        assert names == {name for name in ours if kind_of(name) == kind}
+        assert names
+        assert {name: theirs[name] for name in names} == {name: ours[name] for name in names}
+
+    def test_charts_are_drawn_the_same(self, folder: Path):
+        assert drawings(folder / "theirs") == drawings(folder / "ours")
+        assert drawings(folder / "ours")

@@ -1,0 +1,81 @@
+"""One life of a sink, in a process of its own: what it is told over a pipe, it does and answers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import wandb  # so that lives which are forked from a process that holds this module have it already
+
+from sidestepd.errors import Retry
+from sidestepd.rows import Definition, Row, Sample
+from sidestepd.sinks import Confirmed, RunFacts, Sink, make_sink, patiently
+
+assert wandb
+
+
+def live(pipe: Connection, kind: str, directory: Path, environment: Mapping[str, str]) -> None:
+    """Until the pipe ends, or this process is killed."""
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        del os.environ[name]
+    os.environ.update(environment)
+    sink, mode = make_sink(*kind.split()), kind.split()[1]
+    run = RunFacts(
+        id="tested", directory=directory, mode=mode, project="p", options={"tags": ["t"]}, ask_every_s=0.2
+    )
+    while True:
+        try:
+            name, arguments = pipe.recv()
+        except EOFError:
+            os._exit(0)
+        pipe.send(do(sink, run, name, *arguments))
+
+
+def do(sink: Sink, run: RunFacts, name: str, *arguments: Any) -> Any:
+    """Call a method of the sink with plain arguments; what it gives back is plain too."""
+    result = None
+    match name:
+        case "open":
+            result = _plain(patiently(lambda: sink.open(run, arguments[0]), beat=_nothing))
+        case "write":
+            for row in _rows(*arguments):
+                sink.write(row)
+        case "try_write":
+            try:
+                return do(sink, run, "write", *arguments)
+            except Retry as later:
+                return str(later)
+        case "set":
+            setattr(sink, *arguments)
+        case "confirm":
+            result = _plain(sink.confirm())
+        case "define":
+            sink.define([Definition(name=name, step_metric=axis) for name, axis in arguments[0]])
+        case "sample":
+            time, node, values = arguments
+            sink.sample(Sample(time=time, node=node, values=values))
+        case "about":
+            result = dict(sink.about())
+        case "close":
+            patiently(lambda: sink.close(*arguments), beat=_nothing)
+        case _:
+            result = getattr(sink, name)(*arguments)
+    return result
+
+
+def _plain(confirmed: Confirmed) -> dict[str, Any]:
+    trouble = confirmed.trouble.what if confirmed.trouble else None
+    return {"steps": list(confirmed.steps), "bookmark": dict(confirmed.bookmark), "trouble": trouble}
+
+
+def _rows(steps: Sequence[int], values: Mapping[str, Any]) -> Iterator[Row]:
+    for step in steps:
+        held = {"loss": step * 1.0, "global_step": step, **values}
+        yield Row(step=step, time=step + 0.5, values=held, places={"global_step": step}, positions=())
+
+
+def _nothing() -> None:
+    pass
