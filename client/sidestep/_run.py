@@ -158,10 +158,14 @@ class Axis:
     def _plain_values(self, entries: dict[Any, Any], call: Call) -> dict[str, Any]:
         """The values that can be logged; the others are counted and said."""
         values = {}
+        stage = convert.quickly(call)
         for name, value in entries.items():
             found = len(call.deferred)
             try:
                 known = self._name_of(name)
+                if (staged := stage(value)) is not None:
+                    values[known], call.by_name[known] = staged, [staged]
+                    continue
                 values[known] = convert.plain(value, call=call)
                 call.named(known, found)
             except UnsupportedValue as error:

@@ -268,26 +268,28 @@ class Staged(Deferred):
 
 
 class Call:
-    """What one call of `log` has found on devices. `find` says which device a tensor is on, None for the host."""
+    """What one call of `log` has found on devices.
 
-    __slots__ = ("_groups", "_staging", "bins", "by_name", "deferred")
+    `find` says which device a tensor is on: None for host memory; UnsupportedValue if nothing can be copied from it.
+    """
+
+    __slots__ = ("_groups", "_staging", "bins", "by_name", "deferred", "find")
 
     def __init__(self, staging: Staging, bins: int) -> None:
         self._staging = staging
+        self.find = staging.find
         self._groups: dict[Any, tuple[Device, dict[str, list[Staged]], list[Staged]]] = {}
         self.bins = bins
         """How many bins a histogram has."""
         self.deferred: list[Deferred] = []
         self.by_name: dict[str, list[Deferred]] = {}
 
-    def device_of(self, tensor: Any) -> Device | None:
-        """The device that a tensor is on; UnsupportedValue for one that nothing can be copied from."""
-        return self._staging.find(tensor)
-
     def number(self, device: Device, tensor: Any, code: str) -> Staged:
         """The one element of a tensor."""
-        staged = Staged(tensor, self._staging.layout(code))
-        self._group(device)[1].setdefault(code, []).append(staged)
+        staging = self._staging
+        staged = Staged(tensor, staging.layouts.get(code) or staging.layout(code))
+        group = self._groups.get(id(device)) or self._group(device)
+        group[1].setdefault(code, []).append(staged)
         self.deferred.append(staged)
         return staged
 
@@ -347,7 +349,7 @@ class Staging:
         self.find = find
         self._slots = slots
         self._slabs: dict[int, Slab] = {}
-        self._layouts: dict[str, Numbers] = {}
+        self.layouts: dict[str, Numbers] = {}
 
     def call(self, bins: int = 32) -> Call:
         """For the values of one call."""
@@ -355,10 +357,7 @@ class Staging:
 
     def layout(self, code: str) -> Numbers:
         """That of one number."""
-        found = self._layouts.get(code)
-        if found is None:
-            found = self._layouts[code] = Numbers(code)
-        return found
+        return self.layouts.setdefault(code, Numbers(code))
 
     def slab(self, device: Device) -> Slab:
         """The host memory of a device, made when it is first wanted."""

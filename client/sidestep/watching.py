@@ -182,7 +182,7 @@ class _Found:
         call, before = self._call, len(self._call.deferred)
         try:
             value = local(torch, tensor)
-            device = call.device_of(value)
+            device = call.find(value)
             if device is not None:
                 self._data[name] = call.histogram(device, value, histograms.single)
             else:

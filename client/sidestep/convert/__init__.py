@@ -17,6 +17,7 @@ from typing import Any
 
 from sidestep.convert import foreign, jax, numpy, standard, torch
 from sidestep.convert.histograms import Packed
+from sidestep.convert.torch import quickly as quickly
 from sidestep.errors import UnsupportedValue
 from sidestep.staging import Call, Deferred
 from sidestep.wire import MAX_DEPTH, MAX_RECORD_BYTES

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from sidestep.convert.torch import CHUNK, refusal
+from sidestep.convert.torch import CHUNK, local, refusal
 from sidestep.errors import UnsupportedValue
 from sidestep.staging import Device
 
@@ -31,7 +31,7 @@ class TorchDevice:
         """One kernel for all that have no dimension."""
         torch = self.torch
         with torch.no_grad():
-            return torch.stack([it if it.dim() == 0 else it.reshape(()) for it in tensors])
+            return local(torch, torch.stack([it if it.dim() == 0 else it.reshape(()) for it in tensors]))
 
     def array(self, tensor: Any) -> Any:
         """In the order of its indices. What is enqueued later on this stream, an update of it too, comes later."""

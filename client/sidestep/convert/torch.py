@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -38,7 +39,7 @@ def convert(value: Any, call: Call | None = None) -> Any:
     if torch is None or not isinstance(value, torch.Tensor):
         return _no_tensor(value)
     value = local(torch, value)
-    device = None if call is None else call.device_of(value)
+    device = None if call is None else call.find(value)
     if device is not None and call is not None:
         return _staged(torch, value, device, call)
     if value.device.type != "cpu":
@@ -106,6 +107,26 @@ def _staged(torch: Any, value: Any, device: Device, call: Call) -> Any:
     if elements == 1:
         return call.number(device, value, code)
     return call.array(device, value, Numbers(code, tuple(value.shape)))
+
+
+def quickly(call: Call) -> Callable[[Any], Any]:
+    """What stages the usual value of a training, a loss: a tensor on a device, with no dimension, and no subclass.
+
+    It gives None for everything else, which `convert` looks at. What is not what it seems shows when it is copied.
+    """
+    torch = sys.modules.get("torch")
+    tensor = getattr(torch, "Tensor", None)
+    find, number = call.find, call.number
+
+    def stage(value: Any) -> Any:
+        if type(value) is not tensor or value.dim():
+            return None
+        device = find(value)
+        if device is None or (code := code_of(value.dtype)) is None or value.is_sparse:
+            return None
+        return number(device, value, code)
+
+    return stage
 
 
 @lru_cache(maxsize=256)
