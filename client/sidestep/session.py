@@ -224,12 +224,13 @@ class Session:
 
         `said` is its kind and its step.
         """
-        for name, some in list(wanted.items()):
-            if refused := next((it for it in some if it.why), None):
-                for it in some:
-                    it.give_up()
-                del data[name], wanted[name]
-                self.refuse_value(name, type(refused), refused.why)
+        refused = [it for some in wanted.values() for it in some if it.why]
+        for name in [name for name, some in wanted.items() if refused and not set(some).isdisjoint(refused)]:
+            for it in (some := wanted.pop(name)):
+                it.give_up()
+            del data[name]
+            why = next(it for it in some if it.why)
+            self.refuse_value(name, type(why), why.why)
         kind, step = said
         if not wanted:
             return self.offer(self.pack(kind, step, data, stage))

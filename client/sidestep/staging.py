@@ -209,17 +209,14 @@ class Batch:
 class Deferred:
     """A value that is not here yet. It stands in a record's data in its place; `found` is what it came to."""
 
-    __slots__ = ("found", "why")
+    __slots__ = ("found", "size", "why")
 
-    def __init__(self) -> None:
+    def __init__(self, size: int) -> None:
+        self.size = size
+        """What it takes in a record, at most."""
         self.found: Any = None
         self.why = ""
         """Why it can not be had, as far as that is known."""
-
-    @property
-    def size(self) -> int:
-        """What it takes in a record, at most."""
-        raise NotImplementedError
 
     def ready(self) -> bool:
         """Whether it can be read without waiting."""
@@ -241,15 +238,11 @@ class Staged(Deferred):
     def __init__(self, tensor: Any, layout: Layout) -> None:
         self.found: Any = None
         self.why = ""
+        self.size = 3 * layout.size + 64  # a number of one byte takes two, nested lists a byte each
         self.tensor = tensor  # until the call has enqueued what it needs
         self.layout = layout
         self.batch: Batch | None = None
         self.start = 0
-
-    @property
-    def size(self) -> int:
-        """A number of one byte takes two, nested lists a byte each, and a histogram says what it is."""
-        return 3 * self.layout.size + 64
 
     def ready(self) -> bool:
         """Whether the flag is up."""

@@ -24,13 +24,8 @@ class OnItsWay(Deferred):
     __slots__ = ("_array", "_bins")
 
     def __init__(self, array: Any, bins: int) -> None:
-        super().__init__()
+        super().__init__(64 + 16 * min(int(array.size), 2 * bins))
         self._array, self._bins = array, bins
-
-    @property
-    def size(self) -> int:
-        """A number, or a list, or a histogram."""
-        return 64 + 16 * min(int(self._array.size), 2 * self._bins)
 
     def ready(self) -> bool:
         """Whether it is computed: reading it then takes no longer than copying it."""
