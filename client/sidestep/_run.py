@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from time import time as now
@@ -17,8 +16,11 @@ from types import TracebackType
 from typing import Any, NoReturn
 
 from sidestep import convert, definitions
+from sidestep._about import About
+from sidestep.alerts import Alerts
 from sidestep.bags import Bag
 from sidestep.convert import PLAIN
+from sidestep.elsewhere import Elsewhere
 from sidestep.errors import UnsupportedValue
 from sidestep.outbox import DropReason
 from sidestep.session import EXIT_S, LARGE_BYTES, Refusal, Session, Stats
@@ -28,9 +30,6 @@ from sidestep.wire import MAX_NAME_CHARS, MAX_RECORD_BYTES, Kind
 
 MOST_NAMES = 65_536
 """Names remembered as good; when there are more, they are looked at again."""
-ANSWER_S = 5.0
-"""How long reading `run.url` and its like may wait."""
-ASK_AGAIN_S = 0.1
 MAIN_AXIS = "global_step"
 """The axis of what is logged outside a stage."""
 
@@ -296,14 +295,17 @@ class Scope(Axis):
         return f"<sidestep.Scope {self.name!r} from step {self._offset}>"
 
 
-class Run(Axis):
+class Run(Axis, About, Elsewhere):
     """The one run that every rank logs into. Made by `sidestep.init()`."""
 
     __slots__ = (
         "__dict__",
+        "_alerts",
         "_asked",
+        "_began",
         "_config",
         "_keywords",
+        "_named",
         "_summary",
     )  # users may add attributes, as to wandb's
 
@@ -311,6 +313,9 @@ class Run(Axis):
         super().__init__(session, None)
         self._keywords = keywords
         self._asked: set[str] = set()
+        self._named: dict[str, Any] = {}
+        self._alerts = Alerts()
+        self._began = now()
         self._config = Bag(session, Kind.CONFIG)
         self._summary = Bag(session, Kind.SUMMARY)
 
@@ -361,73 +366,6 @@ class Run(Axis):
         """
         code = self._session.exit_code if exit_code is None else exit_code
         self._session.finish(_seconds(timeout), _exit_status(code))
-
-    # What it is
-
-    @property
-    def id(self) -> str | None:
-        """Its id in W&B."""
-        return self._told("id", self._session.settings.run_id)
-
-    @property
-    def dir(self) -> str | None:
-        """Its directory, on the daemon's side."""
-        return self._told("dir", self._session.settings.run_dir)
-
-    @property
-    def url(self) -> str | None:
-        """Its page; None offline."""
-        return self._told("url")
-
-    @property
-    def name(self) -> str | None:
-        """Its name in W&B."""
-        return self._told("name", self._keywords.get("name"))
-
-    @property
-    def project(self) -> str | None:
-        """The project it is in."""
-        return self._told("project", self._keywords.get("project"))
-
-    @property
-    def entity(self) -> str | None:
-        """The user or team it belongs to."""
-        return self._told("entity", self._keywords.get("entity"))
-
-    @property
-    def mode(self) -> str | None:
-        """online, offline or disabled."""
-        return self._told("mode", self._keywords.get("mode"))
-
-    @property
-    def rank(self) -> int:
-        """This process's number among those of its launch."""
-        return self._session.identity.rank
-
-    @property
-    def world(self) -> int:
-        """How many processes were launched together."""
-        return self._session.identity.world
-
-    def _told(self, name: str, own: str | None = None) -> str | None:
-        """What the daemon said; else what is known here; else what it says within `ANSWER_S`, waited for once."""
-        sender = self._session.sender
-        if sender is None:
-            return own
-        value = sender.run.get(name)
-        if value is None and own is None and name not in self._asked:
-            self._asked.add(name)
-            value = self._ask(name)
-        return own if value is None else str(value)
-
-    def _ask(self, name: str) -> Any:
-        deadline = time.monotonic() + ANSWER_S
-        while (left := deadline - time.monotonic()) > 0 and (sender := self._session.sender) is not None:
-            told = sender.ask(left)
-            if told.get(name) is not None or (told and not (name == "url" and told.get("mode") == "online")):
-                return told.get(name)
-            time.sleep(min(ASK_AGAIN_S, left))
-        return None
 
     def __enter__(self) -> Run:
         return self

@@ -263,7 +263,7 @@ class Staged(Deferred):
 class Call:
     """What one call of `log` has found on devices.
 
-    `find` says which device a tensor is on: None for host memory; UnsupportedValue if nothing can be copied from it.
+    `find` says which device a tensor is on: None for host memory; UnsupportedValue if it can not be copied from.
     """
 
     __slots__ = ("_groups", "_staging", "bins", "by_name", "deferred", "find")

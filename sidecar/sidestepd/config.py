@@ -59,6 +59,9 @@ class RunOptions(Section):
     job_type: str | None = Field(default=None, description="What kind of run it is: train, eval, ...")
     tags: tuple[str, ...] = Field(default=(), description="Tags; on the command line separated by commas.")
     notes: str | None = Field(default=None, description="A longer description.")
+    sweep_id: str | None = Field(
+        default=None, description="The sweep it belongs to, as `wandb agent` says. Such a run is online by itself."
+    )
     dir: Path = Field(default=Path(), description="Where the folder `sidestep-runs` is made.")
 
     @field_validator("id")
@@ -337,6 +340,8 @@ class Config(Section):
         given = (
             (_from_file(named) if named else {}) | _from_environment(environ) | _from_overrides(overrides or {})
         )
+        if sweep := given.get("run.sweep_id"):  # whose server waits for what its runs come to
+            given = {"run.mode": Given("online", sweep.source)} | given
         return cls._of(given)
 
     @classmethod
@@ -390,6 +395,7 @@ _OTHER_NAMES = {
     "run.job_type": ("WANDB_JOB_TYPE",),
     "run.tags": ("WANDB_TAGS",),
     "run.notes": ("WANDB_NOTES",),
+    "run.sweep_id": ("WANDB_SWEEP_ID",),
     "run.dir": ("WANDB_DIR",),
 }
 _WORKERS_OWN = frozenset({"SIDESTEP_RUN_DIR"})

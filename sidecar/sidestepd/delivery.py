@@ -128,7 +128,8 @@ class Delivery:
         bookmark = self.rowlog.meta("bookmark", {})
         held = patiently(lambda: self.sink.open(run, bookmark), beat=self.beat, kept=self._keep)
         self._tell_trouble(None)
-        resume(self, held, lambda base: opened({**self.sink.about(), "base": base}))
+        self.telling.about = lambda: opened({**self.sink.about(), "base": self.rowlog.meta("base", -1)})
+        resume(self, held, lambda _: self.telling.about())
 
     def serve(self) -> None:
         """Until the run is told to finish."""

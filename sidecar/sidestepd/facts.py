@@ -17,7 +17,9 @@ from sidestepd.spool import EntryKind, SpoolReader
 def settle_facts(run: Mapping[str, Any], config: Config, said: Mapping[str, Any]) -> dict[str, Any]:
     """What the run is called: the command line's word, then the first worker's `init()`, then the rest."""
     facts = {}
-    for name in ("project", "entity", "name", "group", "job_type", "tags", "notes", "mode", "resume"):
+    for name in (
+        "project", "entity", "name", "group", "job_type", "tags", "notes", "mode", "resume", "sweep_id",
+    ):  # fmt: skip
         given = config.source(f"run.{name}").startswith("-")
         facts[name] = run.get(name) if given else _named(name, said) or run.get(name)
     return {name: value for name, value in facts.items() if value}
@@ -53,7 +55,7 @@ def wait_for_facts(
         facts = settle_facts(run, config, first.facts.get("settings", {}))
         rowlog.settle(run=facts)
     names = {name: facts.pop(name, None) for name in ("project", "entity", "name")}
-    how = {name: facts.pop(name) for name in ("mode", "resume") if name in facts}
+    how = {name: facts.pop(name) for name in ("mode", "resume", "sweep_id") if name in facts}
     return RunFacts(
         id=run["id"],
         directory=Path(run["dir"]),

@@ -76,8 +76,10 @@ def facts_of(run_dir: Path, directory: Path, **other: Any) -> RunFacts:
     called = {"project": run.project, "entity": run.entity, "name": run.name}
     said = dict(RowLogReader(placement.home(run_dir) / placement.ROW_LOG).meta("run") or {})
     names: dict[str, Any] = {name: said.pop(name, None) or value for name, value in called.items()}
+    sweep_id = said.pop("sweep_id", None)
     options = {name: value for name, value in said.items() if name not in ("mode", "resume")}
-    return replace(RunFacts(id=run.id, directory=directory, options=options, **names), **other)
+    facts = RunFacts(id=run.id, directory=directory, sweep_id=sweep_id, options=options, **names)
+    return replace(facts, **other)
 
 
 def replay(
@@ -207,6 +209,10 @@ class AfterHistory:
     def summary(self, values: Mapping[str, Any]) -> None:
         """As given."""
         self._sink.summary(values)
+
+    def named(self, values: Mapping[str, Any]) -> None:
+        """As given."""
+        self._sink.named(values)
 
     def alert(self, title: str, text: str, level: str) -> None:
         """As given: only what nobody was told before comes here."""

@@ -123,7 +123,9 @@ class Resolver:
         self.rules = rules or Rules()
         self.sessions: dict[bytes, SessionFacts] = {}
         self.config: dict[str, tuple[int, Any]] = {}
-        """Name to (rank that set it, value): a lower rank is not overruled by a higher one."""
+        """Name to (rank that set it, value)."""
+        self.named: dict[str, tuple[int, Any]] = {}
+        """What workers called the run since it was opened, likewise."""
         self.summary: dict[str, tuple[float, Any]] = {}
         """Name to (when it was set, value)."""
         self.folded = 0
@@ -259,7 +261,9 @@ class Resolver:
                 yield part or self._lose(position, 1, "step")
                 return
             case Kind.CONFIG:
-                self._configure(session.rank, record.data)
+                _set(self.config, session.rank, record.data)
+            case Kind.NAMED:
+                _set(self.named, session.rank, record.data)
             case Kind.SUMMARY:
                 self.summary |= {
                     name: (record.time, value) for name, value in _staged(record.data, record.stage).items()
@@ -286,11 +290,6 @@ class Resolver:
             return self._lose(position, 1, record.kind.name.lower())
         self.folded += 1
         return said
-
-    def _configure(self, rank: int, data: Mapping[str, Any]) -> None:
-        for name, value in data.items():
-            if name not in self.config or rank <= self.config[name][0]:
-                self.config[name] = (rank, value)
 
     def _part(
         self,
@@ -350,6 +349,7 @@ class Resolver:
         return {
             "sessions": {id_: asdict(facts) for id_, facts in self.sessions.items()},
             "config": {name: list(pair) for name, pair in self.config.items()},
+            "named": {name: list(pair) for name, pair in self.named.items()},
             "summary": {name: list(pair) for name, pair in self.summary.items()},
             "rules": self.rules.state(),
             "folded": self.folded,
@@ -362,12 +362,18 @@ class Resolver:
         """Take up what `state` gave."""
         self.sessions = {id_: SessionFacts(**facts) for id_, facts in state["sessions"].items()}
         self.config = {name: (rank, value) for name, (rank, value) in state["config"].items()}
+        self.named = {name: (rank, value) for name, (rank, value) in state.get("named", {}).items()}
         self.summary = {name: (time, value) for name, (time, value) in state["summary"].items()}
         self.rules.restore(state["rules"])
         self.folded = state["folded"]
         self.dead = Counter(state["dead"])
         self._highest = dict(state["highest"])
         self._launches.restore(state["launches"])
+
+
+def _set(values: dict[str, tuple[int, Any]], rank: int, data: Mapping[str, Any]) -> None:
+    """What a rank set: a lower one is not overruled by a higher one."""
+    values |= {name: (rank, value) for name, value in data.items() if rank <= values.get(name, (rank,))[0]}
 
 
 def _staged(data: Mapping[str, Any], stage: str | None) -> Mapping[str, Any]:

@@ -51,6 +51,7 @@ class RunFile:
     job_type: str | None = None
     tags: tuple[str, ...] = ()
     notes: str | None = None
+    sweep_id: str | None = None
     dir: str = ""
     address: str = ""
     created: float = 0.0

@@ -1,13 +1,13 @@
-"""What the run and people are told beside rows: system samples, alerts, configuration, summary.
+"""What the run and people are told beside rows: system samples, alerts, configuration, summary, names.
 
 - samples and alerts are told at most once: that they are is written down before
-- configuration and summary are told again after each start, which changes nothing
+- configuration, summary and names are told again after each start, which changes nothing
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from sidestepd.assemble import Assembler
@@ -40,6 +40,9 @@ class Telling:
         self._resolver, self._assembler, self._samples, self._watch = resolver, assembler, samples, watch
         self._config_told: dict[str, Any] = {}
         self._summary_told: dict[str, Any] = {}
+        self._named_told: dict[str, Any] = {}
+        self.about: Callable[[], None] = lambda: None
+        """Write down anew what only the sink knows of the run."""
 
     def tell_samples(self, now: float) -> None:
         """Send samples and alerts of the samplers out.
@@ -76,11 +79,17 @@ class Telling:
         for said, told, tell in (
             (self._resolver.config, self._config_told, self._sink.config),
             (self._resolver.summary, self._summary_told, self._sink.summary),
+            (self._resolver.named, self._named_told, self._name),
         ):
             changed = {name: pair[1] for name, pair in said.items() if told.get(name) is not pair}
             if changed:
                 tell(changed)
                 told.update(said)
+
+    def _name(self, values: Mapping[str, Any]) -> None:
+        """Call the run otherwise, and have workers and tools know."""
+        self._sink.named(values)
+        self.about()
 
     def tell_summary(self, totals: Mapping[str, int]) -> None:
         """Send the summary of the whole run."""

@@ -155,6 +155,14 @@ def streamed_in(kind: str, directory: Path) -> list[tuple[float, dict[str, float
     if kind.startswith("jsonl"):
         lines = [json.loads(line) for line in (directory / "rows.jsonl").read_bytes().splitlines()]
         return [(line["_timestamp"], line["system"]) for line in lines if "system" in line]
+    if kind == ONLINE:
+        return [
+            (
+                line["_timestamp"],
+                {name.removeprefix("system."): it for name, it in line.items() if name.startswith("system.")},
+            )
+            for line in server_of(directory).samples("tested")
+        ]
     found = []
     for path in wandb_log.segments(directory / "wandb"):
         for record in wandb_log.records(path):
@@ -223,7 +231,6 @@ class TestOneLife:
 
         assert [[0, 1, 2], [3, 7]] == [first, second]
 
-    @pytest.mark.parametrize("kind", FILES)
     def test_samples_keep_their_time_and_make_no_row(self, life: Life, kind: str, tmp_path: Path):
         life.open()
         life.write(0)

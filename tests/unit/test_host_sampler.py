@@ -95,7 +95,59 @@ class TestCpu:
         assert (25.0, 50.0, 10.0) == (
             values["cpu/percent"], values["cpu/max_core_percent"], values["cpu/iowait_percent"]
         )  # fmt: skip
-        assert 1.5 == values["cpu/load1"]
+        assert (1.5, 100) == (values["cpu/load1"], values["cpu/threads"])
+
+
+class TestCpuLimits:
+    """The machine has two cores, and half of the time of each has passed busy."""
+
+    def measured(self, machine: Machine, before: list[str], after: list[str]) -> dict[str, float]:
+        for line in before:
+            machine.write(*line.split("=", 1))
+        sampler = machine.sampler()
+        machine.cpu((100, 0, 0, 900), (0, 0, 0, 500))
+        read(sampler, 1.0)
+        for line in after:
+            machine.write(*line.split("=", 1))
+        machine.cpu((150, 0, 0, 950), (50, 0, 0, 550))
+        return read(sampler, 3.0)
+
+    def test_of_cgroup_v2_are_the_nearest_quota(self, machine: Machine) -> None:
+        group = "sys/fs/cgroup/job"
+        values = self.measured(
+            machine,
+            ["proc/self/cgroup=0::/job/step", f"{group}/cpu.max=50000 100000", f"{group}/step/cpu.max=max 100000",
+             f"{group}/cpu.stat=usage_usec 1000000\nnr_periods 10\nnr_throttled 2\n",
+             f"{group}/step/cpu.stat=usage_usec 0\n"],
+            [f"{group}/cpu.stat=usage_usec 1800000\nnr_periods 30\nnr_throttled 7\n"],
+        )  # fmt: skip
+        assert (0.5, 80, 25) == tuple(
+            round(values[f"cpu/cgroup_{name}"], 6) for name in ("limit_cores", "percent", "throttled_percent")
+        )
+        assert 80 == round(values["cpu/percent"], 6)
+
+    def test_of_cgroup_v1_are_too(self, machine: Machine) -> None:
+        group, accounts = "sys/fs/cgroup/cpu,cpuacct/job", "sys/fs/cgroup/cpuacct/job"
+        values = self.measured(
+            machine,
+            ["proc/self/cgroup=4:cpu,cpuacct:/job\n3:cpuset:/job\n", f"{group}/cpu.cfs_quota_us=150000\n",
+             f"{group}/cpu.cfs_period_us=100000\n", f"{accounts}/cpuacct.usage=0\n",
+             f"{group}/cpu.stat=nr_periods 0\nnr_throttled 0\nthrottled_time 0\n"],
+            [f"{accounts}/cpuacct.usage=600000000\n"],
+        )  # fmt: skip
+        assert (1.5, 20) == (values["cpu/cgroup_limit_cores"], round(values["cpu/cgroup_percent"], 6))
+        assert 50 == values["cpu/percent"]
+        assert "cpu/cgroup_throttled_percent" not in values
+
+    @pytest.mark.parametrize(("cores", "limit"), [("1", 1), ("0-1", None), ("", None)])
+    def test_may_be_a_set_of_cores(self, machine: Machine, cores: str, limit: float | None) -> None:
+        values = self.measured(
+            machine,
+            ["proc/self/cgroup=0::/", f"sys/fs/cgroup/cpuset.cpus.effective={cores}\n",
+             "sys/fs/cgroup/cpu.stat=usage_usec 0\n"],
+            [],
+        )  # fmt: skip
+        assert limit == values.get("cpu/cgroup_limit_cores")
 
 
 class TestMemory:
@@ -151,6 +203,20 @@ class TestRates:
         assert (200 * 256, 400 * 256) == (values["disk/read_bytes_per_s"], values["disk/written_bytes_per_s"])
         assert (1500, 2500) == (values["network/received_bytes_per_s"], values["network/sent_bytes_per_s"])
         assert (3000, 5000) == (values["network/received_bytes"], values["network/sent_bytes"])
+
+    def test_of_networks_count_what_goes_over_a_bridge_once(self, machine: Machine) -> None:
+        rest = "0 0 0 0 0 0 0"
+        lines = [
+            f" {name}: {received} {rest} 7 {rest}" for name, received in (("br0", 5), ("eth0", 9), ("eth1", 1))
+        ]
+        machine.write("proc/net/dev", "\n".join(["Inter", " face", *lines, ""]))
+        for name in ("eth0", "eth1"):
+            machine.write(f"sys/class/net/{name}/device", "")
+        machine.write("sys/class/net/br0/bridge", "")
+        sampler = machine.sampler()
+        read(sampler, 1.0)
+        machine.write("proc/net/dev", "\n".join(["Inter", " face", *lines, ""]).replace(" 9 ", " 109 "))
+        assert (100, 0) == tuple(read(sampler, 3.0)[f"network/{name}_bytes"] for name in ("received", "sent"))
 
     def test_tell_nothing_when_a_counter_went_back(self, machine: Machine) -> None:
         machine.network(received=3000, sent=5000)
@@ -229,9 +295,12 @@ class TestThisMachine:
         machine.write("proc/self/cgroup", "0::/\n")
         for name, text in (("current", "2"), ("max", "4"), ("stat", "inactive_file 1\n")):
             machine.write(f"sys/fs/cgroup/memory.{name}", text)
+        machine.write("sys/fs/cgroup/cpu.max", "100000 100000\n")
+        machine.write("sys/fs/cgroup/cpu.stat", "usage_usec 0\nnr_periods 0\nnr_throttled 0\n")
         sampler = machine.sampler(paths=[machine.home])
         read(sampler, 1.0)
         machine.cpu((150, 0, 0, 950), (0, 0, 0, 600))
+        machine.write("sys/fs/cgroup/cpu.stat", "usage_usec 5\nnr_periods 1\nnr_throttled 1\n")
 
         kinds = {known.metric.name for name in sampler.read(2.0).values if (known := look_up(name))}
 

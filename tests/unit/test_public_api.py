@@ -95,6 +95,16 @@ class TestImporting:
         assert set() == heavy & set(loaded)
         assert {"msgpack", "zmq"} <= set(loaded)
 
+    def test_leaves_what_is_looked_up_later_for_then(self):
+        loaded = in_a_fresh_process(
+            "import sys, json, sidestep;"
+            "print(json.dumps([name for name in sys.modules if name.startswith('sidestep.')]))"
+        )
+
+        at_once = {"sidestep._run", "sidestep.alerts", "sidestep.bags", "sidestep.elsewhere", "sidestep.errors"}
+        later = {*names.LAZY.values(), *(f"sidestep.{name}" for name in names.MODULES)} - at_once
+        assert {"sidestep.session"} == later & set(loaded)
+
     def test_init_adds_nothing_heavy(self):
         loaded = in_a_fresh_process(
             "import sys, json, sidestep; run = sidestep.init(); run.log({'a': 1}); run.finish(timeout=0);"

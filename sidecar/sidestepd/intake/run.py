@@ -41,6 +41,9 @@ from sidestepd.spool import Entry, EntryKind, Spool, damage_mark
 
 logger = logging.getLogger("sidestepd.intake")
 
+TOLD = ("id", "mode", "project", "entity", "name", "group", "job_type", "sweep_id")
+MOST_TOLD_CHARS = 4000
+"""Of one fact about the run, to workers that ask."""
 WATCH_INTERVAL_S = 0.1
 LOOK_INTERVAL_S = 1.0
 """How often what is settled is deleted, and room is measured."""
@@ -437,8 +440,8 @@ class Intake:
     def facts(self) -> dict[str, Any]:
         """What a worker may know of the run."""
         about = read_json(self.run_dir / "about.json")
-        facts = {name: getattr(self.run, name) for name in ("id", "mode", "project", "entity", "name")}
-        return _sayable({**facts, **_known(about), "dir": str(self.run_dir)})
+        facts = {name: getattr(self.run, name) for name in TOLD}
+        return _sayable({**facts, "tags": list(self.run.tags), **_known(about), "dir": str(self.run_dir)})
 
     def report(self) -> dict[str, Any]:
         """How this run is, for a tool that asks."""
@@ -469,8 +472,12 @@ def _open_spool(run_dir: Path, config: Config) -> tuple[Spool, Room]:
 
 
 def _known(about: dict[str, Any]) -> dict[str, Any]:
-    names = ("name", "project", "entity", "mode", "url", "starting_step")
-    return {name: about[name] for name in names if about.get(name)}
+    """What delivery wrote down of the run, and workers may ask for; long notes would be too much for a message."""
+    names = (
+        "name", "project", "entity", "mode", "url", "starting_step", "resumed", "group", "job_type", "tags",
+        "notes", "sweep_id", "start_time",
+    )  # fmt: skip
+    return {name: about[name] for name in names if about.get(name) and len(str(about[name])) <= MOST_TOLD_CHARS}
 
 
 def _sayable(facts: dict[str, Any]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunFacts:
-    """The run to write into. `options` are the keywords of wandb's init that were given.
+    """The run to write into. `options` are the keywords of wandb's init that were given, `sweep_id` is its sweep.
 
     `resume` says whether the server must or may not have the run when it is opened for the first time; `server`
     is the address of the W&B server, `ask_every_s` how often it is asked what it holds, `stall_s` after how long
@@ -38,6 +38,7 @@ class RunFacts:
     entity: str | None = None
     name: str | None = None
     resume: str = "allow"
+    sweep_id: str | None = None
     server: str | None = None
     ask_every_s: float = 15.0
     stall_s: float = 60.0
@@ -78,6 +79,10 @@ class Sink(Protocol):
 
     def summary(self, values: Mapping[str, Any]) -> None:
         """Set values of the run's summary. Idempotent."""
+        ...
+
+    def named(self, values: Mapping[str, Any]) -> None:
+        """What the run is called from now on: `name`, `notes`, `tags`; `preempted` marks it so. Idempotent."""
         ...
 
     def alert(self, title: str, text: str, level: str) -> None:

@@ -62,6 +62,10 @@ class JsonlSink:
         """One line."""
         self._append({"summary": dict(values)})
 
+    def named(self, values: Mapping[str, Any]) -> None:
+        """One line."""
+        self._append({"named": dict(values)})
+
     def alert(self, title: str, text: str, level: str) -> None:
         """One line."""
         self._append({"alert": {"title": title, "text": text, "level": level}})

@@ -33,8 +33,12 @@ FLUSH_INTERVAL_S = 1.0
 """How often wandb-core writes what it has into its file."""
 MOST_TITLE = 63
 """Characters that the title of an alert may have in wandb."""
+OF_A_SWEEP = ("WANDB_SWEEP_ID", "WANDB_SWEEP_PARAM_PATH")
+"""With these wandb takes a run's names from its environment alone. The sweep's values are in the configuration."""
 NO_WAIT_S = 0.001
 """An alert shall not be held back because there was one of the same title; 0 would mean wandb's own minute."""
+CALLED: Mapping[str, Callable[[Any], Any]] = {"name": str, "notes": str, "tags": tuple}
+"""What of a run's names may change while it is open, and how wandb wants it."""
 REFUSED = (wandb.errors.Error, TypeError, ValueError)
 """What wandb raises when it does not like a value; pydantic's errors are ValueErrors."""
 BROKEN = (ConnectionError, wandb.errors.CommError, wandb.errors.UsageError, OSError)
@@ -75,6 +79,19 @@ class WandbSink:
     def summary(self, values: Mapping[str, Any]) -> None:
         """Beside what wandb derives from the rows."""
         _each(values, self._open_run.summary.update)
+
+    def named(self, values: Mapping[str, Any]) -> None:
+        """As wandb's own properties do it; what it refuses stays as it was."""
+        run = self._open_run
+        for name in CALLED.keys() & values.keys():
+            try:
+                setattr(run, name, CALLED[name](values[name]))
+            except BROKEN as error:
+                raise Fatal(f"wandb-core is gone: {error!r}") from error
+            except REFUSED as error:
+                logger.warning("wandb refuses the %s %.80r: %s", name, values[name], error)
+        if values.get("preempted"):
+            run.mark_preempting()
 
     def alert(self, title: str, text: str, level: str) -> None:
         """wandb sends it by mail or chat, as the user has set up there; offline it waits for `wandb sync`."""
@@ -133,6 +150,13 @@ class WandbSink:
             "mode": "offline" if run.offline else "online",
             "url": run.url,
             "starting_step": run.starting_step,
+            "resumed": run.resumed,
+            "group": run.group,
+            "job_type": run.job_type,
+            "tags": list(run.tags or ()),
+            "notes": run.notes,
+            "sweep_id": run.sweep_id,
+            "start_time": run.start_time,
             "segment": str(Path(run.settings.sync_file).parent),
             "core": {"pid": core.pid, "started": core.create_time()} if core else None,
         }
@@ -190,6 +214,10 @@ def init(
     """Open the run by `names`, with everything switched off that looks at this process or its machine."""
     os.environ["WANDB_ERROR_REPORTING"] = "false"
     os.environ.pop("WANDB_SERVICE", None)  # another process's core would die with that process
+    for variable in OF_A_SWEEP:
+        os.environ.pop(variable, None)
+    if run.sweep_id:
+        settings["sweep_id"] = run.sweep_id
     quiet = wandb.Settings(
         console="off",
         x_disable_stats=True,
