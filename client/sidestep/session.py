@@ -59,6 +59,7 @@ WHY = {
     "new records are dropped",
     DropReason.AFTER_FINISH: "log() after finish(): dropped",
     DropReason.REFUSED: "the daemon takes no more from this process: dropped",
+    DropReason.OUTPUT: "the program prints more than is kept of it",
     DropReason.INTERNAL: "a mistake in sidestep itself, please report it",
 }
 
@@ -188,6 +189,11 @@ class Session:
         """The counter of an axis."""
         return self.steps.setdefault(stage, Steps())
 
+    @property
+    def is_sent(self) -> bool:
+        """Whether what is said leaves for a daemon: neither switched off nor taken by a recorder."""
+        return not self.silent and self._new_carrier == self._new_sender
+
     # What everything else uses
 
     def send(self, kind: Kind, data: Mapping[str, Any], stage: str | None = None) -> None:
@@ -303,9 +309,9 @@ class Session:
         if self.finished:
             return
         self.finished = True
+        self.on_finish()  # which may have last words
         self.outbox.close(DropReason.AFTER_FINISH)
         atexit.unregister(self.at_exit)
-        self.on_finish()
         if self.dormant:
             return
         confirmed = self.sender is not None and self.sender.finish(timeout, exit_code)

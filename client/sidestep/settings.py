@@ -45,6 +45,10 @@ class WorkerSettings:
     """How long records wait for company before they are sent; the daemon's wish where it is not set."""
     autostart: bool = True
     """Where no address is known and all processes are on this node, the first of them starts a daemon."""
+    console: bool = True
+    """What the program prints is in the run's log too."""
+    program: bool = True
+    """What the program is (arguments, git commit, packages, machine) is told by rank 0."""
     launch_id: str | None = None
     """What the processes that were started together have in common, where torchrun does not say."""
 
@@ -153,6 +157,8 @@ def _seconds(raw: str) -> float:
 _PARSE: Mapping[str, Callable[[str], Any]] = {
     "strict": _flag,
     "autostart": _flag,
+    "console": _flag,
+    "program": _flag,
     "outbox_bytes": _bytes,
     "spill_bytes": _bytes,
     "when_full": _when_full,

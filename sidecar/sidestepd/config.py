@@ -269,6 +269,9 @@ class WatchOptions(Section):
     stalled_s: float = Field(
         default=300.0, gt=0, description="So long may all ranks say nothing while their processes live; likewise."
     )
+    start_s: float = Field(
+        default=1800.0, gt=0, description="So long instead while they have hardly begun: loading, compiling."
+    )
     stragglers: bool = Field(default=True, description="Tell of ranks that hold up the others.")
     straggler_share: float = Field(
         default=0.15, gt=0, description="A straggler needs this share more time than the median rank."

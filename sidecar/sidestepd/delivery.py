@@ -28,6 +28,7 @@ import msgpack
 
 from sidestepd import placement
 from sidestepd.assemble import Assembler
+from sidestepd.beside import Beside
 from sidestepd.clock import Clock, Horizon
 from sidestepd.config import Config
 from sidestepd.crashpoints import crash_point
@@ -41,7 +42,7 @@ from sidestepd.resolve import Closed, Folded, Lost, Resolver
 from sidestepd.resume import resume
 from sidestepd.room import Ballast, Patience
 from sidestepd.rowlog import RowLog
-from sidestepd.rows import Bundle, Definition, Part, Raised, Row, Sampled
+from sidestepd.rows import Bundle, Definition, Described, Part, Printed, Raised, Row, Sampled
 from sidestepd.rules import Rule, Rules, Source, operations
 from sidestepd.rundir import TROUBLE
 from sidestepd.samples import Samples, first_ranks
@@ -95,6 +96,7 @@ class Delivery:
         self.assembler = Assembler(
             rules, patience=order.patience_s, max_wait=order.max_wait_s, window=order.late_window_rows
         )
+        self.beside = Beside(told=rowlog.meta("beside", None))
         self.samples = Samples(
             history=config.samplers.history,
             interval_s=config.samplers.interval_s,
@@ -119,7 +121,9 @@ class Delivery:
         self._progress_at = time.monotonic()
         self.trouble: Trouble | None = None
         """What is waited for outside of this process."""
-        self.telling = Telling(sink, rowlog, config, self.resolver, self.assembler, self.samples, self.watch)
+        self.telling = Telling(
+            sink, rowlog, config, self.resolver, self.assembler, self.samples, self.watch, self.beside
+        )
 
     # Life
 
@@ -153,6 +157,7 @@ class Delivery:
             if len(entries) < READ_LIMIT:
                 self._now = max(self._now, horizon)
             self.telling.tell_samples(self._now)
+            self.telling.tell_beside()
             self._let_go()
             self._decide()
             self.telling.tell_config()
@@ -214,6 +219,9 @@ class Delivery:
                 case Sampled():
                     self.samples.meet(first_ranks(self.resolver.sessions.values()))
                     self.samples.hear(said, self._now)
+                    self.settlement.settle(said.position.entry)
+                case Printed() | Described():
+                    self.beside.hear(said)
                     self.settlement.settle(said.position.entry)
                 case Raised():
                     self.samples.alert(said)

@@ -28,7 +28,7 @@ from sidestepd.delivery import Delivery
 from sidestepd.entries import Entry, EntryKind
 from sidestepd.errors import Reject, Retry, Trouble
 from sidestepd.rowlog import SENT, RowLog, RowLogReader
-from sidestepd.rows import Definition, Row, Sample
+from sidestepd.rows import Definition, Described, Printed, Row, Sample
 from sidestepd.rundir import RunFile
 from sidestepd.sinks import Confirmed, RunFacts, Sink, make_sink, patiently, wandb_log
 from sidestepd.sinks.jsonl import FILE_NAME, JsonlSink
@@ -221,6 +221,14 @@ class AfterHistory:
     def sample(self, sample: Sample) -> None:
         """As given: only what was in no stream before comes here."""
         self._sink.sample(sample)
+
+    def printed(self, said: Printed) -> None:
+        """As given, likewise."""
+        self._sink.printed(said)
+
+    def described(self, said: Described) -> None:
+        """As given, likewise."""
+        self._sink.described(said)
 
     def write(self, row: Row) -> None:
         """As given, unless the run's files had it."""

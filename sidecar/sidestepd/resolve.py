@@ -20,8 +20,9 @@ from typing import Any
 
 from sidestep.wire import END_OF_STEPS, WORKER, Kind, Record, Undecodable, decode_records
 from sidestepd.attempts import Launches
+from sidestepd.beside import described_from, printed_from
 from sidestepd.entries import Entry, EntryKind
-from sidestepd.rows import MAIN_AXIS, Call, Part, Position, Raised, Sampled
+from sidestepd.rows import MAIN_AXIS, Call, Described, Part, Position, Printed, Raised, Sampled
 from sidestepd.rules import Rules, rule_from
 from sidestepd.samples import alert_from, sampled_from
 
@@ -112,7 +113,7 @@ class Folded:
     position: Position
 
 
-Said = Joined | Left | Heard | Booted | Closed | Lost | Folded | Part | Sampled | Raised
+Said = Joined | Left | Heard | Booted | Closed | Lost | Folded | Part | Sampled | Raised | Printed | Described
 Used = Callable[[Position], Mapping[str, int] | None]
 
 
@@ -274,7 +275,7 @@ class Resolver:
                 except ValueError:
                     yield self._lose(position, 1, "definition")
                     return
-            case Kind.SAMPLES | Kind.ALERT:
+            case Kind.SAMPLES | Kind.ALERT | Kind.OUTPUT | Kind.PROGRAM:
                 yield self._beside(id_, session, record, position)
                 return
         self.folded += 1
@@ -282,10 +283,18 @@ class Resolver:
 
     def _beside(
         self, id_: bytes, session: SessionFacts, record: Record, position: Position
-    ) -> Sampled | Raised | Lost:
+    ) -> Sampled | Raised | Printed | Described | Lost:
         """What takes no part in the order of steps. It goes out at once, and counts as delivered then."""
-        read = sampled_from if record.kind is Kind.SAMPLES else alert_from
-        said = read(record, position, id_, session.node)
+        said: Sampled | Raised | Printed | Described | None
+        match record.kind:
+            case Kind.OUTPUT:
+                said = printed_from(record, position, f"[rank {session.rank}] " if session.world > 1 else "")
+            case Kind.PROGRAM:
+                said = described_from(record, position)
+            case Kind.SAMPLES:
+                said = sampled_from(record, position, id_, session.node)
+            case _:
+                said = alert_from(record, position, id_, session.node)
         if said is None:
             return self._lose(position, 1, record.kind.name.lower())
         self.folded += 1

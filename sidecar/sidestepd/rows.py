@@ -80,6 +80,27 @@ class Raised:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Printed:
+    """Lines that a session's program printed at `time` on `stream`, each with its end and with who printed it."""
+
+    position: Position
+    time: float
+    stream: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Described:
+    """What a session's program is: facts, or a file of the run by its name and content."""
+
+    position: Position
+    time: float
+    facts: Mapping[str, Any]
+    file: str | None = None
+    text: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
     """What was read of one node at `time`, by full names, for the sink's stream of system metrics."""
 

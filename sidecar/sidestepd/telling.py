@@ -1,6 +1,6 @@
-"""What the run and people are told beside rows: system samples, alerts, configuration, summary, names.
+"""What the run and people are told beside rows: system samples, alerts, output, configuration, summary, names.
 
-- samples and alerts are told at most once: that they are is written down before
+- samples, alerts, and what programs printed and are, are told at most once: that they are is written down before
 - configuration, summary and names are told again after each start, which changes nothing
 """
 
@@ -11,11 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from sidestepd.assemble import Assembler
+from sidestepd.beside import Beside
 from sidestepd.config import Config
 from sidestepd.crashpoints import crash_point
 from sidestepd.resolve import Resolver
 from sidestepd.rowlog import RowLog
-from sidestepd.rows import Alert, Raised
+from sidestepd.rows import Alert, Printed, Raised
 from sidestepd.samples import Samples
 from sidestepd.sinks import Sink
 from sidestepd.watch import Watch
@@ -35,9 +36,11 @@ class Telling:
         assembler: Assembler,
         samples: Samples,
         watch: Watch,
+        beside: Beside,
     ) -> None:
         self._sink, self._rowlog, self._alerts = sink, rowlog, config.watch.alerts
         self._resolver, self._assembler, self._samples, self._watch = resolver, assembler, samples, watch
+        self._beside = beside
         self._config_told: dict[str, Any] = {}
         self._summary_told: dict[str, Any] = {}
         self._named_told: dict[str, Any] = {}
@@ -58,6 +61,17 @@ class Telling:
         for sample in samples:
             self._sink.sample(sample)
         self._announce(alerts)
+
+    def tell_beside(self) -> None:
+        """Send what programs printed, and what they are: at most once, as samples."""
+        if said := self._beside.take():
+            self._rowlog.settle(beside=list(self._beside.told))
+            crash_point("delivery.beside")
+        for one in said:
+            if isinstance(one, Printed):
+                self._sink.printed(one)
+            else:
+                self._sink.described(one)
 
     def tell_alerts(self, now: float, *, through: int) -> None:
         """Tell people what the watch finds, which has seen the spool up to entry `through`."""

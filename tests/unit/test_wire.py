@@ -85,6 +85,11 @@ RECORDS = [
         step=None,
         data={"title": "GPU 0 is lost", "text": "Reset it.", "level": "ERROR"},
     ),
+    Record(kind=Kind.OUTPUT, time=1700000007.0, step=None, data={"stream": "stderr", "text": "one\ntwo"}),
+    Record(
+        kind=Kind.PROGRAM, time=1700000008.0, step=None, data={"facts": {"python": "3.11", "args": ["--lr", "1"]}}
+    ),
+    Record(kind=Kind.PROGRAM, time=1700000009.0, step=None, data={"file": "requirements.txt", "text": "torch==2"}),
 ]
 BODY = b"".join(map(encode_record, RECORDS))
 

@@ -38,6 +38,10 @@ class Kind(IntEnum):
     """Something that people should hear of now."""
     NAMED = 9
     """What the run shall be called from now on: `name`, `notes`, `tags`; or that it is about to be `preempted`."""
+    OUTPUT = 10
+    """Lines that the program printed."""
+    PROGRAM = 11
+    """What the program is: facts of it, or one file that belongs to it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -47,6 +47,8 @@ MOST_TOLD_CHARS = 4000
 WATCH_INTERVAL_S = 0.1
 LOOK_INTERVAL_S = 1.0
 """How often what is settled is deleted, and room is measured."""
+MOST_OFTEN_S, SELDOM_S = 0.5, 3600.0
+"""Between which a worker may wish the machine to be read."""
 FROZEN_S = 1.0
 """A longer pause of this process is not the silence of its workers."""
 
@@ -96,6 +98,7 @@ class Intake:
         self._cursor = 0
         self.listener = Listener(heartbeat_s=config.intake.heartbeat_s)
         self.exits: Exits | None = None
+        self._samplers_are_asked = False
 
     @classmethod
     def open(cls, run_dir: Path, send: Send) -> Intake:
@@ -188,6 +191,7 @@ class Intake:
         self._touched.add(hello.session)
         session = self.roster.sessions[hello.session]
         if session.is_worker:
+            self._ask_samplers(hello)
             self.samplers.stay()
             self._follow(session)
         welcome = Welcome(
@@ -201,6 +205,20 @@ class Intake:
             run=self.facts(),
         )
         self._replies.append((route, welcome))
+
+    def _ask_samplers(self, hello: Hello) -> None:
+        """What wandb's settings of the first worker say of the machine, where our own options say nothing."""
+        if self._samplers_are_asked:
+            return
+        self._samplers_are_asked = True
+        options, said = self.config, hello.settings
+        interval = said.get("x_stats_sampling_interval")
+        in_range = isinstance(interval, float) and MOST_OFTEN_S <= interval < SELDOM_S
+        ours = options.source("samplers.interval_s") != "default"
+        self.samplers.ask(
+            enabled=options.source("samplers.enabled") != "default" or said.get("x_disable_stats") is not True,
+            interval_s=interval if in_range and not ours else None,
+        )
 
     def _on_frame(self, route: bytes, frame: Frame) -> None:
         if self._is_stranger(route, frame.session):

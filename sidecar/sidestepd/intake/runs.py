@@ -24,10 +24,10 @@ from sidestep.errors import SettingsError
 from sidestep.wire import WORKER, Hello, Message, Refuse
 from sidestepd import rundir
 from sidestepd.errors import AlreadyRunning, ExitCode, SpoolError
+from sidestepd.exits import Lifeline
 from sidestepd.home import ServiceFile
 from sidestepd.intake.run import Intake, Send
 from sidestepd.launches import Launches
-from sidestepd.processes import Lifeline
 from sidestepd.rundir import RunFile
 
 logger = logging.getLogger("sidestepd.intake")
@@ -242,7 +242,8 @@ class SeveralRuns:
     def _watch_process(self, run: OpenRun, who: dict[str, Any]) -> None:
         """Only where it is sure that the pid means the same here as there."""
         if self._file.until_idle and who["node"] == os.uname().nodename and who["pid"] not in run.processes:
-            lifeline = Lifeline(who["pid"])
+            known = self._processes.get(who["pid"])
+            lifeline = known if known is not None and known.is_alive() else Lifeline(who["pid"])
             if lifeline.is_alive():
                 run.processes[who["pid"]] = self._processes[who["pid"]] = lifeline
 

@@ -2,8 +2,8 @@
 
 - NVML knows nothing of that variable and numbers GPUs in the order of their PCI addresses; UUIDs join the two
 - an entry is a number, a GPU's UUID or the beginning of one (`GPU-8a`), a MIG instance's (`MIG-...`), or one as
-  drivers before 470 named it (`MIG-GPU-.../1/0`), of which only the GPU is known here; as for CUDA, the first entry
-  that is none of these ends the list, and so does a GPU that is named twice
+  drivers before 470 named it (`MIG-GPU-.../1/0`), of which only the GPU is known here; as for CUDA, the first that
+  is none of these ends the list, and so does a GPU that is named twice
 - numbers are taken in PCI order. CUDA's default is the fastest first, which is the same order where all GPUs of a
   machine are of one model; where they are not, a worker's torch knows the UUID and this is not asked
 """

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from sidestepd.errors import Reject, Retry, Trouble
-from sidestepd.rows import Definition, Row, Sample
+from sidestepd.rows import Definition, Described, Printed, Row, Sample
 
 BEAT_EVERY_S = 0.5
 """Whoever waits shows this often that it only waits."""
@@ -95,6 +95,14 @@ class Sink(Protocol):
 
     def sample(self, sample: Sample) -> None:
         """Add to the run's stream of system metrics, at the sample's own time. Raises Fatal."""
+        ...
+
+    def printed(self, said: Printed) -> None:
+        """Add lines to the run's console log. Raises Fatal."""
+        ...
+
+    def described(self, said: Described) -> None:
+        """Note what the program is, or keep a file with the run. Idempotent. Raises Fatal."""
         ...
 
     def confirm(self) -> Confirmed:

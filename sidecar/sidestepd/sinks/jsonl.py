@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from sidestepd.errors import Fatal
-from sidestepd.rows import Definition, Row, Sample
+from sidestepd.rows import Definition, Described, Printed, Row, Sample
 from sidestepd.sinks.base import Confirmed, RunFacts
 
 FILE_NAME = "rows.jsonl"
@@ -78,6 +78,17 @@ class JsonlSink:
     def sample(self, sample: Sample) -> None:
         """One line."""
         self._append({"system": dict(sample.values), "node": sample.node, "_timestamp": sample.time})
+
+    def printed(self, said: Printed) -> None:
+        """One line."""
+        self._append({"printed": said.text, "stream": said.stream, "_timestamp": said.time})
+
+    def described(self, said: Described) -> None:
+        """One line."""
+        if said.file is None:
+            self._append({"program": dict(said.facts)})
+        else:
+            self._append({"file": said.file, "text": said.text})
 
     def confirm(self) -> Confirmed:
         """Sync the file."""

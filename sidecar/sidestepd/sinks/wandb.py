@@ -22,7 +22,7 @@ import wandb
 from wandb.proto import wandb_internal_pb2 as pb
 
 from sidestepd.errors import Fatal, Reject
-from sidestepd.rows import Definition, Row, Sample
+from sidestepd.rows import Definition, Described, Printed, Row, Sample
 from sidestepd.samplers.names import look_up
 from sidestepd.sinks import wandb_log
 from sidestepd.sinks.base import Confirmed, RunFacts
@@ -122,8 +122,34 @@ class WandbSink:
             if known is not None:
                 key = f"{known.stream_name}/l:{sample.node}"
                 stats.item.add(key=key, value_json=json.dumps(value * known.metric.scale))
+        self._publish(stats=stats)
+
+    def printed(self, said: Printed) -> None:
+        """One record of console output, as wandb's own capture writes them."""
+        kind = pb.OutputRawRecord.OutputType.Value(said.stream.upper())  # type: ignore[attr-defined]
+        output = pb.OutputRawRecord(output_type=kind, line=said.text)  # type: ignore[attr-defined]
+        output.timestamp.FromNanoseconds(round(said.time * 1e6) * 1000)
+        self._publish(output_raw=output)
+
+    def described(self, said: Described) -> None:
+        """One record of the environment, or a file among the run's files."""
+        if said.file is None:
+            self._publish(environment=environment(said))
+            return
+        folder = Path(self._open_run.settings.files_dir)
+        path = folder / said.file
         try:
-            self._open_run._interface._publish(pb.Record(stats=stats))  # type: ignore
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(said.text)
+            self._open_run.save(str(path), base_path=str(folder), policy="now")
+        except BROKEN as error:
+            raise Fatal(f"{path} can not be kept: {error!r}") from error
+        except REFUSED as error:
+            logger.warning("wandb refuses the file %.80r: %s", said.file, error)
+
+    def _publish(self, **record: Any) -> None:
+        try:
+            self._open_run._interface._publish(pb.Record(**record))  # type: ignore[attr-defined, union-attr]
         except BROKEN as error:
             raise Fatal(f"wandb-core is gone: {error!r}") from error
 
@@ -219,7 +245,7 @@ def init(
     if run.sweep_id:
         settings["sweep_id"] = run.sweep_id
     quiet = wandb.Settings(
-        console="off",
+        console="wrap",  # else wandb-core passes over what is printed; the wrapping itself is undone below
         x_disable_stats=True,
         x_disable_meta=True,
         x_disable_machine_info=True,
@@ -233,7 +259,26 @@ def init(
         init_timeout=30,
         **settings,
     )
-    return wandb.init(id=run.id, dir=run.directory, mode=mode, reinit="create_new", settings=quiet, **names)
+    opened = wandb.init(id=run.id, dir=run.directory, mode=mode, reinit="create_new", settings=quiet, **names)
+    opened._restore()  # what this process prints is no part of the run
+    return opened
+
+
+def environment(said: Described) -> Any:
+    """What the program is, as wandb has it."""
+    made = pb.EnvironmentRecord()  # type: ignore[attr-defined]
+    made.started_at.FromNanoseconds(round(said.time * 1e6) * 1000)
+    facts = said.facts
+    for name in ("os", "python", "executable", "program", "host", "username", "cuda_version", "root", "code_path"):
+        if facts.get(name):
+            setattr(made, name, str(facts[name]))
+    if isinstance(args := facts.get("args"), list):
+        made.args.extend(str(it) for it in args)
+    if isinstance(count := facts.get("cpu_count"), int) and 0 < count < 2**31:
+        made.cpu_count_logical = count
+    if isinstance(git := facts.get("git"), dict):
+        made.git.commit, made.git.remote_url = str(git.get("commit") or ""), str(git.get("remote") or "")
+    return made
 
 
 def _init_offline(run: RunFacts) -> wandb.Run:
