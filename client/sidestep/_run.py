@@ -22,6 +22,7 @@ from sidestep.bags import Bag
 from sidestep.convert import PLAIN
 from sidestep.elsewhere import Elsewhere
 from sidestep.errors import UnsupportedValue
+from sidestep.media.base import Media
 from sidestep.outbox import DropReason
 from sidestep.session import EXIT_S, LARGE_BYTES, Refusal, Session, Stats
 from sidestep.staging import Call
@@ -55,8 +56,8 @@ class Axis:
         """Say what happened at a step, in about a microsecond.
 
         `step` and `commit` mean what they mean in wandb. Values may be numbers, text, bools, None, lists and
-        dicts of these, numpy scalars, and small tensors on the CPU; a value that can not be logged is left out,
-        counted and said once.
+        dicts of these, numpy scalars, small tensors on the CPU, and media, whose bytes follow in the background;
+        a value that can not be logged is left out, counted and said once.
         """
         session, at = self._session, None
         try:
@@ -165,7 +166,7 @@ class Axis:
                 if (staged := stage(value)) is not None:
                     values[known], call.by_name[known] = staged, [staged]
                     continue
-                values[known] = convert.plain(value, call=call)
+                values[known] = convert.plain(value, blobs=self._session.lane, implied=_media_of, call=call)
                 call.named(known, found)
             except UnsupportedValue as error:
                 call.without(found)
@@ -430,6 +431,13 @@ def _text(name: Any) -> str:
         return str(name)
     except Exception:  # noqa: BLE001 - a foreign value's own code may raise anything
         return type(name).__name__
+
+
+def _media_of(value: Any) -> Media | None:
+    """The media that a foreign value is: a figure, an image of PIL's, a data frame."""
+    from sidestep.media.implicit import media_of  # few trainings log such values
+
+    return media_of(value)
 
 
 def _exit_status(code: Any) -> int | None:

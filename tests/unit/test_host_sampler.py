@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -58,12 +59,20 @@ class Machine:
         self.write("proc/stat", "".join(f"{name} {' '.join(map(str, ticks))}\n" for name, ticks in lines))
 
     def disk(self, read: int, written: int) -> None:
-        """Sectors of a disk that no path here lies on, and of a loop device."""
+        """Sectors of two disks that no path here lies on, of a partition and a volume of theirs, and of a loop."""
         zeros = "0 0 0 0 0 0 0"
-        self.write(
-            "proc/diskstats",
-            f" 259 0 nvme0n1 1 0 {read} 0 1 0 {written} 0 {zeros}\n 7 0 loop0 9 9 9 9 9 9 9 9 0 0 0\n",
-        )
+        moved = f"1 0 {read // 2} 0 1 0 {written // 2} 0 {zeros}"
+        names = {
+            (259, 0): "nvme0n1",
+            (259, 2): "nvme1n1",
+            (259, 16): "nvme1n1p1",
+            (253, 0): "dm-0",
+            (7, 0): "loop0",
+        }
+        lines = [f" {major} {minor} {name} {moved}\n" for (major, minor), name in names.items()]
+        self.write("proc/diskstats", "".join(lines))
+        for name in ("nvme0n1", "nvme1n1"):
+            self.write(f"sys/block/{name}/device", "")
 
     def network(self, received: int, sent: int) -> None:
         rest = "0 0 0 0 0 0 0"
@@ -265,10 +274,13 @@ class TestTheRest:
     def test_what_is_missing_costs_only_itself(self, machine: Machine) -> None:
         for name in ("proc/meminfo", "proc/net/dev", "proc/diskstats", "proc/loadavg"):
             (machine.proc.parent / name).unlink()
-        values = read(machine.sampler())
+        sampler = machine.sampler()
+        read(sampler, 1.0)
+        values = read(sampler, 2.0)
         assert "files/open" in values
         assert "disk/percent" in values
         assert "memory/percent" not in values
+        assert "disk/read_bytes_per_s" not in values
 
 
 class TestThisMachine:
@@ -323,6 +335,22 @@ class TestOwn:
         files = sum(path.stat().st_size for path in tmp_path.glob("spool.db*"))
         assert files == values["sidestep/spool_bytes"]
         assert values["sidestep/memory_bytes"] >= psutil.Process().memory_info().rss * 0.5
+        spool.close()
+        rowlog.close()
+
+    def test_finds_a_spool_that_lies_elsewhere(self, tmp_path: Path) -> None:
+        run_dir, place = tmp_path / "run", tmp_path / "place"
+        run_dir.mkdir()
+        place.mkdir()
+        (run_dir / "spool.json").write_text(json.dumps({"dir": str(place)}))
+        spool, rowlog = Spool(place / "spool.db"), RowLog(place / "delivery.db")
+        spool.commit([Entry.of_event(EntryKind.BOOT, received=100.0, boot="b")], [])
+        rowlog.settle(ledger={"read_through": 0, "waiting": 0, "late_rows": 0, "dropped": {}})
+
+        values = OwnSampler(run_dir, pid=os.getpid(), clock=lambda: 103.0).read(0.0).values
+
+        assert 3.0 == values["sidestep/lag_s"]
+        assert values["sidestep/spool_bytes"] > 0
         spool.close()
         rowlog.close()
 

@@ -103,7 +103,7 @@ class TestImporting:
 
         at_once = {"sidestep._run", "sidestep.alerts", "sidestep.bags", "sidestep.elsewhere", "sidestep.errors"}
         later = {*names.LAZY.values(), *(f"sidestep.{name}" for name in names.MODULES)} - at_once
-        assert {"sidestep.session"} == later & set(loaded)
+        assert {"sidestep.session", "sidestep.media"} == later & set(loaded)
 
     def test_init_adds_nothing_heavy(self):
         loaded = in_a_fresh_process(

@@ -76,8 +76,9 @@ def sent(run: Run) -> list[Mapping[str, Any]]:
 
 def counted(value: Mapping[str, Any]) -> tuple[list[int], list[float]]:
     """Counts and edges of a histogram in a record."""
-    assert "histogram" == value["_type"]
-    return value["values"], value["bins"]
+    assert "histogram" == value["_sidestep"]
+    counts, edges = plain.load(value["facts"]["counted"])
+    return counts, edges
 
 
 def slab_of(run: Run, device: FakeDevice) -> Any:

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from sidestep.errors import UnsupportedValue
+from sidestep.media.base import MARK
+from sidestep.wire.plain import dump
 
 BINS = 32
 """Of an array in `log()`, as in wandb 0.31."""
@@ -21,14 +23,14 @@ NOTHING_FINITE = "none of its elements is a finite number"
 
 
 class Packed(dict[str, Any]):
-    """A histogram as it stands in a record."""
+    """The media value `histogram` as it stands in a record."""
 
     __slots__ = ()
 
 
 def packed(counts: Sequence[int], edges: Sequence[float]) -> Packed:
-    """The one place that knows how a record says a histogram: as wandb's history has it."""
-    return Packed(_type="histogram", values=list(counts), bins=list(edges))
+    """The one place that knows how a record says a histogram: as media/histogram.py packs and shows it."""
+    return Packed({MARK: "histogram", "facts": {"counted": dump([list(counts), list(edges)])}})
 
 
 def spread(counts: Sequence[int], least: float, largest: float, number: int) -> Packed:

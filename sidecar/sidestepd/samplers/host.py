@@ -142,28 +142,36 @@ class HostSampler:
 
     def _of_disks(self, now: float) -> Mapping[str, float]:
         values: dict[str, float] = {}
-        counters = self._disk_counters()
+        counters, all_together = self._disk_counters()
         for prefix, path in self._disks.items():
             try:
                 usage, device = psutil.disk_usage(str(path)), path.stat().st_dev
             except OSError:
                 continue
             values |= {f"{prefix}percent": usage.percent, f"{prefix}free_bytes": usage.free}
-            moved = counters.get((os.major(device), os.minor(device))) or _total(counters)
-            for name, sectors in zip(("read", "written"), moved, strict=True):
+            moved = counters.get((os.major(device), os.minor(device)), all_together)
+            for name, sectors in zip(("read", "written"), moved or (), strict=False):
                 rate = self._rates.per_s(f"{prefix}{name}", sectors * SECTOR_BYTES, now)
                 if rate is not None:
                     values[f"{prefix}{name}_bytes_per_s"] = rate
         return values
 
-    def _disk_counters(self) -> dict[tuple[int, int], tuple[int, int]]:
-        """Sectors read and written by device number; partitions beside their disks."""
+    def _disk_counters(self) -> tuple[dict[tuple[int, int], tuple[int, int]], tuple[int, int] | None]:
+        """Sectors read and written by device number, partitions beside their disks; and of all disks together.
+
+        The latter is nearest where a path lies on none of them: an overlay, a network. None if no disk is known.
+        """
         try:
             lines = (self._proc / "diskstats").read_text().splitlines()
         except OSError:
-            return {}
-        words = [line.split() for line in lines]
-        return {(int(it[0]), int(it[1])): (int(it[5]), int(it[9])) for it in words if len(it) > 9}
+            return {}, None
+        found = [words for line in lines if len(words := line.split()) > 9]
+        counters = {(int(it[0]), int(it[1])): (int(it[5]), int(it[9])) for it in found}
+        disks = [
+            it for it in found if (self._sys / "block" / it[2] / "device").exists()
+        ]  # no loop, no volume of LVM
+        moved = [counters[int(it[0]), int(it[1])] for it in disks]
+        return counters, (sum(read for read, _ in moved), sum(written for _, written in moved)) if moved else None
 
     def _of_shm(self, _: float) -> Mapping[str, float]:
         usage = psutil.disk_usage(str(self._shm))
@@ -224,12 +232,6 @@ class HostSampler:
     def _of_files(self, _: float) -> Mapping[str, float]:
         used, free, most = map(int, (self._proc / "sys" / "fs" / "file-nr").read_text().split())
         return {"files/open": used - free, "files/percent": 100 * (used - free) / most}
-
-
-def _total(counters: Mapping[tuple[int, int], tuple[int, int]]) -> tuple[int, int]:
-    """Over all whole disks: where a path lies on none of them (an overlay, a network), this is nearest."""
-    disks = [moved for (major, minor), moved in counters.items() if major not in (1, 7) and minor % 16 == 0]
-    return sum(read for read, _ in disks), sum(written for _, written in disks)
 
 
 def _word(path: Path | str) -> str:
