@@ -135,8 +135,9 @@ class Session:
 
     __slots__ = (
         "__weakref__", "_beside", "_carried", "_devices", "_hidden", "_keywords", "_lock", "_new_carrier",
-        "_spill", "_spills", "_starter", "dormant", "exit_code", "finished", "id", "identity", "lane", "names", "notices",
-        "on_finish", "outbox", "packers", "role", "sender", "settings", "silent", "staging", "steps", "watcher",
+        "_spill", "_spills", "_starter", "dormant", "exit_code", "finished", "id", "identity", "lane", "names",
+        "notices", "on_finish", "outbox", "packers", "role", "sender", "settings", "silent", "staging", "steps",
+        "watcher",
     )  # fmt: skip
 
     def __init__(
