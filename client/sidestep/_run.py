@@ -22,6 +22,7 @@ from sidestep.bags import Bag
 from sidestep.convert import PLAIN
 from sidestep.elsewhere import Elsewhere
 from sidestep.errors import UnsupportedValue
+from sidestep.media.base import Media
 from sidestep.outbox import DropReason
 from sidestep.session import EXIT_S, LARGE_BYTES, Refusal, Session, Stats
 from sidestep.steps import OffsetSteps, truth, whole
@@ -54,8 +55,8 @@ class Axis:
         """Say what happened at a step, in about a microsecond.
 
         `step` and `commit` mean what they mean in wandb. Values may be numbers, text, bools, None, lists and
-        dicts of these, numpy scalars, and small tensors on the CPU; a value that can not be logged is left out,
-        counted and said once.
+        dicts of these, numpy scalars, small tensors on the CPU, and media, whose bytes follow in the background;
+        a value that can not be logged is left out, counted and said once.
         """
         session, at = self._session, None
         try:
@@ -152,7 +153,7 @@ class Axis:
         values = {}
         for name, value in entries.items():
             try:
-                values[self._name_of(name)] = convert.plain(value)
+                values[self._name_of(name)] = convert.plain(value, blobs=self._session.lane, implied=_media_of)
             except UnsupportedValue as error:
                 self._session.refuse_value(name, type(value), str(error))
         return values
@@ -384,6 +385,13 @@ def _text(name: Any) -> str:
         return str(name)
     except Exception:  # noqa: BLE001 - a foreign value's own code may raise anything
         return type(name).__name__
+
+
+def _media_of(value: Any) -> Media | None:
+    """The media that a foreign value is: a figure, an image of PIL's, a data frame."""
+    from sidestep.media.implicit import media_of  # few trainings log such values
+
+    return media_of(value)
 
 
 def _exit_status(code: Any) -> int | None:

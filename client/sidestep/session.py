@@ -7,6 +7,7 @@
   The parent's socket, thread and queued records are never touched there
 - **exit**: what is queued is flushed, in `EXIT_S` at most, in children of multiprocessing too; what the daemon
   does not take in that time stays in the spill
+- the bytes of media go through a twin, a session that this one makes, ends, and waits for
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from time import time
+from time import monotonic, time
 from typing import TYPE_CHECKING, Any, Protocol
 
 from msgpack import Packer
@@ -28,6 +29,7 @@ from msgpack import Packer
 from sidestep._version import __version__
 from sidestep.allocator import Allocator
 from sidestep.errors import SidestepError, UnsupportedValue
+from sidestep.lane import Lane, lane_of
 from sidestep.notices import Notices, say
 from sidestep.outbox import DropReason, Outbox
 from sidestep.ranks import Identity, is_on_one_node
@@ -35,12 +37,14 @@ from sidestep.sender import Sender  # with zmq: loaded here, since init() has no
 from sidestep.settings import WorkerSettings
 from sidestep.spill import Spill, folders, private_folder, waiting
 from sidestep.steps import Steps
-from sidestep.wire import MAX_RECORD_BYTES, WORKER, Hello, Kind
+from sidestep.wire import BLOBS, MAX_RECORD_BYTES, WORKER, Hello, Kind
 
 if TYPE_CHECKING:
     from sidestep.autostart import Starter
 
 EXIT_S = 5.0
+LANE_SHARE = 0.3
+"""Of the time that `finish` has, kept for media where there are some."""
 LARGE_BYTES = 64 * 1024
 """A packer that made a larger record is not used again: it keeps its buffer."""
 
@@ -71,6 +75,10 @@ class Stats:
     """Given up, by reason."""
     values_refused: int = 0
     """Values that were left out of records which were sent without them."""
+    blobs: int = 0
+    """Media and files whose bytes were taken along."""
+    blobs_pending: int = 0
+    """Of these, how many are not known to be on the daemon's disk; at least."""
 
 
 class Carrier(Protocol):
@@ -117,9 +125,9 @@ class Session:
     """One life of a process. The object outlives a fork; its id, outbox and sender do not."""
 
     __slots__ = (
-        "__weakref__", "_keywords", "_lock", "_new_carrier", "_spill", "_spills", "_starter", "dormant",
-        "exit_code", "finished", "id", "identity", "names", "notices", "on_finish", "outbox", "packers", "role",
-        "sender", "settings", "silent", "steps",
+        "__weakref__", "_beside", "_carried", "_keywords", "_lock", "_new_carrier", "_spill", "_spills",
+        "_starter", "dormant", "exit_code", "finished", "id", "identity", "lane", "names", "notices",
+        "on_finish", "outbox", "packers", "role", "sender", "settings", "silent", "steps",
     )  # fmt: skip
 
     def __init__(
@@ -132,12 +140,16 @@ class Session:
         silent: bool = False,
         carrier: NewCarrier | None = None,
         role: str = WORKER,
+        beside: Session | None = None,
     ) -> None:
         self.settings = settings
         self.identity = identity
         self.notices = notices
         self.silent = silent
         self.role = role
+        self.lane: Lane = lane_of(self)
+        self._beside = beside
+        self._carried = carrier
         self.packers: list[Packer]
         self.names: set[str] = set()  # that log() has looked at and found good
         self.on_finish: Callable[[], None] = lambda: None
@@ -155,7 +167,8 @@ class Session:
         self._begin()
         if not silent:
             _living.add(self)
-            atexit.register(self.at_exit)
+            if beside is None:
+                atexit.register(self.at_exit)
 
     # What log() uses
 
@@ -246,13 +259,35 @@ class Session:
             pending=pending,
             dropped=dropped,
             values_refused=outbox.values_refused,
+            blobs=self.lane.added,
+            blobs_pending=self.lane.pending,
         )
 
     def flush(self, timeout: float) -> bool:
-        """Wait until the daemon has what was said so far; False if it has not, or will not."""
+        """Wait until the daemon has what was said so far, media too; False if it has not, or will not."""
+        deadline = monotonic() + timeout
         if self.sender is None:
-            return self.outbox.pending == 0
-        return self.sender.flush(timeout) and self.outbox.shut is not DropReason.REFUSED
+            said = self.outbox.pending == 0
+        else:
+            said = self.sender.flush(timeout) and self.outbox.shut is not DropReason.REFUSED
+        return self.lane.flush(max(deadline - monotonic(), 0.0)) and said
+
+    def twin(self, settings: WorkerSettings) -> Session:
+        """A session of this process for the bytes of its media, which begins, forks and ends with this one."""
+        return Session(
+            settings=settings,
+            identity=self.identity,
+            keywords={},
+            notices=self.notices,
+            carrier=self._carried,
+            role=BLOBS,
+            beside=self,
+        )
+
+    @property
+    def inline(self) -> bool:
+        """Whether a test carries what is said, in the thread that says it."""
+        return self._carried is not None
 
     def finish(self, timeout: float, exit_code: int | None) -> None:
         """Take nothing more, deliver what is left in at most `timeout` seconds, and say what was not."""
@@ -264,9 +299,18 @@ class Session:
         atexit.unregister(self.at_exit)
         if self.dormant:
             return
+        deadline = monotonic() + timeout
+        if self.lane.pending:
+            timeout -= LANE_SHARE * timeout
+            self.lane.hurry(deadline - LANE_SHARE / 2 * timeout)
+        self._end(timeout, exit_code)
+        self.lane.finish(max(deadline - monotonic(), 0.0), exit_code)
+
+    def _end(self, timeout: float, exit_code: int | None) -> None:
         confirmed = self.sender is not None and self.sender.finish(timeout, exit_code)
+        what = "pieces of media" if self.role == BLOBS else "records"
         if left := self.outbox.pending:
-            say(f"{left} records are not acknowledged {self._whose_fault(timeout)}{self._where_they_are()}")
+            say(f"{left} {what} are not acknowledged {self._whose_fault(timeout)}{self._where_they_are()}")
         elif self.sender is not None and not confirmed:
             say(f"everything is delivered, but the daemon did not confirm the end within {timeout:g} s")
 
@@ -298,6 +342,7 @@ class Session:
         self.sender = None
         self.dormant = True
         self._lock = threading.Lock()
+        self.lane.forked()
 
     def _dormant_reason(self) -> DropReason:
         return DropReason.AFTER_FINISH if self.finished else DropReason.INTERNAL
@@ -313,7 +358,11 @@ class Session:
         self.dormant = False
         if self.sender is not None:
             self.sender.start()
-        if not self.silent and (util := sys.modules.get("multiprocessing.util")) is not None:
+        if (
+            not self.silent
+            and self._beside is None
+            and (util := sys.modules.get("multiprocessing.util")) is not None
+        ):
             util.Finalize(None, self.at_exit, exitpriority=0)  # its children leave without atexit
 
     def _new_spill(self) -> Spill | None:
@@ -420,6 +469,7 @@ class Session:
             client=f"sidestep {__version__} python {platform.python_version()}",
             settings=self._keywords,
             role=self.role,
+            beside="" if self._beside is None else self._beside.id.hex(),
         )
 
     def _whose_fault(self, timeout: float) -> str:

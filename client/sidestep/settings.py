@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sidestep.errors import SettingsError
+from sidestep.lane import DEFAULT_BYTES as BLOB_BYTES
 from sidestep.notices import say
 from sidestep.outbox import DEFAULT_BYTES
 from sidestep.spill import DEFAULT_BYTES as SPILL_BYTES
@@ -41,6 +42,8 @@ class WorkerSettings:
     """When the daemon is away for longer than that lasts: `spill` to a file on disk, or `drop` and count."""
     spill_bytes: int = SPILL_BYTES
     """What the file may hold, for each process."""
+    blob_bytes: int = BLOB_BYTES
+    """Bytes of media kept in memory until they are under way; what finds no room is left out."""
     flush_interval_s: float | None = None
     """How long records wait for company before they are sent; the daemon's wish where it is not set."""
     autostart: bool = True
@@ -161,6 +164,7 @@ _PARSE: Mapping[str, Callable[[str], Any]] = {
     "program": _flag,
     "outbox_bytes": _bytes,
     "spill_bytes": _bytes,
+    "blob_bytes": _bytes,
     "when_full": _when_full,
     "flush_interval_s": _seconds,
 }

@@ -48,6 +48,7 @@ from sidestep.errors import RemoteProtocolError, UnsupportedValue
 from sidestep.media.base import BLOB, Buffer, Ref
 from sidestep.outbox import Outbox
 from sidestep.wire import (
+    BLOBS,
     Ack,
     Bye,
     Frame,
@@ -76,6 +77,8 @@ class Recorder:
         self.records: list[Record] = []
         self.exit_codes: list[int | None] = []
         """How each finished run ended; None where nobody said."""
+        self.blobs: dict[tuple[bytes, int], bytes] = {}
+        """The bytes of media, by session and number, as the refs in records name them."""
         self._lock = threading.RLock()
 
     def __getitem__(self, name: str) -> list[Any]:
@@ -118,7 +121,12 @@ class Recorder:
         with self._lock:
             while (frame := outbox.next_frame()) is not None:
                 found = decode_records(frame.body, frame.count)
-                self.records += [record for record in found if isinstance(record, Record)]
+                for record in found:
+                    if isinstance(record, Record) and record.kind is Kind.BLOB:
+                        of = frame.session, record.data["id"]
+                        self.blobs[of] = self.blobs.get(of, b"") + record.data.get("bytes", b"")
+                    elif isinstance(record, Record):
+                        self.records.append(record)
                 outbox.ack(frame.end)
 
     def _logged(self) -> list[tuple[int | None, Mapping[str, Any]]]:
@@ -183,8 +191,8 @@ class _Recording:
     kept_in: Path | None = None
     run: Mapping[str, Any] = {"id": "recorded", "mode": "offline"}
 
-    def __init__(self, recorder: Recorder, outbox: Outbox) -> None:
-        self._recorder, self._outbox = recorder, outbox
+    def __init__(self, recorder: Recorder, outbox: Outbox, *, is_lane: bool) -> None:
+        self._recorder, self._outbox, self._is_lane = recorder, outbox, is_lane
 
     def start(self) -> None:
         """Have every call wake this."""
@@ -206,7 +214,8 @@ class _Recording:
     def finish(self, timeout: float, exit_code: int | None) -> bool:  # noqa: ARG002
         """Note how it ended."""
         self.wake()
-        self._recorder.exit_codes.append(exit_code)
+        if not self._is_lane:
+            self._recorder.exit_codes.append(exit_code)
         return True
 
     def forget(self) -> None:
@@ -217,7 +226,11 @@ class _Recording:
 def record(*, strict: bool = True) -> Iterator[Recorder]:
     """Capture what is logged inside; `strict` raises what a training run would count and say once."""
     recorder = Recorder()
-    with _current.carried_by(lambda _, outbox: _Recording(recorder, outbox), strict=strict):
+
+    def _carrier(hello: Hello, outbox: Outbox) -> _Recording:
+        return _Recording(recorder, outbox, is_lane=hello.role == BLOBS)
+
+    with _current.carried_by(_carrier, strict=strict):
         yield recorder
 
 

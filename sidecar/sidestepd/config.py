@@ -152,6 +152,11 @@ class SpoolOptions(Section):
         ge=0,
         description="What is left free on the disks of the spool and of wandb, beside what has yet to be written.",
     )
+    blob_quota_bytes: int = Field(
+        default=32 * 1024**3,
+        ge=1024 * 1024,
+        description="The bytes of media that wait may take this much; beyond it workers keep what they have.",
+    )
     ballast_bytes: int = Field(
         default=16 * 1024 * 1024,
         ge=0,
@@ -175,6 +180,9 @@ class DeliveryOptions(Section):
     )
     batch_rows: int = Field(
         default=500, gt=0, description="While catching up, about so many rows are decided in one commit."
+    )
+    media_threads: int = Field(
+        default=2, gt=0, le=64, description="Images and other media are encoded in so many threads."
     )
     backoff_s: float = Field(
         default=30.0, gt=0, description="The longest pause before a delivery that died is started again."

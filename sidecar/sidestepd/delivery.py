@@ -1,7 +1,7 @@
 """Delivery: read the spool, put rows in order, write them down, write them out, and see them confirmed.
 
-    read ─▶ resolve ─▶ match ─▶ order ─▶ assemble ─▶ row log ─▶ sink ─▶ confirmed ─▶ cursor
-                                                                   intake deletes up to there ◀─┘
+    read ─▶ resolve ─▶ match ─▶ media ─▶ order ─▶ assemble ─▶ row log ─▶ sink ─▶ confirmed ─▶ cursor
+                                                                            intake deletes up to there ◀─┘
 
 - it knows nothing that is not in the spool or its own row log: killed anywhere, it goes on from both
 - a row is in the row log before the sink sees it; after a crash the rows that the run lacks are sent again
@@ -32,21 +32,24 @@ from sidestepd.beside import Beside
 from sidestepd.clock import Clock, Horizon
 from sidestepd.config import Config
 from sidestepd.crashpoints import crash_point
+from sidestepd.entries import SAID
 from sidestepd.errors import ExitCode, Fatal, Retry, SpoolDamaged, Trouble
 from sidestepd.facts import wait_for_facts
 from sidestepd.match import Event, Matcher
+from sidestepd.media import Media
 from sidestepd.order import ReorderBuffer
 from sidestepd.processes import Beat, Lock, die_with_parent, read_json, write_json
 from sidestepd.recovery import Recovery
-from sidestepd.resolve import Closed, Folded, Lost, Resolver
+from sidestepd.resolve import Closed, Folded, LaneEnded, Lost, Resolver
 from sidestepd.resume import resume
 from sidestepd.room import Ballast, Patience
 from sidestepd.rowlog import RowLog
-from sidestepd.rows import Bundle, Definition, Described, Part, Printed, Raised, Row, Sampled
+from sidestepd.rows import Blob, Bundle, Definition, Described, Part, Printed, Raised, Row, Sampled
 from sidestepd.rules import Rule, Rules, Source, operations
-from sidestepd.rundir import TROUBLE
+from sidestepd.rundir import BLOBS, TROUBLE
 from sidestepd.samples import Samples, first_ranks
 from sidestepd.settlement import Settlement
+from sidestepd.show import Shower
 from sidestepd.sinks import Confirmed, RunFacts, Sink, load, make_sink, patiently, write_all
 from sidestepd.spool import Entry, EntryKind, SpoolReader
 from sidestepd.telling import Telling
@@ -76,6 +79,7 @@ class Delivery:
         sink: Sink,
         config: Config,
         *,
+        shower: Shower,
         horizon: Clock,
         beat: Callable[[], None],
         wait_for_room: Callable[[], None] = lambda: None,
@@ -92,6 +96,13 @@ class Delivery:
         self.marks: dict[str, Any] = rowlog.meta("marks", {})
         self.resolver = Resolver(rules)
         self.matcher = Matcher(patience=order.patience_s, capacity=order.capacity_rows)
+        self.media = Media(
+            shower,
+            patience=order.patience_s,
+            capacity=order.capacity_rows,
+            beat=beat,
+            told=rowlog.meta("media", {}),
+        )
         self.order = self.new_buffer()
         self.assembler = Assembler(
             rules, patience=order.patience_s, max_wait=order.max_wait_s, window=order.late_window_rows
@@ -116,6 +127,7 @@ class Delivery:
         """Rows that are to be written down, and the definitions that go before them."""
         self._definitions: list[Definition] = []
         self._now = 0.0
+        self._horizon = 0.0
         self._last_ready = 0.0
         self._last_confirm = 0.0
         self._progress_at = time.monotonic()
@@ -139,7 +151,7 @@ class Delivery:
         """Until the run is told to finish."""
         while self.exit_code is None:
             self.beat()
-            horizon = self.horizon()  # asked before reading
+            horizon = self._horizon = self.horizon()  # asked before reading
             entries = self.spool.read(self.read_through, READ_LIMIT)
             unmarked = 0
             for entry in entries:
@@ -155,6 +167,7 @@ class Delivery:
                         self._decide()
                         self._confirm_if_due()
             if len(entries) < READ_LIMIT:
+                self.go_on(self.media.ready(self._now, horizon))
                 self._now = max(self._now, horizon)
             self.telling.tell_samples(self._now)
             self.telling.tell_beside()
@@ -168,6 +181,7 @@ class Delivery:
     def finish(self) -> None:
         """Everything that waits leaves; the run is finished, and seen to be whole."""
         self.hear(self.matcher.flush())
+        self.go_on(self.media.flush())
         self.telling.tell_alerts(self._now, through=self.read_through)
         self._make([*self._assemble(self.order.flush()), *self.assembler.flush()])
         self._decide()
@@ -189,6 +203,7 @@ class Delivery:
             logger.warning("define_metric(%r) matched no metric of the run", pattern)
         bookmark = self.rowlog.meta("bookmark", {})
         self.settle(Confirmed(steps=(), bookmark=bookmark), state="closed", exit_code=self.exit_code)
+        self.media.close()
 
     # Reading
 
@@ -198,7 +213,7 @@ class Delivery:
         if kept := self.settlement.passed(entry.id):
             # Their frames went down with a spool, and they are counted as lost with it; but the run has them.
             self.resolver.dead["spool_lost"] -= kept
-        if entry.kind is EntryKind.FRAME:
+        if entry.kind in SAID:
             self.settlement.read(entry)
         if entry.kind is not EntryKind.BOOT:  # before which nobody listened
             self.watch.poll(self._now)
@@ -220,6 +235,8 @@ class Delivery:
                     self.samples.meet(first_ranks(self.resolver.sessions.values()))
                     self.samples.hear(said, self._now)
                     self.settlement.settle(said.position.entry)
+                case Blob() | LaneEnded():
+                    self.media.store(said)
                 case Printed() | Described():
                     self.beside.hear(said)
                     self.settlement.settle(said.position.entry)
@@ -230,11 +247,16 @@ class Delivery:
                     self.hear(self.matcher.hear(said, self._now))
 
     def hear(self, events: Iterable[Event]) -> None:
-        """Put what is matched in order."""
+        """Put what is matched in order, with its media."""
         for event in events:
             if isinstance(event, Part):
                 event = self._find(event)
                 self.watch.hear(event, self._now)
+            self.go_on(self.media.hear(event, self._now))
+
+    def go_on(self, events: Iterable[Event]) -> None:
+        """Put in order what waits for no media any more."""
+        for event in events:
             self.order.hear(event, self._now)
 
     def _find(self, part: Part) -> Part:
@@ -256,6 +278,7 @@ class Delivery:
     def _let_go(self) -> None:
         self._last_ready = self._now
         self.hear(self.matcher.ready(self._now))
+        self.go_on(self.media.ready(self._now, self._horizon))
         self.telling.tell_alerts(self._now, through=self.read_through)
         rows = self._assemble(self.order.ready(self._now))
         self._make([*rows, *self.assembler.ready(self._now)])
@@ -275,9 +298,10 @@ class Delivery:
         """Write what is ready down, then out."""
         rows, definitions, size = self._ready, self._definitions, self.config.delivery.batch_rows
         self._ready, self._definitions = [], []
+        self.media.note(rows)
         if rows and self.config.unsafe.row_log:
             crash_point("delivery.decide")
-            marks = {**self.assembler.marks(), "samples": self.samples.state()}
+            marks = {**self.assembler.marks(), "samples": self.samples.state(), "media": self.media.marks()}
             self.rowlog.append(rows, marks=marks, definitions=definitions)
         if rows:
             crash_point("delivery.decided")
@@ -290,9 +314,10 @@ class Delivery:
     def write(self, rows: Sequence[Row]) -> None:
         """Hand rows that are written down to the sink; what it refuses for good is settled."""
         self.wait_for_room()
-        for rejected in write_all(self.sink, rows, beat=self.beat, kept=self._keep):
+        for rejected in write_all(self.sink, self.media.shown(rows), beat=self.beat, kept=self._keep):
             logger.warning("row %d was rejected: %s", rejected.row.step, rejected.reason)
             self.settlement.reject(rejected.row.step, rejected.reason)
+            self.media.settle([rejected.row.step], rejected=True)
         crash_point("delivery.written")
 
     # Confirming
@@ -303,7 +328,7 @@ class Delivery:
 
     def _confirm(self) -> None:
         confirmed = self.sink.confirm()
-        self.settlement.confirm(confirmed.steps)
+        self.see_confirmed(confirmed.steps)
         self._tell_trouble(confirmed.trouble)
         self._see_progress(confirmed)
         if self.settlement.newest_snapshot != self.read_through:
@@ -311,6 +336,11 @@ class Delivery:
         crash_point("delivery.settle")
         self.settle(confirmed)
         self._last_confirm = time.monotonic()
+
+    def see_confirmed(self, steps: Sequence[int]) -> None:
+        """The run holds these rows for good."""
+        self.settlement.confirm(steps)
+        self.media.settle(steps)
 
     def _see_progress(self, confirmed: Confirmed) -> None:
         """A sink that takes rows for ever and holds none stands still, though this process does not."""
@@ -335,6 +365,7 @@ class Delivery:
             {
                 "resolver": self.resolver.state(),
                 "matcher": self.matcher.state(),
+                "media": self.media.state(),
                 "order": self.order.state(),
                 "watch": self.watch.state(),
                 "exit_code": self.exit_code,
@@ -362,9 +393,11 @@ class Delivery:
             bookmark=confirmed.bookmark,
             counts=settlement.counts(),
             ledger=self.ledger(),
+            media=self.media.settled(),
             **meta,
         )
         crash_point("delivery.settled")
+        self.media.clean()
 
     def totals(self) -> dict[str, int]:
         """What the run's summary says of the whole of it."""
@@ -394,8 +427,9 @@ class Delivery:
             "late_rows": self.assembler.late_rows,
             "forced": self.assembler.forced_rows,
             "conflicts": self.assembler.conflicts,
-            "waiting": self.matcher.waiting + self.order.waiting + self.assembler.waiting,
+            "waiting": self.matcher.waiting + self.media.held + self.order.waiting + self.assembler.waiting,
             "unmatched": self.unmatched,
+            "media": self.media.ledger(),
             "sessions": {
                 id_.hex(): {
                     "rank": s.rank, "node": s.node, "ended": s.ended, "offered": s.offered,
@@ -446,11 +480,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     facts = wait_for_facts(spool, rowlog, run, config, beat)
     sink = make_sink(config.sink.kind, facts.mode)
     horizon = Horizon(directory / "horizon")
+    shower = Shower(directory / BLOBS, sink.show, threads=config.delivery.media_threads)
     delivery = Delivery(
         spool,
         rowlog,
         sink,
         config,
+        shower=shower,
         horizon=horizon,
         beat=beat,
         wait_for_room=patience.wait_for_room,

@@ -18,11 +18,11 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from sidestep.wire import END_OF_STEPS, WORKER, Kind, Record, Undecodable, decode_records
+from sidestep.wire import BLOBS, END_OF_STEPS, WORKER, Kind, Record, Undecodable, decode_records
 from sidestepd.attempts import Launches
 from sidestepd.beside import described_from, printed_from
 from sidestepd.entries import Entry, EntryKind
-from sidestepd.rows import MAIN_AXIS, Call, Described, Part, Position, Printed, Raised, Sampled
+from sidestepd.rows import MAIN_AXIS, Blob, Call, Described, Part, Position, Printed, Raised, Sampled
 from sidestepd.rules import Rules, rule_from
 from sidestepd.samples import alert_from, sampled_from
 
@@ -113,7 +113,17 @@ class Folded:
     position: Position
 
 
-Said = Joined | Left | Heard | Booted | Closed | Lost | Folded | Part | Sampled | Raised | Printed | Described
+@dataclass(frozen=True, slots=True)
+class LaneEnded:
+    """A session that sends blobs said its last word."""
+
+    session: bytes
+
+
+Said = (
+    Joined | Left | Heard | Booted | Closed | Lost | Folded | Part | Sampled | Raised | Blob | LaneEnded
+    | Printed | Described
+)  # fmt: skip
 Used = Callable[[Position], Mapping[str, int] | None]
 
 
@@ -144,6 +154,8 @@ class Resolver:
         match entry.kind:
             case EntryKind.FRAME:
                 yield from self._frame(entry, used)
+            case EntryKind.BLOBS:
+                yield from self._blobs(entry)
             case EntryKind.HELLO:
                 yield from self._hello(entry)
             case EntryKind.BYE | EntryKind.LEASE:
@@ -156,6 +168,8 @@ class Resolver:
                     self._say_bye(entry.session, session)
                 if session.is_worker:
                     yield Left(entry.session)
+                elif session.role == BLOBS and entry.kind is EntryKind.BYE:
+                    yield LaneEnded(entry.session)
             case EntryKind.COUNTERS:
                 self._counters(entry)
                 if "more" in entry.facts and self._session(entry.session).is_worker:
@@ -243,6 +257,20 @@ class Resolver:
             else:
                 yield from self._record(entry.session, session, record, position, used)
         yield from self._heard(session, entry)
+
+    def _blobs(self, entry: Entry) -> Iterator[Said]:
+        """Pieces that are in files: they have their fate at once, what is made of them is judged behind this."""
+        session, facts = self._session(entry.session), entry.facts
+        session.ended = None
+        yield from self._skip_to(entry.first, session, entry)
+        session.next = max(session.next, entry.first + entry.count)
+        for seq, reason in facts["lost"]:
+            yield self._lose(Position(entry.id, seq), 1, reason)
+        for _ in range(entry.count - len(facts["lost"])):
+            self.folded += 1
+            yield Folded(Position(entry.id, entry.first))
+        for _, number, size, crc, failed in facts["ends"]:
+            yield Blob(session=entry.session, number=number, size=size, crc=crc, failed=failed)
 
     def _heard(self, session: SessionFacts, entry: Entry) -> Iterator[Heard]:
         if session.is_worker:

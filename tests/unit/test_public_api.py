@@ -103,7 +103,7 @@ class TestImporting:
 
         at_once = {"sidestep._run", "sidestep.alerts", "sidestep.bags", "sidestep.elsewhere", "sidestep.errors"}
         later = {*names.LAZY.values(), *(f"sidestep.{name}" for name in names.MODULES)} - at_once
-        assert {"sidestep.session"} == later & set(loaded)
+        assert {"sidestep.session", "sidestep.media"} == later & set(loaded)
 
     def test_init_adds_nothing_heavy(self):
         loaded = in_a_fresh_process(
@@ -236,7 +236,7 @@ class TestInit:
         run = sidestep.init(save_code=True, sync_tensorboard=False, anonymous="allow", surprise=1, callback=print)
         run.flush()
 
-        assert 1 == sum("without effect here" in line and "save_code" in line for line in caplog.messages)
+        assert 1 == sum("without effect here" in line and "surprise" in line for line in caplog.messages)
         daemon.wait_until(lambda: daemon.sessions)
         (seen,) = daemon.sessions.values()
         assert {

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from sidestep.media.base import Files
 from sidestepd.errors import Reject, Retry, Trouble
 from sidestepd.rows import Definition, Described, Printed, Row, Sample
 
@@ -91,6 +92,13 @@ class Sink(Protocol):
 
     def write(self, row: Row) -> None:
         """Write one row, with a `step` above every earlier one's. Raises Retry, Reject or Fatal."""
+        ...
+
+    def show(self, value: Any, files: Files) -> Any:
+        """What `write` shall be given for a value that is media, or has some in it.
+
+        Called in another thread, and again after a crash. Raises ValueError, in words, if the content is bad.
+        """
         ...
 
     def sample(self, sample: Sample) -> None:

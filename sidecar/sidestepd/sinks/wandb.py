@@ -21,6 +21,8 @@ import psutil
 import wandb
 from wandb.proto import wandb_internal_pb2 as pb
 
+from sidestep import media
+from sidestep.media.base import Files
 from sidestepd.errors import Fatal, Reject
 from sidestepd.rows import Definition, Described, Printed, Row, Sample
 from sidestepd.samplers.names import look_up
@@ -112,6 +114,13 @@ class WandbSink:
             raise Reject("unloggable", str(error)) from error
         except BROKEN as error:
             raise Fatal(f"wandb-core is gone: {error!r}") from error
+
+    def show(self, value: Any, files: Files) -> Any:
+        """wandb's own objects."""
+        try:
+            return media.shown(value, files)
+        except (wandb.errors.Error, TypeError, KeyError, IndexError) as error:
+            raise ValueError(f"wandb does not take it: {error!r}") from error
 
     def sample(self, sample: Sample) -> None:
         """One record of system metrics, as wandb's own monitor writes them; that one is off."""
