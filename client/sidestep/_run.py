@@ -415,7 +415,9 @@ class SilentRun(_Silent, Run):
     __slots__ = ()
 
     def __init__(self, session: Session, keywords: Mapping[str, Any]) -> None:
-        super().__init__(session, keywords)
+        from sidestep.util import generate_id  # a script may name its files by the run that is none
+
+        super().__init__(session, {"id": generate_id(), **keywords})
         self._config, self._summary = Bag(None, Kind.CONFIG), Bag(None, Kind.SUMMARY)
 
     def watch(self, models: Any, *_: Any, **__: Any) -> None:
@@ -423,6 +425,13 @@ class SilentRun(_Silent, Run):
 
     def unwatch(self, models: Any = None) -> None:
         """Nothing."""
+
+    @property
+    def dir(self) -> str:
+        """Where files do no harm: a script may write some beside the run."""
+        import tempfile  # which costs more than the rest of a run that does nothing
+
+        return tempfile.gettempdir()
 
 
 def _text(name: Any) -> str:
