@@ -38,6 +38,7 @@ VARIABLES = {
     "tags": ("SIDESTEP_RUN_TAGS", "WANDB_TAGS"),
     "notes": ("SIDESTEP_RUN_NOTES", "WANDB_NOTES"),
     "resume": ("WANDB_RESUME",),
+    "mode": ("SIDESTEP_RUN_MODE", "WANDB_MODE", "SIDESTEP_MODE"),
     "sweep_id": ("WANDB_SWEEP_ID",),
 }
 """The variables that stand for a keyword of `init()` where that is not given, the strongest first."""

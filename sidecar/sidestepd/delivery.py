@@ -6,6 +6,7 @@
 - it knows nothing that is not in the spool or its own row log: killed anywhere, it goes on from both
 - a row is in the row log before the sink sees it; after a crash the rows that the run lacks are sent again
   word for word, and only records that are in no row are ordered again
+- behind a backlog rows are gathered for commits of about `batch_rows`, as each waits for the disk
 - it is the only process that imports wandb, holds its own lock, and dies with intake
 """
 

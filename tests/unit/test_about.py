@@ -29,6 +29,7 @@ def daemon(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeDaem
             monkeypatch.delenv(name)
         for name, value in environment(made, {}).items():
             monkeypatch.setenv(name, value)
+        monkeypatch.setenv("TMPDIR", str(tmp_path))  # what other tests' workers left is no business of these
         monkeypatch.setattr(_current, "_run", None)
         monkeypatch.setattr(_current, "_notices", Notices())
         monkeypatch.setattr(sidestep, "log", _current.log)
@@ -132,6 +133,25 @@ class TestWhereItIs:
         assert not hasattr(run, "nothing")
         run.mine = 1
         assert 1 == run.mine
+
+    def test_settings_are_what_init_was_given(self, daemon: FakeDaemon):
+        settings = sidestep.init(project="p", name="n", settings={"x_label": "a"}).settings
+
+        assert ("p", "n", "fake", "a", None) == (
+            settings.project, settings.run_name, settings.run_id, settings.x_label, settings.run_group,
+        )  # fmt: skip
+
+    def test_a_disabled_run_has_a_name_for_files_and_a_place_for_them(self, daemon: FakeDaemon):
+        run = sidestep.init(mode="disabled", name="n", tags=["a"])
+
+        run.name, run.tags = "other", (*run.tags, "b")
+        run.alert("title", "text")
+        run.mark_preempting()
+
+        assert run.id
+        assert Path(run.dir or "").is_dir()
+        assert ("other", ("a", "b"), None, True) == (run.name, run.tags, run.url, run.disabled)
+        assert 0 == run.stats().offered
 
 
 class TestAlert:

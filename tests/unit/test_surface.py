@@ -46,6 +46,7 @@ MODULE: Mapping[str, tuple[str, str]] = {
     "use_artifact": (WANDBS, "asked of wandb itself, if it is installed; its use is not written down"),
     "use_model": (WANDBS, "likewise"),
     "util": (OTHER, "`generate_id`; anything else is wandb's"),
+    "watch": (OTHER, "never waits for a GPU, in every rank; the graph of the model (`log_graph`) is not logged"),
 }  # fmt: skip
 """What there is to say of names that the package has. One that is not here is as in wandb."""
 
@@ -80,6 +81,7 @@ RUN: Mapping[str, tuple[str, str]] = {
     "url": (SAME, "None offline; waits up to 5 s"),
     "use_artifact": MODULE["use_artifact"],
     "use_model": MODULE["use_model"],
+    "watch": MODULE["watch"],
 }
 
 INIT: Mapping[str, tuple[str, str]] = {
