@@ -19,6 +19,7 @@ from sidestepd.sinks import wandb_log
 
 NAMES = {"artifact_path", "_latest_artifact_path", "sha256", "size", "path"}
 """What depends on how a file was written, and not on what is in it."""
+GROWING = "table/growing"
 PICTURES = {".png", ".jpg", ".bmp"}
 
 
@@ -49,7 +50,7 @@ def history(run: Path) -> dict[str, Any]:
         name: with_content(value, segment.parent / "files")
         for row in wandb_log.nested_history(segment)
         for name, value in row.values.items()
-        if not name.startswith("_")
+        if not name.startswith("_") and name != GROWING
     }
 
 
@@ -74,6 +75,16 @@ def content(path: Path) -> Any:
     if suffix == ".json":
         return json.loads(path.read_text())
     return suffix, path.read_bytes()
+
+
+def increments(run: Path) -> list[dict[str, Any]]:
+    """What was logged of the table that grows."""
+    (segment,) = wandb_log.segments(run / "wandb")
+    return [
+        with_content(row.values[GROWING], segment.parent / "files")
+        for row in wandb_log.nested_history(segment)
+        if GROWING in row.values
+    ]
 
 
 def drawings(run: Path) -> Any:
@@ -109,6 +120,13 @@ class TestAgainstWandb:
         assert names == {name for name in ours if kind_of(name) == kind}
         assert names
         assert {name: theirs[name] for name in names} == {name: ours[name] for name in names}
+
+    def test_a_table_that_grows_tells_of_what_was_before(self, folder: Path):
+        ours, theirs = increments(folder / "ours"), increments(folder / "theirs")
+
+        assert [0, 1, 2] == [len(told.pop("previous_increments_paths")) for told in theirs]
+        assert [0, 1, 2] == [len(told.pop("previous_increments_paths")) for told in ours]
+        assert theirs == ours
 
     def test_charts_are_drawn_the_same(self, folder: Path):
         assert drawings(folder / "theirs") == drawings(folder / "ours")

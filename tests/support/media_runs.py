@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,13 +27,15 @@ def main(folder: Path, *, heavy: bool) -> None:
     ours = SimpleNamespace(**{name: getattr(media, name) for name in media.NAMES}, plot=plot)
     wrong: dict[str, str] = {}
     packed = _each(media_cases.values(ours, made, with_heavy=heavy), lambda value: pack(value, blobs), wrong)
+    grown = [pack(table, blobs) for table in media_cases.growing(ours)]
     loaded = sorted({"wandb", "sidestepd", "pydantic"} & set(sys.modules))
     shown = _each(packed, lambda value: media.shown(value, blobs), wrong)
-    _log(shown, folder / "ours", wrong)
+    _log(shown, (media.shown(value, blobs) for value in grown), folder / "ours", wrong)
 
     import wandb
 
-    _log(media_cases.values(wandb, made, with_heavy=heavy), folder / "theirs", wrong)
+    values = media_cases.values(wandb, made, with_heavy=heavy)
+    _log(values, media_cases.growing(wandb), folder / "theirs", wrong)
     (folder / "told.json").write_text(json.dumps({"wrong": wrong, "loaded_to_pack": loaded}))
 
 
@@ -56,7 +58,7 @@ def _each(values: Mapping[str, Any], make: Callable[[Any], Any], wrong: dict[str
     return made
 
 
-def _log(values: Mapping[str, Any], folder: Path, wrong: dict[str, str]) -> None:
+def _log(values: Mapping[str, Any], grown: Iterable[Any], folder: Path, wrong: dict[str, str]) -> None:
     import wandb
 
     settings = wandb.Settings(silent=True, console="off", x_disable_stats=True, x_disable_meta=True)
@@ -66,6 +68,8 @@ def _log(values: Mapping[str, Any], folder: Path, wrong: dict[str, str]) -> None
                 run.log({name: value}, step=step, commit=True)
             except (TypeError, ValueError, wandb.Error) as error:
                 wrong[name] = f"{folder.name}: {error!r}"
+        for step, table in enumerate(grown, start=len(values)):
+            run.log({media_cases.GROWING: table}, step=step, commit=True)
 
 
 def _made(folder: Path) -> Path:
