@@ -2,7 +2,7 @@
 
 HYPOTHESIS_PROFILE=nightly python -m pytest tests/unit
 
-No test starts a daemon by accident: those that want one to be started say so.
+No test starts a daemon by accident, or has what it prints logged: those that want it say so.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ settings.register_profile(
 settings.register_profile("nightly", settings.get_profile("default"), derandomize=False, max_examples=5_000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 os.environ.setdefault("SIDESTEP_AUTOSTART", "0")
+os.environ.setdefault("SIDESTEP_CONSOLE", "0")
+os.environ.setdefault("SIDESTEP_PROGRAM", "0")
 
 # Where Python may not keep what it compiled, each of the many processes that tests start compiles all of it anew.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from sidestep import elsewhere as _elsewhere
 from sidestep import names as _names
 from sidestep._current import bag, current, define_metric, finish, init, log, of_run
 from sidestep._run import Run
@@ -23,16 +24,33 @@ from sidestep.errors import SettingsError, SidestepError, UnsupportedValue
 from sidestep.settings import Settings
 
 if TYPE_CHECKING:  # what a type checker is told of them; a method of the run is a line `alert = _run.alert`
+    from typing import cast
+
     from sidestep import errors as errors
     from sidestep import logger as logger
     from sidestep import media as media
     from sidestep import plot as plot
+    from sidestep import sdk as sdk
     from sidestep import tensorboard as tensorboard
     from sidestep import testing as testing
+    from sidestep import util as util
+    from sidestep._formalities import ensure_configured as ensure_configured
+    from sidestep._formalities import join as join
+    from sidestep._formalities import login as login
+    from sidestep._formalities import require as require
+    from sidestep._formalities import setup as setup
+    from sidestep._formalities import teardown as teardown
     from sidestep._run import Metric as Metric
     from sidestep._run import Scope as Scope
     from sidestep._run import Stage as Stage
+    from sidestep.alerts import AlertLevel as AlertLevel
     from sidestep.bags import Bag
+    from sidestep.bags import Config as Config
+    from sidestep.elsewhere import api as api
+    from sidestep.errors import CommError as CommError
+    from sidestep.errors import Error as Error
+    from sidestep.errors import NeedsWandb as NeedsWandb
+    from sidestep.errors import UsageError as UsageError
     from sidestep.media.audio import Audio as Audio
     from sidestep.media.histogram import Histogram as Histogram
     from sidestep.media.html import Html as Html
@@ -46,11 +64,22 @@ if TYPE_CHECKING:  # what a type checker is told of them; a method of the run is
     from sidestep.media.video import Video as Video
     from sidestep.plot import plot_table as plot_table
     from sidestep.session import Stats as Stats
+    from sidestep.terminal import termerror as termerror
+    from sidestep.terminal import termlog as termlog
+    from sidestep.terminal import termsetup as termsetup
+    from sidestep.terminal import termwarn as termwarn
 
-    _run: Run
+    _run = cast("Run", None)
     run: Run | None
     config: Bag
     summary: Bag
+    alert = _run.alert
+    mark_preempting = _run.mark_preempting
+    restore = _run.restore
+    unwatch = _run.unwatch
+    use_artifact = _run.use_artifact
+    use_model = _run.use_model
+    watch = _run.watch
 
 __all__ = [
     "Run",
@@ -82,6 +111,8 @@ def __getattr__(name: str) -> Any:
         found = getattr(importlib.import_module(_names.LAZY[name]), name)
     elif name in _names.MODULES:
         found = importlib.import_module(f"sidestep.{name}")
+    elif name in _elsewhere.WANDBS:
+        return _elsewhere.of_wandb(name, _elsewhere.WANDBS[name])
     else:
         raise AttributeError(f"module 'sidestep' has no attribute {name!r}")
     globals()[name] = found

@@ -17,18 +17,16 @@ from typing import Any
 
 import msgpack
 
-from sidestep import convert, exits, ranks
+from sidestep import configs, convert, exits, ranks
 from sidestep._run import Metric, Run, SilentRun
 from sidestep.bags import Bag, entries_of
 from sidestep.companions import KEYWORDS, accompany
 from sidestep.errors import UnsupportedValue
+from sidestep.keywords import complain, named_by
 from sidestep.notices import Notices
 from sidestep.session import EXIT_S, NewCarrier, Session
 from sidestep.settings import Settings, WorkerSettings
 from sidestep.wire import MAX_CONTROL_BYTES, Kind
-
-HARMLESS = frozenset({"allow_val_change", "anonymous", "force"})
-"""Keywords of wandb's that change nothing here, and that nobody misses."""
 
 VARIABLES = {
     "id": ("WANDB_RUN_ID",),
@@ -40,6 +38,8 @@ VARIABLES = {
     "tags": ("SIDESTEP_RUN_TAGS", "WANDB_TAGS"),
     "notes": ("SIDESTEP_RUN_NOTES", "WANDB_NOTES"),
     "resume": ("WANDB_RESUME",),
+    "mode": ("SIDESTEP_RUN_MODE", "WANDB_MODE", "SIDESTEP_MODE"),
+    "sweep_id": ("WANDB_SWEEP_ID",),
 }
 """The variables that stand for a keyword of `init()` where that is not given, the strongest first."""
 
@@ -66,32 +66,45 @@ def init(
     reinit: bool | str | None = None,
     settings: Settings | Mapping[str, Any] | None = None,
     strict: bool | None = None,
+    config_exclude_keys: Sequence[str] | None = None,
+    config_include_keys: Sequence[str] | None = None,
     **keywords: Any,
 ) -> Run:
     """Join the run, and return at once. Every rank calls it.
 
-    The keywords are wandb's. `strict=True` is for tests: what a training run would count and say is raised.
+    The keywords are wandb's; what is not honoured is said, with what happens instead. `strict=True` is for tests:
+    what a training run would count and say is raised.
     """
     global _run  # noqa: PLW0603 - "the current run" is what this module is
+    wanted_config = _filtered(config, config_include_keys, config_exclude_keys)
     if _run is not None and not _run._session.finished:
         if reinit not in (True, "finish_previous"):
-            return _joined(_run, config)
+            return _joined(_run, wanted_config, reinit)
         _run.finish()
+    if keywords.pop("tensorboard", None):  # wandb's old name of it
+        keywords.setdefault("sync_tensorboard", True)
     entries = _entries(settings)
     autostart = entries.pop("autostart", None)
+    sweep = _of_sweep({"project": project, "entity": entity, "id": id})
+    if sweep is not None:
+        project = entity = id = None  # noqa: A001 - the sweep's are in the environment
     wanted = _plain_keywords(
         _from_wandb(os.environ),
         entries,
+        named_by(entries),
         keywords,
         {
             "project": project, "entity": entity, "name": name, "id": id, "group": group, "job_type": job_type,
             "tags": tags, "notes": notes, "dir": dir, "mode": mode, "resume": resume,
         },
     )  # fmt: skip
-    _say_what_has_no_effect(keywords)
+    complain({name: value for name, value in keywords.items() if name not in KEYWORDS}, entries, _notices.once)
+    if mode == "shared":
+        _notices.once("shared", "init(mode='shared'): every process shares the one run here, in any mode")
+        wanted.pop("mode")
     options = WorkerSettings.from_env(os.environ, strict=_strict if strict is None else strict)
     _run = _new_run(options if autostart is None else replace(options, autostart=bool(autostart)), wanted)
-    _run.config.update(config)
+    _configure(_run, wanted_config, sweep)
     accompany(_run, wanted)
     _bind(_run)
     return _run
@@ -200,10 +213,51 @@ def _bind(run: Run) -> None:
     vars(sys.modules[__package__])["log"] = run.log
 
 
-def _joined(run: Run, config: Any) -> Run:
+def _configure(run: Run, config: Any, sweep: Mapping[str, Any] | None) -> None:
+    """wandb's order: the file of defaults, what `init()` was given, and over both what the sweep chose."""
+    if Path(configs.DEFAULTS).exists():
+        run.config.update(configs.DEFAULTS)
+    run.config.update(config)
+    if sweep:
+        run.config.lock(sweep)
+
+
+def _of_sweep(names: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What the sweep chose, if this run is one of a sweep; then it is called as the sweep says."""
+    if not os.environ.get("WANDB_SWEEP_ID", "").strip():
+        return None
+    if given := [name for name, value in names.items() if value]:
+        _notices.once("sweep", f"init({', '.join(given)}): the run is one of a sweep, whose names count")
+    try:
+        return configs.of_sweep(os.environ)
+    except UnsupportedValue as error:
+        _notices.once("sweep values", f"the values of the sweep are not known: {error}")
+        return {}
+
+
+def _filtered(config: Any, include: Sequence[str] | None, exclude: Sequence[str] | None) -> Any:
+    """The configuration without what is not wanted of it."""
+    if not include and not exclude:
+        return config
+    try:
+        entries = entries_of(config)
+    except UnsupportedValue:
+        return config  # said when it is stored
+    return {
+        name: value
+        for name, value in entries.items()
+        if (not include or name in include) and name not in (exclude or ())
+    }
+
+
+def _joined(run: Run, config: Any, reinit: Any = None) -> Run:
     if run._session.dormant:
         run._session.guard(lambda: None)  # a forked child that says init() is a session from then on
-    else:
+    elif reinit == "create_new":
+        _notices.once(
+            "init", "init(reinit='create_new'): a process has one run at a time; it is the one that there is"
+        )
+    elif reinit != "return_previous":
         _notices.once("init", "init() again: it returns the run that there is; finish() ends it")
     run.config.update(config)
     return run
@@ -245,9 +299,9 @@ def _plain_keywords(*sources: Mapping[str, Any]) -> dict[str, Any]:
     return plain
 
 
-def _say_what_has_no_effect(keywords: Mapping[str, Any]) -> None:
-    if names := sorted(name for name, value in keywords.items() if value and name not in HARMLESS | KEYWORDS):
-        _notices.once(("init", *names), f"init({', '.join(names)}): without effect here")
+def note(cause: str, text: str) -> None:
+    """Say something once in this process."""
+    _notices.once(cause, text)
 
 
 def _too_early(what: str) -> None:

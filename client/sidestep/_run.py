@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from time import time as now
@@ -17,19 +16,21 @@ from types import TracebackType
 from typing import Any, NoReturn
 
 from sidestep import convert, definitions
+from sidestep._about import About
+from sidestep.alerts import Alerts
 from sidestep.bags import Bag
 from sidestep.convert import PLAIN
+from sidestep.elsewhere import Elsewhere
 from sidestep.errors import UnsupportedValue
+from sidestep.media.base import Media
 from sidestep.outbox import DropReason
 from sidestep.session import EXIT_S, LARGE_BYTES, Refusal, Session, Stats
+from sidestep.staging import Call
 from sidestep.steps import OffsetSteps, truth, whole
 from sidestep.wire import MAX_NAME_CHARS, MAX_RECORD_BYTES, Kind
 
 MOST_NAMES = 65_536
 """Names remembered as good; when there are more, they are looked at again."""
-ANSWER_S = 5.0
-"""How long reading `run.url` and its like may wait."""
-ASK_AGAIN_S = 0.1
 MAIN_AXIS = "global_step"
 """The axis of what is logged outside a stage."""
 
@@ -55,8 +56,8 @@ class Axis:
         """Say what happened at a step, in about a microsecond.
 
         `step` and `commit` mean what they mean in wandb. Values may be numbers, text, bools, None, lists and
-        dicts of these, numpy scalars, and small tensors on the CPU; a value that can not be logged is left out,
-        counted and said once.
+        dicts of these, numpy scalars, small tensors on the CPU, and media, whose bytes follow in the background;
+        a value that can not be logged is left out, counted and said once.
         """
         session, at = self._session, None
         try:
@@ -144,17 +145,31 @@ class Axis:
         session = self._session
         if session.outbox.shut is not None:
             raise Refusal(session.outbox.shut)
-        values = self._plain_values(_entries(data))
+        session.hide_from_compiler()
+        call = session.staging.call()
+        values = self._plain_values(_entries(data), call)
         kind, number = at or self._take(step, commit)
-        session.offer(session.pack(kind, number, values, self._stage))
+        if call.deferred:
+            call.launch()
+            session.offer_staged((kind, number), values, self._stage, call.by_name)
+        else:
+            session.offer(session.pack(kind, number, values, self._stage))
 
-    def _plain_values(self, entries: dict[Any, Any]) -> dict[str, Any]:
+    def _plain_values(self, entries: dict[Any, Any], call: Call) -> dict[str, Any]:
         """The values that can be logged; the others are counted and said."""
         values = {}
+        stage = convert.quickly(call)
         for name, value in entries.items():
+            found = len(call.deferred)
             try:
-                values[self._name_of(name)] = convert.plain(value)
+                known = self._name_of(name)
+                if (staged := stage(value)) is not None:
+                    values[known], call.by_name[known] = staged, [staged]
+                    continue
+                values[known] = convert.plain(value, blobs=self._session.lane, implied=_media_of, call=call)
+                call.named(known, found)
             except UnsupportedValue as error:
+                call.without(found)
                 self._session.refuse_value(name, type(value), str(error))
         return values
 
@@ -192,6 +207,9 @@ class Axis:
             f"a {type(self).__name__} belongs to its process and is not pickled: "
             "call sidestep.init() in the other one"
         )
+
+
+vars(Axis.log)["_torchdynamo_disable"] = True  # torch.compile calls it as it is, instead of looking inside
 
 
 class Stage(Axis):
@@ -278,14 +296,17 @@ class Scope(Axis):
         return f"<sidestep.Scope {self.name!r} from step {self._offset}>"
 
 
-class Run(Axis):
+class Run(Axis, About, Elsewhere):
     """The one run that every rank logs into. Made by `sidestep.init()`."""
 
     __slots__ = (
         "__dict__",
+        "_alerts",
         "_asked",
+        "_began",
         "_config",
         "_keywords",
+        "_named",
         "_summary",
     )  # users may add attributes, as to wandb's
 
@@ -293,6 +314,9 @@ class Run(Axis):
         super().__init__(session, None)
         self._keywords = keywords
         self._asked: set[str] = set()
+        self._named: dict[str, Any] = {}
+        self._alerts = Alerts()
+        self._began = now()
         self._config = Bag(session, Kind.CONFIG)
         self._summary = Bag(session, Kind.SUMMARY)
 
@@ -305,6 +329,28 @@ class Run(Axis):
     def summary(self) -> Bag:
         """What the run comes to in the end, beside the last values of its metrics."""
         return self._summary
+
+    def watch(
+        self,
+        models: Any,
+        criterion: Any = None,  # noqa: ARG002 - wandb's, for the graph
+        log: str | None = "gradients",
+        log_freq: int = 1000,
+        idx: int | None = None,
+        log_graph: bool = False,
+    ) -> None:
+        """Log histograms of the gradients or parameters of torch models (`"gradients"`, `"parameters"`, `"all"`).
+
+        Every `log_freq` batches, in the row of the next `log()`. Named as in wandb: `gradients/layer.weight`.
+        """
+        from sidestep.watching import watch  # only who watches needs it
+
+        self._session.guard(lambda: watch(self._session, models, log, log_freq, idx, log_graph=log_graph))
+
+    def unwatch(self, models: Any = None) -> None:
+        """End it for some models, or for all."""
+        if (watcher := self._session.watcher) is not None:
+            self._session.guard(lambda: watcher.unwatch(models))
 
     def flush(self, timeout: float = EXIT_S) -> bool:
         """Wait until the daemon has on its disk what this process said so far; False if it was not in time."""
@@ -321,73 +367,6 @@ class Run(Axis):
         """
         code = self._session.exit_code if exit_code is None else exit_code
         self._session.finish(_seconds(timeout), _exit_status(code))
-
-    # What it is
-
-    @property
-    def id(self) -> str | None:
-        """Its id in W&B."""
-        return self._told("id", self._session.settings.run_id)
-
-    @property
-    def dir(self) -> str | None:
-        """Its directory, on the daemon's side."""
-        return self._told("dir", self._session.settings.run_dir)
-
-    @property
-    def url(self) -> str | None:
-        """Its page; None offline."""
-        return self._told("url")
-
-    @property
-    def name(self) -> str | None:
-        """Its name in W&B."""
-        return self._told("name", self._keywords.get("name"))
-
-    @property
-    def project(self) -> str | None:
-        """The project it is in."""
-        return self._told("project", self._keywords.get("project"))
-
-    @property
-    def entity(self) -> str | None:
-        """The user or team it belongs to."""
-        return self._told("entity", self._keywords.get("entity"))
-
-    @property
-    def mode(self) -> str | None:
-        """online, offline or disabled."""
-        return self._told("mode", self._keywords.get("mode"))
-
-    @property
-    def rank(self) -> int:
-        """This process's number among those of its launch."""
-        return self._session.identity.rank
-
-    @property
-    def world(self) -> int:
-        """How many processes were launched together."""
-        return self._session.identity.world
-
-    def _told(self, name: str, own: str | None = None) -> str | None:
-        """What the daemon said; else what is known here; else what it says within `ANSWER_S`, waited for once."""
-        sender = self._session.sender
-        if sender is None:
-            return own
-        value = sender.run.get(name)
-        if value is None and own is None and name not in self._asked:
-            self._asked.add(name)
-            value = self._ask(name)
-        return own if value is None else str(value)
-
-    def _ask(self, name: str) -> Any:
-        deadline = time.monotonic() + ANSWER_S
-        while (left := deadline - time.monotonic()) > 0 and (sender := self._session.sender) is not None:
-            told = sender.ask(left)
-            if told.get(name) is not None or (told and not (name == "url" and told.get("mode") == "online")):
-                return told.get(name)
-            time.sleep(min(ASK_AGAIN_S, left))
-        return None
 
     def __enter__(self) -> Run:
         return self
@@ -436,8 +415,23 @@ class SilentRun(_Silent, Run):
     __slots__ = ()
 
     def __init__(self, session: Session, keywords: Mapping[str, Any]) -> None:
-        super().__init__(session, keywords)
+        from sidestep.util import generate_id  # a script may name its files by the run that is none
+
+        super().__init__(session, {"id": generate_id(), **keywords})
         self._config, self._summary = Bag(None, Kind.CONFIG), Bag(None, Kind.SUMMARY)
+
+    def watch(self, models: Any, *_: Any, **__: Any) -> None:
+        """Nothing."""
+
+    def unwatch(self, models: Any = None) -> None:
+        """Nothing."""
+
+    @property
+    def dir(self) -> str:
+        """Where files do no harm: a script may write some beside the run."""
+        import tempfile  # which costs more than the rest of a run that does nothing
+
+        return tempfile.gettempdir()
 
 
 def _text(name: Any) -> str:
@@ -446,6 +440,13 @@ def _text(name: Any) -> str:
         return str(name)
     except Exception:  # noqa: BLE001 - a foreign value's own code may raise anything
         return type(name).__name__
+
+
+def _media_of(value: Any) -> Media | None:
+    """The media that a foreign value is: a figure, an image of PIL's, a data frame."""
+    from sidestep.media.implicit import media_of  # few trainings log such values
+
+    return media_of(value)
 
 
 def _exit_status(code: Any) -> int | None:

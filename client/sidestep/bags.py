@@ -12,7 +12,8 @@ import dataclasses
 from collections.abc import Iterator, Mapping, MutableMapping
 from typing import Any
 
-from sidestep import convert
+from sidestep import configs, convert
+from sidestep.configs import merged
 from sidestep.errors import UnsupportedValue
 from sidestep.session import Session
 from sidestep.wire import MAX_NAME_CHARS, Kind
@@ -22,7 +23,7 @@ class Bag(MutableMapping[str, Any]):
     """Entries that belong to the run rather than to a step."""
 
     def __init__(self, session: Session | None, kind: Kind) -> None:
-        vars(self).update(_session=session, _kind=kind, _entries={})
+        vars(self).update(_session=session, _kind=kind, _entries={}, _locked=frozenset())
 
     def update(self, *others: Any, allow_val_change: bool | None = None, **entries: Any) -> None:  # noqa: ARG002
         """Set entries from mappings, namespaces, dataclasses or keywords; a nested dict replaces the one before.
@@ -51,9 +52,22 @@ class Bag(MutableMapping[str, Any]):
         """A copy."""
         return dict(self._entries)
 
+    def persist(self) -> None:
+        """wandb's; here everything is told at once."""
+
+    def lock(self, entries: Mapping[str, Any]) -> None:
+        """Set entries that nothing overrules: the choices of a sweep. Dicts in dicts are merged."""
+        chosen = merged({name: self._entries[name] for name in entries if name in self._entries}, entries)
+        vars(self)["_locked"] = frozenset()
+        self._store(chosen)
+        vars(self)["_locked"] = frozenset(chosen)
+
     def _store(self, entries: Mapping[Any, Any]) -> None:
         plain = {}
         for name, value in entries.items():
+            if name in self._locked:
+                self._pass_over(name)
+                continue
             try:
                 plain[_name(name)] = convert.plain(value, fallback=_known_by_its_text)
             except UnsupportedValue as error:
@@ -66,11 +80,20 @@ class Bag(MutableMapping[str, Any]):
         if self._session is not None:
             self._session.refuse_value(name if isinstance(name, str) else "?", type(value), str(error))
 
+    def _pass_over(self, name: str) -> None:
+        if self._session is not None:
+            self._session.notices.once(
+                ("locked", name), f"config: {name[:80]!r} is the sweep's, and stays as it is"
+            )
+
     def __setitem__(self, name: str, value: Any) -> None:
         self._store({name: value})
 
     def __getitem__(self, name: str) -> Any:
-        return self._entries[name]
+        value = self._entries[name]
+        if type(value) is dict and self._kind is Kind.SUMMARY:
+            return _Inner(value, self, name)
+        return value
 
     def __delitem__(self, name: str) -> None:
         del self._entries[name]  # for this process: the run keeps what it was told
@@ -86,7 +109,7 @@ class Bag(MutableMapping[str, Any]):
 
     def __getattr__(self, name: str) -> Any:
         try:
-            return vars(self)["_entries"][name]
+            return self[name]
         except KeyError:
             raise AttributeError(f"there is no entry {name!r}") from None
 
@@ -97,11 +120,43 @@ class Bag(MutableMapping[str, Any]):
         return dict, (dict(self._entries),)
 
 
+Config = Bag
+"""wandb's name for it."""
+
+
+class _Inner(dict[str, Any]):
+    """A dict in the summary: what is set in it, however deep, is set in the run."""
+
+    def __init__(self, entries: Mapping[str, Any], outer: Bag | _Inner, name: str) -> None:
+        super().__init__(entries)
+        self._outer, self._name = outer, name
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        super().__setitem__(name, value)
+        self._outer[self._name] = dict(self)
+
+    def __getitem__(self, name: str) -> Any:
+        value = super().__getitem__(name)
+        return _Inner(value, self, name) if type(value) is dict else value
+
+    def update(self, *others: Any, **entries: Any) -> None:
+        """Set several."""
+        super().update(*others, **entries)
+        self._outer[self._name] = dict(self)
+
+
 def entries_of(other: Any) -> dict[Any, Any]:
-    """The entries of what people use as a configuration, or UnsupportedValue."""
+    """The entries of what people use as a configuration, or UnsupportedValue.
+
+    That may be a mapping, a namespace, a dataclass, the flags of absl, or the path of a file.
+    """
+    if isinstance(other, str):
+        return dict(configs.read(other))
     try:
         if isinstance(other, Mapping):
             return dict(other)
+        if hasattr(other, "flag_values_dict"):
+            return dict(other.flag_values_dict())
         if dataclasses.is_dataclass(other) and not isinstance(other, type):
             return dataclasses.asdict(other)
         return dict(vars(other) if hasattr(other, "__dict__") else other or {})

@@ -7,6 +7,7 @@
   The parent's socket, thread and queued records are never touched there
 - **exit**: what is queued is flushed, in `EXIT_S` at most, in children of multiprocessing too; what the daemon
   does not take in that time stays in the spill
+- the bytes of media go through a twin, a session that this one makes, ends, and waits for
 """
 
 from __future__ import annotations
@@ -20,27 +21,35 @@ import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from time import time
+from time import monotonic, time
 from typing import TYPE_CHECKING, Any, Protocol
 
 from msgpack import Packer
 
 from sidestep._version import __version__
 from sidestep.allocator import Allocator
+from sidestep.convert import cuda
+from sidestep.convert.torch import hide_from_compiler
 from sidestep.errors import SidestepError, UnsupportedValue
+from sidestep.lane import Lane, lane_of
 from sidestep.notices import Notices, say
 from sidestep.outbox import DropReason, Outbox
 from sidestep.ranks import Identity, is_on_one_node
 from sidestep.sender import Sender  # with zmq: loaded here, since init() has no time for it
 from sidestep.settings import WorkerSettings
 from sidestep.spill import Spill, folders, private_folder, waiting
+from sidestep.staging import Deferred, Device, Staging
 from sidestep.steps import Steps
-from sidestep.wire import MAX_RECORD_BYTES, WORKER, Hello, Kind
+from sidestep.waiting import Waiting
+from sidestep.wire import BLOBS, MAX_RECORD_BYTES, WORKER, Hello, Kind
 
 if TYPE_CHECKING:
     from sidestep.autostart import Starter
+    from sidestep.watching import Watcher
 
 EXIT_S = 5.0
+LANE_SHARE = 0.3
+"""Of the time that `finish` has, kept for media where there are some."""
 LARGE_BYTES = 64 * 1024
 """A packer that made a larger record is not used again: it keeps its buffer."""
 
@@ -54,6 +63,7 @@ WHY = {
     "new records are dropped",
     DropReason.AFTER_FINISH: "log() after finish(): dropped",
     DropReason.REFUSED: "the daemon takes no more from this process: dropped",
+    DropReason.OUTPUT: "the program prints more than is kept of it",
     DropReason.INTERNAL: "a mistake in sidestep itself, please report it",
 }
 
@@ -70,6 +80,10 @@ class Stats:
     """Given up, by reason."""
     values_refused: int = 0
     """Values that were left out of records which were sent without them."""
+    blobs: int = 0
+    """Media and files whose bytes were taken along."""
+    blobs_pending: int = 0
+    """Of these, how many are not known to be on the daemon's disk; at least."""
 
 
 class Carrier(Protocol):
@@ -101,6 +115,10 @@ class Carrier(Protocol):
 
 
 NewCarrier = Callable[[Hello, Outbox], Carrier | None]
+Wanted = dict[str, list[Deferred]]
+"""What the values of a record wait for, by name."""
+Devices = Callable[[], Callable[[Any], Device | None]]
+"""Makes what finds the device of a tensor; anew in a forked child."""
 
 
 class Refusal(Exception):
@@ -116,9 +134,10 @@ class Session:
     """One life of a process. The object outlives a fork; its id, outbox and sender do not."""
 
     __slots__ = (
-        "__weakref__", "_keywords", "_lock", "_new_carrier", "_spill", "_spills", "_starter", "dormant",
-        "exit_code", "finished", "id", "identity", "names", "notices", "on_finish", "outbox", "packers", "role",
-        "sender", "settings", "silent", "steps",
+        "__weakref__", "_beside", "_carried", "_devices", "_hidden", "_keywords", "_lock", "_new_carrier",
+        "_spill", "_spills", "_starter", "dormant", "exit_code", "finished", "id", "identity", "lane", "names",
+        "notices", "on_finish", "outbox", "packers", "role", "sender", "settings", "silent", "staging", "steps",
+        "watcher",
     )  # fmt: skip
 
     def __init__(
@@ -131,20 +150,29 @@ class Session:
         silent: bool = False,
         carrier: NewCarrier | None = None,
         role: str = WORKER,
+        beside: Session | None = None,
+        devices: Devices = cuda.finder,
     ) -> None:
         self.settings = settings
         self.identity = identity
         self.notices = notices
         self.silent = silent
         self.role = role
+        self.lane: Lane = lane_of(self)
+        self._beside = beside
+        self._carried = carrier
         self.packers: list[Packer]
         self.names: set[str] = set()  # that log() has looked at and found good
         self.on_finish: Callable[[], None] = lambda: None
         self.exit_code: int | None = None  # of the process, as soon as it is known
         self.steps: dict[str | None, Steps] = {}
+        self.watcher: Watcher | None = None
         self.dormant = False
         self.finished = False
         self._keywords = keywords
+        self._devices = devices
+        self._hidden = False
+        self.staging = Staging(devices())
         self._new_carrier = carrier or self._new_sender
         self._spills = not silent and carrier is None and settings.when_full == "spill"
         self._starter: Starter | None = None
@@ -154,7 +182,8 @@ class Session:
         self._begin()
         if not silent:
             _living.add(self)
-            atexit.register(self.at_exit)
+            if beside is None:
+                atexit.register(self.at_exit)
 
     # What log() uses
 
@@ -173,6 +202,11 @@ class Session:
     def steps_of(self, stage: str | None) -> Steps:
         """The counter of an axis."""
         return self.steps.setdefault(stage, Steps())
+
+    @property
+    def is_sent(self) -> bool:
+        """Whether what is said leaves for a daemon: neither switched off nor taken by a recorder."""
+        return not self.silent and self._new_carrier == self._new_sender
 
     # What everything else uses
 
@@ -203,7 +237,43 @@ class Session:
             self.packers.append(packer)
         return record
 
-    def offer(self, record: bytes) -> None:
+    def offer_staged(
+        self, said: tuple[int, int | None], data: dict[str, Any], stage: str | None, wanted: Wanted
+    ) -> None:
+        """Put a record into the outbox that waits for values, by the names of its data that want them.
+
+        `said` is its kind and its step.
+        """
+        refused = [it for some in wanted.values() for it in some if it.why]
+        for name in [name for name, some in wanted.items() if refused and not set(some).isdisjoint(refused)]:
+            for it in (some := wanted.pop(name)):
+                it.give_up()
+            del data[name]
+            why = next(it for it in some if it.why)
+            self.refuse_value(name, type(why), why.why)
+        kind, step = said
+        if not wanted:
+            return self.offer(self.pack(kind, step, data, stage))
+        record = Waiting((kind, time(), step), data, stage, wanted, since=monotonic(), refuse=self._refuse_later)
+        try:
+            if len(record) > MAX_RECORD_BYTES:
+                raise Refusal(DropReason.TOO_LARGE, f"{len(record)} bytes; {MAX_RECORD_BYTES} is the most")
+            self.offer(record)
+        except Refusal:
+            record.give_up()
+            raise
+
+    def hide_from_compiler(self) -> None:
+        """As soon as something was compiled in this process, see that nothing of this package is."""
+        if not self._hidden:
+            self._hidden = hide_from_compiler()
+
+    def _refuse_later(self, name: str, why: str) -> None:
+        """A value that did not come. It is too late to raise anything."""
+        self.outbox.values_refused += 1
+        self.notices.once(("value", name, why), f"{name[:80]!r} is left out: {why}")
+
+    def offer(self, record: bytes | Waiting) -> None:
         """Put a record into the outbox, or raise Refusal."""
         outbox = self.outbox
         if not outbox.offer(record):
@@ -240,27 +310,58 @@ class Session:
             pending=pending,
             dropped=dropped,
             values_refused=outbox.values_refused,
+            blobs=self.lane.added,
+            blobs_pending=self.lane.pending,
         )
 
     def flush(self, timeout: float) -> bool:
-        """Wait until the daemon has what was said so far; False if it has not, or will not."""
+        """Wait until the daemon has what was said so far, media too; False if it has not, or will not."""
+        deadline = monotonic() + timeout
         if self.sender is None:
-            return self.outbox.pending == 0
-        return self.sender.flush(timeout) and self.outbox.shut is not DropReason.REFUSED
+            said = self.outbox.pending == 0
+        else:
+            said = self.sender.flush(timeout) and self.outbox.shut is not DropReason.REFUSED
+        return self.lane.flush(max(deadline - monotonic(), 0.0)) and said
+
+    def twin(self, settings: WorkerSettings) -> Session:
+        """A session of this process for the bytes of its media, which begins, forks and ends with this one."""
+        return Session(
+            settings=settings,
+            identity=self.identity,
+            keywords={},
+            notices=self.notices,
+            carrier=self._carried,
+            role=BLOBS,
+            beside=self,
+        )
+
+    @property
+    def inline(self) -> bool:
+        """Whether a test carries what is said, in the thread that says it."""
+        return self._carried is not None
 
     def finish(self, timeout: float, exit_code: int | None) -> None:
         """Take nothing more, deliver what is left in at most `timeout` seconds, and say what was not."""
         if self.finished:
             return
         self.finished = True
+        self.on_finish()  # which may have last words
         self.outbox.close(DropReason.AFTER_FINISH)
         atexit.unregister(self.at_exit)
-        self.on_finish()
         if self.dormant:
             return
+        deadline = monotonic() + timeout
+        if self.lane.pending:
+            timeout -= LANE_SHARE * timeout
+            self.lane.hurry(deadline - LANE_SHARE / 2 * timeout)
+        self._end(timeout, exit_code)
+        self.lane.finish(max(deadline - monotonic(), 0.0), exit_code)
+
+    def _end(self, timeout: float, exit_code: int | None) -> None:
         confirmed = self.sender is not None and self.sender.finish(timeout, exit_code)
+        what = "pieces of media" if self.role == BLOBS else "records"
         if left := self.outbox.pending:
-            say(f"{left} records are not acknowledged {self._whose_fault(timeout)}{self._where_they_are()}")
+            say(f"{left} {what} are not acknowledged {self._whose_fault(timeout)}{self._where_they_are()}")
         elif self.sender is not None and not confirmed:
             say(f"everything is delivered, but the daemon did not confirm the end within {timeout:g} s")
 
@@ -286,12 +387,14 @@ class Session:
         """In a child, right after the fork: touch nothing, and let `log()` find a closed outbox."""
         if self.sender is not None:
             self.sender.forget()
-        _abandoned.append((self.sender, self.outbox))
+        _abandoned.append((self.sender, self.outbox, self.staging))
         self.outbox = Outbox(bytes(16), 0)
         self.outbox.close(self._dormant_reason())
         self.sender = None
         self.dormant = True
+        self.staging = Staging(self._devices())
         self._lock = threading.Lock()
+        self.lane.forked()
 
     def _dormant_reason(self) -> DropReason:
         return DropReason.AFTER_FINISH if self.finished else DropReason.INTERNAL
@@ -307,7 +410,11 @@ class Session:
         self.dormant = False
         if self.sender is not None:
             self.sender.start()
-        if not self.silent and (util := sys.modules.get("multiprocessing.util")) is not None:
+        if (
+            not self.silent
+            and self._beside is None
+            and (util := sys.modules.get("multiprocessing.util")) is not None
+        ):
             util.Finalize(None, self.at_exit, exitpriority=0)  # its children leave without atexit
 
     def _new_spill(self) -> Spill | None:
@@ -414,6 +521,7 @@ class Session:
             client=f"sidestep {__version__} python {platform.python_version()}",
             settings=self._keywords,
             role=self.role,
+            beside="" if self._beside is None else self._beside.id.hex(),
         )
 
     def _whose_fault(self, timeout: float) -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sidestep.errors import SettingsError
+from sidestep.lane import DEFAULT_BYTES as BLOB_BYTES
 from sidestep.notices import say
 from sidestep.outbox import DEFAULT_BYTES
 from sidestep.spill import DEFAULT_BYTES as SPILL_BYTES
@@ -41,10 +42,16 @@ class WorkerSettings:
     """When the daemon is away for longer than that lasts: `spill` to a file on disk, or `drop` and count."""
     spill_bytes: int = SPILL_BYTES
     """What the file may hold, for each process."""
+    blob_bytes: int = BLOB_BYTES
+    """Bytes of media kept in memory until they are under way; what finds no room is left out."""
     flush_interval_s: float | None = None
     """How long records wait for company before they are sent; the daemon's wish where it is not set."""
     autostart: bool = True
     """Where no address is known and all processes are on this node, the first of them starts a daemon."""
+    console: bool = True
+    """What the program prints is in the run's log too."""
+    program: bool = True
+    """What the program is (arguments, git commit, packages, machine) is told by rank 0."""
     launch_id: str | None = None
     """What the processes that were started together have in common, where torchrun does not say."""
 
@@ -153,8 +160,11 @@ def _seconds(raw: str) -> float:
 _PARSE: Mapping[str, Callable[[str], Any]] = {
     "strict": _flag,
     "autostart": _flag,
+    "console": _flag,
+    "program": _flag,
     "outbox_bytes": _bytes,
     "spill_bytes": _bytes,
+    "blob_bytes": _bytes,
     "when_full": _when_full,
     "flush_interval_s": _seconds,
 }

@@ -48,6 +48,7 @@ from sidestep.errors import RemoteProtocolError, UnsupportedValue
 from sidestep.media.base import BLOB, Buffer, Ref
 from sidestep.outbox import Outbox
 from sidestep.wire import (
+    BLOBS,
     Ack,
     Bye,
     Frame,
@@ -67,6 +68,8 @@ from sidestep.wire import (
 
 CREDIT = 4 * 1024 * 1024
 POLL_MS = 5
+DEVICE_S = 10.0
+"""How long a recorder waits for a value that was logged on a device."""
 
 
 class Recorder:
@@ -76,6 +79,8 @@ class Recorder:
         self.records: list[Record] = []
         self.exit_codes: list[int | None] = []
         """How each finished run ended; None where nobody said."""
+        self.blobs: dict[tuple[bytes, int], bytes] = {}
+        """The bytes of media, by session and number, as the refs in records name them."""
         self._lock = threading.RLock()
 
     def __getitem__(self, name: str) -> list[Any]:
@@ -114,11 +119,17 @@ class Recorder:
         return {record.data["name"]: record.data for record in self.records if record.kind is Kind.DEFINE}
 
     def take(self, outbox: Outbox) -> None:
-        """Take what is in an outbox. From any thread, and while it is being done."""
+        """Take what is in an outbox, waiting for what comes from a device. From any thread, and meanwhile."""
+        until = monotonic() + DEVICE_S
         with self._lock:
-            while (frame := outbox.next_frame()) is not None:
+            while frame := outbox.next_frame() or _next_from_a_device(outbox, until):
                 found = decode_records(frame.body, frame.count)
-                self.records += [record for record in found if isinstance(record, Record)]
+                for record in found:
+                    if isinstance(record, Record) and record.kind is Kind.BLOB:
+                        of = frame.session, record.data["id"]
+                        self.blobs[of] = self.blobs.get(of, b"") + record.data.get("bytes", b"")
+                    elif isinstance(record, Record):
+                        self.records.append(record)
                 outbox.ack(frame.end)
 
     def _logged(self) -> list[tuple[int | None, Mapping[str, Any]]]:
@@ -133,6 +144,17 @@ class Recorder:
 
     def _of(self, kind: Kind) -> dict[str, Any]:
         return {name: it for record in self.records if record.kind is kind for name, it in record.data.items()}
+
+
+def _next_from_a_device(outbox: Outbox, until: float) -> Frame | None:
+    """The frame that waits for values of a device, without them if they do not come; None if none waits."""
+    while outbox.queued:
+        if monotonic() > until:
+            outbox.settle()
+        if (frame := outbox.next_frame()) is not None:
+            return frame
+        sleep(0.001)
+    return None
 
 
 class BlobFolder:
@@ -183,8 +205,8 @@ class _Recording:
     kept_in: Path | None = None
     run: Mapping[str, Any] = {"id": "recorded", "mode": "offline"}
 
-    def __init__(self, recorder: Recorder, outbox: Outbox) -> None:
-        self._recorder, self._outbox = recorder, outbox
+    def __init__(self, recorder: Recorder, outbox: Outbox, *, is_lane: bool) -> None:
+        self._recorder, self._outbox, self._is_lane = recorder, outbox, is_lane
 
     def start(self) -> None:
         """Have every call wake this."""
@@ -206,7 +228,8 @@ class _Recording:
     def finish(self, timeout: float, exit_code: int | None) -> bool:  # noqa: ARG002
         """Note how it ended."""
         self.wake()
-        self._recorder.exit_codes.append(exit_code)
+        if not self._is_lane:
+            self._recorder.exit_codes.append(exit_code)
         return True
 
     def forget(self) -> None:
@@ -217,7 +240,11 @@ class _Recording:
 def record(*, strict: bool = True) -> Iterator[Recorder]:
     """Capture what is logged inside; `strict` raises what a training run would count and say once."""
     recorder = Recorder()
-    with _current.carried_by(lambda _, outbox: _Recording(recorder, outbox), strict=strict):
+
+    def _carrier(hello: Hello, outbox: Outbox) -> _Recording:
+        return _Recording(recorder, outbox, is_lane=hello.role == BLOBS)
+
+    with _current.carried_by(_carrier, strict=strict):
         yield recorder
 
 

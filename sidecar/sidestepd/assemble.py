@@ -18,6 +18,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, S
 from dataclasses import astuple, dataclass, replace
 from typing import Any
 
+from sidestepd.packed import has_media, is_packed
 from sidestepd.reduce import is_number, reduce_parts
 from sidestepd.rows import MAIN_AXIS, Aggregate, Bundle, Definition, Latest, Position, Row
 from sidestepd.rules import Rules
@@ -28,7 +29,7 @@ OWN_PREFIX = "sidestep/"
 """Names that sidestep itself adds to rows."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class _Draft:
     """A bundle reduced, without a `_step` yet. `since`: when it began to wait."""
 
@@ -126,7 +127,7 @@ class Assembler:
             step=bundle.step,
             time=first.time,
             values={bundle.axis: bundle.step, **reduced.values},
-            positions=tuple(part.position for part in bundle.parts),
+            positions=tuple(part.position for part in bundle.parts if not part.settled),
             ranks=len({part.rank for part in bundle.parts}),
             since=now,
             conflicts=reduced.conflicts,
@@ -135,16 +136,19 @@ class Assembler:
 
     def _main(self, draft: _Draft, world: int) -> Iterator[Row]:
         """The main row, after those that must go before it, merged with those that may."""
-        guests = self._guests(draft)
-        yield from self._alone(*(self._waiting.keys() - {guest.axis for guest in guests}))
-        self._waiting = {}
+        guests = self._guests(draft) if self._waiting else []
+        if self._waiting:
+            yield from self._alone(*(self._waiting.keys() - {guest.axis for guest in guests}))
+            self._waiting = {}
         if self._main_at is not None:
             self._interval = draft.since - self._main_at
         self._main_at = draft.since
         step = max(draft.step, self.last + 1)
         self.shift = step - draft.step
-        values = {**{name: value for guest in guests for name, value in guest.values.items()}, **draft.values}
-        yield self._row(draft, guests, step=step, values={**values, **self._own(draft, world)})
+        values = {name: value for guest in guests for name, value in guest.values.items()}
+        values |= draft.values
+        values |= self._own(draft, world)
+        yield self._row(draft, guests, step=step, values=values)
 
     def _own(self, draft: _Draft, world: int) -> dict[str, Any]:
         """What sidestep says of a main row."""
@@ -201,6 +205,8 @@ class Assembler:
             latest = self.latest.get(name)
             if name.startswith(OWN_PREFIX) or latest is None or self.rules.of_made(name).summary is not None:
                 continue
+            if has_media(latest.value):
+                continue  # wandb alone can put it there
             if latest.axis == draft.axis and (latest.attempt, latest.step) > place:
                 newer[name] = latest.value
         return newer
@@ -312,7 +318,11 @@ class Assembler:
 
     def newest(self) -> dict[str, Any]:
         """The newest value of each name, but for those of which something else was declared to be shown."""
-        return {name: it.value for name, it in self.latest.items() if self._summary_of(name) is None}
+        return {
+            name: it.value
+            for name, it in self.latest.items()
+            if self._summary_of(name) is None and not has_media(it.value)
+        }
 
     def aggregated(self) -> dict[str, dict[str, float]]:
         """What was declared to be shown of names instead of their newest values, over all rows of all lives."""
@@ -375,7 +385,7 @@ def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
     for name, value in values.items():
         if not name:
             continue  # wandb knows no such name
-        if isinstance(value, dict) and value:
+        if isinstance(value, dict) and value and not is_packed(value):
             yield from _leaves(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}"

@@ -50,7 +50,8 @@ class RunOptions(Section):
     )
     resume: Literal["allow", "must", "never"] = Field(
         default="allow",
-        description="Whether W&B may, must or must not have a run of this id; online only.",
+        description="Whether a run of this id may, must or must not be there: on the server, or offline (but for "
+        "must) beside this one.",
     )
     project: str | None = Field(default=None, description="The W&B project.")
     entity: str | None = Field(default=None, description="The W&B user or team.")
@@ -59,6 +60,9 @@ class RunOptions(Section):
     job_type: str | None = Field(default=None, description="What kind of run it is: train, eval, ...")
     tags: tuple[str, ...] = Field(default=(), description="Tags; on the command line separated by commas.")
     notes: str | None = Field(default=None, description="A longer description.")
+    sweep_id: str | None = Field(
+        default=None, description="The sweep it belongs to, as `wandb agent` says. Such a run is online by itself."
+    )
     dir: Path = Field(default=Path(), description="Where the folder `sidestep-runs` is made.")
 
     @field_validator("id")
@@ -149,6 +153,11 @@ class SpoolOptions(Section):
         ge=0,
         description="What is left free on the disks of the spool and of wandb, beside what has yet to be written.",
     )
+    blob_quota_bytes: int = Field(
+        default=32 * 1024**3,
+        ge=1024 * 1024,
+        description="The bytes of media that wait may take this much; beyond it workers keep what they have.",
+    )
     ballast_bytes: int = Field(
         default=16 * 1024 * 1024,
         ge=0,
@@ -170,7 +179,12 @@ class DeliveryOptions(Section):
         gt=0,
         description="A delivery without progress for this long is killed and restarted.",
     )
-    batch_rows: int = Field(default=500, gt=0, description="At most so many rows are decided in one commit.")
+    batch_rows: int = Field(
+        default=500, gt=0, description="While catching up, about so many rows are decided in one commit."
+    )
+    media_threads: int = Field(
+        default=2, gt=0, le=64, description="Images and other media are encoded in so many threads."
+    )
     backoff_s: float = Field(
         default=30.0, gt=0, description="The longest pause before a delivery that died is started again."
     )
@@ -264,6 +278,9 @@ class WatchOptions(Section):
     stalled_s: float = Field(
         default=300.0, gt=0, description="So long may all ranks say nothing while their processes live; likewise."
     )
+    start_s: float = Field(
+        default=1800.0, gt=0, description="So long instead while they have hardly begun: loading, compiling."
+    )
     stragglers: bool = Field(default=True, description="Tell of ranks that hold up the others.")
     straggler_share: float = Field(
         default=0.15, gt=0, description="A straggler needs this share more time than the median rank."
@@ -335,6 +352,8 @@ class Config(Section):
         given = (
             (_from_file(named) if named else {}) | _from_environment(environ) | _from_overrides(overrides or {})
         )
+        if sweep := given.get("run.sweep_id"):  # whose server waits for what its runs come to
+            given = {"run.mode": Given("online", sweep.source)} | given
         return cls._of(given)
 
     @classmethod
@@ -388,6 +407,7 @@ _OTHER_NAMES = {
     "run.job_type": ("WANDB_JOB_TYPE",),
     "run.tags": ("WANDB_TAGS",),
     "run.notes": ("WANDB_NOTES",),
+    "run.sweep_id": ("WANDB_SWEEP_ID",),
     "run.dir": ("WANDB_DIR",),
 }
 _WORKERS_OWN = frozenset({"SIDESTEP_RUN_DIR"})

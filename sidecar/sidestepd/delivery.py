@@ -1,11 +1,12 @@
 """Delivery: read the spool, put rows in order, write them down, write them out, and see them confirmed.
 
-    read ─▶ resolve ─▶ match ─▶ order ─▶ assemble ─▶ row log ─▶ sink ─▶ confirmed ─▶ cursor
-                                                                   intake deletes up to there ◀─┘
+    read ─▶ resolve ─▶ match ─▶ media ─▶ order ─▶ assemble ─▶ row log ─▶ sink ─▶ confirmed ─▶ cursor
+                                                                            intake deletes up to there ◀─┘
 
 - it knows nothing that is not in the spool or its own row log: killed anywhere, it goes on from both
 - a row is in the row log before the sink sees it; after a crash the rows that the run lacks are sent again
   word for word, and only records that are in no row are ordered again
+- behind a backlog rows are gathered for commits of about `batch_rows`, as each waits for the disk
 - it is the only process that imports wandb, holds its own lock, and dies with intake
 """
 
@@ -28,24 +29,28 @@ import msgpack
 
 from sidestepd import placement
 from sidestepd.assemble import Assembler
+from sidestepd.beside import Beside
 from sidestepd.clock import Clock, Horizon
 from sidestepd.config import Config
 from sidestepd.crashpoints import crash_point
+from sidestepd.entries import SAID
 from sidestepd.errors import ExitCode, Fatal, Retry, SpoolDamaged, Trouble
 from sidestepd.facts import wait_for_facts
 from sidestepd.match import Event, Matcher
+from sidestepd.media import Media
 from sidestepd.order import ReorderBuffer
 from sidestepd.processes import Beat, Lock, die_with_parent, read_json, write_json
 from sidestepd.recovery import Recovery
-from sidestepd.resolve import Closed, Folded, Lost, Resolver
+from sidestepd.resolve import Closed, Folded, LaneEnded, Lost, Resolver
 from sidestepd.resume import resume
 from sidestepd.room import Ballast, Patience
 from sidestepd.rowlog import RowLog
-from sidestepd.rows import Bundle, Part, Raised, Row, Sampled
+from sidestepd.rows import Blob, Bundle, Definition, Described, Part, Printed, Raised, Row, Sampled
 from sidestepd.rules import Rule, Rules, Source, operations
-from sidestepd.rundir import TROUBLE
+from sidestepd.rundir import BLOBS, TROUBLE
 from sidestepd.samples import Samples, first_ranks
 from sidestepd.settlement import Settlement
+from sidestepd.show import Shower
 from sidestepd.sinks import Confirmed, RunFacts, Sink, load, make_sink, patiently, write_all
 from sidestepd.spool import Entry, EntryKind, SpoolReader
 from sidestepd.telling import Telling
@@ -75,6 +80,7 @@ class Delivery:
         sink: Sink,
         config: Config,
         *,
+        shower: Shower,
         horizon: Clock,
         beat: Callable[[], None],
         wait_for_room: Callable[[], None] = lambda: None,
@@ -91,10 +97,18 @@ class Delivery:
         self.marks: dict[str, Any] = rowlog.meta("marks", {})
         self.resolver = Resolver(rules)
         self.matcher = Matcher(patience=order.patience_s, capacity=order.capacity_rows)
+        self.media = Media(
+            shower,
+            patience=order.patience_s,
+            capacity=order.capacity_rows,
+            beat=beat,
+            told=rowlog.meta("media", {}),
+        )
         self.order = self.new_buffer()
         self.assembler = Assembler(
             rules, patience=order.patience_s, max_wait=order.max_wait_s, window=order.late_window_rows
         )
+        self.beside = Beside(told=rowlog.meta("beside", None))
         self.samples = Samples(
             history=config.samplers.history,
             interval_s=config.samplers.interval_s,
@@ -110,13 +124,19 @@ class Delivery:
         """What the run holds and the row log does not know of; None as long as the row log is whole."""
         self.unmatched: list[str] = []
         """Patterns that fitted no metric, known when the run is finished."""
+        self._ready: list[Row] = []
+        """Rows that are to be written down, and the definitions that go before them."""
+        self._definitions: list[Definition] = []
         self._now = 0.0
+        self._horizon = 0.0
         self._last_ready = 0.0
         self._last_confirm = 0.0
         self._progress_at = time.monotonic()
         self.trouble: Trouble | None = None
         """What is waited for outside of this process."""
-        self.telling = Telling(sink, rowlog, config, self.resolver, self.assembler, self.samples, self.watch)
+        self.telling = Telling(
+            sink, rowlog, config, self.resolver, self.assembler, self.samples, self.watch, self.beside
+        )
 
     # Life
 
@@ -125,16 +145,18 @@ class Delivery:
         bookmark = self.rowlog.meta("bookmark", {})
         held = patiently(lambda: self.sink.open(run, bookmark), beat=self.beat, kept=self._keep)
         self._tell_trouble(None)
-        resume(self, held, lambda base: opened({**self.sink.about(), "base": base}))
+        self.telling.about = lambda: opened({**self.sink.about(), "base": self.rowlog.meta("base", -1)})
+        resume(self, held, lambda _: self.telling.about())
 
     def serve(self) -> None:
         """Until the run is told to finish."""
         while self.exit_code is None:
             self.beat()
-            horizon = self.horizon()  # asked before reading
+            horizon = self._horizon = self.horizon()  # asked before reading
             entries = self.spool.read(self.read_through, READ_LIMIT)
             unmarked = 0
             for entry in entries:
+                self.beat()
                 self._take(entry)
                 unmarked += len(entry.body)
                 if unmarked >= SNAPSHOT_BYTES:  # so that a row that waits does not keep all that was read with it
@@ -142,21 +164,28 @@ class Delivery:
                     unmarked = 0
                 if self._now - self._last_ready >= READY_STRIDE_S:
                     self._let_go()
+                    if len(self._ready) >= self.config.delivery.batch_rows:
+                        self._decide()
+                        self._confirm_if_due()
             if len(entries) < READ_LIMIT:
+                self.go_on(self.media.ready(self._now, horizon))
                 self._now = max(self._now, horizon)
             self.telling.tell_samples(self._now)
+            self.telling.tell_beside()
             self._let_go()
+            self._decide()
             self.telling.tell_config()
-            if time.monotonic() - self._last_confirm >= self.config.delivery.confirm_interval_s:
-                self._confirm()
+            self._confirm_if_due()
             if not entries and self.exit_code is None:
                 time.sleep(self.config.delivery.poll_interval_s)
 
     def finish(self) -> None:
         """Everything that waits leaves; the run is finished, and seen to be whole."""
         self.hear(self.matcher.flush())
+        self.go_on(self.media.flush())
         self.telling.tell_alerts(self._now, through=self.read_through)
-        self._decide([*self._assemble(self.order.flush()), *self.assembler.flush()])
+        self._make([*self._assemble(self.order.flush()), *self.assembler.flush()])
+        self._decide()
         self.telling.tell_config()
         self.telling.tell_summary(self.totals())
         logger.info("finishing the run with exit code %s", self.exit_code)
@@ -175,6 +204,7 @@ class Delivery:
             logger.warning("define_metric(%r) matched no metric of the run", pattern)
         bookmark = self.rowlog.meta("bookmark", {})
         self.settle(Confirmed(steps=(), bookmark=bookmark), state="closed", exit_code=self.exit_code)
+        self.media.close()
 
     # Reading
 
@@ -184,7 +214,7 @@ class Delivery:
         if kept := self.settlement.passed(entry.id):
             # Their frames went down with a spool, and they are counted as lost with it; but the run has them.
             self.resolver.dead["spool_lost"] -= kept
-        if entry.kind is EntryKind.FRAME:
+        if entry.kind in SAID:
             self.settlement.read(entry)
         if entry.kind is not EntryKind.BOOT:  # before which nobody listened
             self.watch.poll(self._now)
@@ -206,6 +236,11 @@ class Delivery:
                     self.samples.meet(first_ranks(self.resolver.sessions.values()))
                     self.samples.hear(said, self._now)
                     self.settlement.settle(said.position.entry)
+                case Blob() | LaneEnded():
+                    self.media.store(said)
+                case Printed() | Described():
+                    self.beside.hear(said)
+                    self.settlement.settle(said.position.entry)
                 case Raised():
                     self.samples.alert(said)
                     self.settlement.settle(said.position.entry)
@@ -213,11 +248,16 @@ class Delivery:
                     self.hear(self.matcher.hear(said, self._now))
 
     def hear(self, events: Iterable[Event]) -> None:
-        """Put what is matched in order."""
+        """Put what is matched in order, with its media."""
         for event in events:
             if isinstance(event, Part):
                 event = self._find(event)
                 self.watch.hear(event, self._now)
+            self.go_on(self.media.hear(event, self._now))
+
+    def go_on(self, events: Iterable[Event]) -> None:
+        """Put in order what waits for no media any more."""
+        for event in events:
             self.order.hear(event, self._now)
 
     def _find(self, part: Part) -> Part:
@@ -239,24 +279,30 @@ class Delivery:
     def _let_go(self) -> None:
         self._last_ready = self._now
         self.hear(self.matcher.ready(self._now))
+        self.go_on(self.media.ready(self._now, self._horizon))
         self.telling.tell_alerts(self._now, through=self.read_through)
         rows = self._assemble(self.order.ready(self._now))
-        self._decide([*rows, *self.assembler.ready(self._now)])
+        self._make([*rows, *self.assembler.ready(self._now)])
 
     def _assemble(self, bundles: Iterable[Bundle]) -> list[Row]:
         world = max((session.world for session in self.resolver.sessions.values()), default=1)
         bundles = self.watch.annotate(bundles)
         return self.assembler.add(bundles, world=world, now=self._now)
 
-    def _decide(self, rows: Sequence[Row]) -> None:
-        """Write rows down, then out."""
-        size = self.config.delivery.batch_rows
-        definitions = self.assembler.new_definitions(rows)
-        rows = self.samples.into(rows)
-        definitions += self.samples.take_definitions()
+    def _make(self, rows: Sequence[Row]) -> None:
+        """Make rows complete; the next `_decide` writes them down, with the state that they leave behind."""
+        self._definitions += self.assembler.new_definitions(rows)
+        self._ready += self.samples.into(rows)
+        self._definitions += self.samples.take_definitions()
+
+    def _decide(self) -> None:
+        """Write what is ready down, then out."""
+        rows, definitions, size = self._ready, self._definitions, self.config.delivery.batch_rows
+        self._ready, self._definitions = [], []
+        self.media.note(rows)
         if rows and self.config.unsafe.row_log:
             crash_point("delivery.decide")
-            marks = {**self.assembler.marks(), "samples": self.samples.state()}
+            marks = {**self.assembler.marks(), "samples": self.samples.state(), "media": self.media.marks()}
             self.rowlog.append(rows, marks=marks, definitions=definitions)
         if rows:
             crash_point("delivery.decided")
@@ -269,16 +315,21 @@ class Delivery:
     def write(self, rows: Sequence[Row]) -> None:
         """Hand rows that are written down to the sink; what it refuses for good is settled."""
         self.wait_for_room()
-        for rejected in write_all(self.sink, rows, beat=self.beat, kept=self._keep):
+        for rejected in write_all(self.sink, self.media.shown(rows), beat=self.beat, kept=self._keep):
             logger.warning("row %d was rejected: %s", rejected.row.step, rejected.reason)
             self.settlement.reject(rejected.row.step, rejected.reason)
+            self.media.settle([rejected.row.step], rejected=True)
         crash_point("delivery.written")
 
     # Confirming
 
+    def _confirm_if_due(self) -> None:
+        if time.monotonic() - self._last_confirm >= self.config.delivery.confirm_interval_s:
+            self._confirm()
+
     def _confirm(self) -> None:
         confirmed = self.sink.confirm()
-        self.settlement.confirm(confirmed.steps)
+        self.see_confirmed(confirmed.steps)
         self._tell_trouble(confirmed.trouble)
         self._see_progress(confirmed)
         if self.settlement.newest_snapshot != self.read_through:
@@ -286,6 +337,11 @@ class Delivery:
         crash_point("delivery.settle")
         self.settle(confirmed)
         self._last_confirm = time.monotonic()
+
+    def see_confirmed(self, steps: Sequence[int]) -> None:
+        """The run holds these rows for good."""
+        self.settlement.confirm(steps)
+        self.media.settle(steps)
 
     def _see_progress(self, confirmed: Confirmed) -> None:
         """A sink that takes rows for ever and holds none stands still, though this process does not."""
@@ -310,6 +366,7 @@ class Delivery:
             {
                 "resolver": self.resolver.state(),
                 "matcher": self.matcher.state(),
+                "media": self.media.state(),
                 "order": self.order.state(),
                 "watch": self.watch.state(),
                 "exit_code": self.exit_code,
@@ -337,9 +394,11 @@ class Delivery:
             bookmark=confirmed.bookmark,
             counts=settlement.counts(),
             ledger=self.ledger(),
+            media=self.media.settled(),
             **meta,
         )
         crash_point("delivery.settled")
+        self.media.clean()
 
     def totals(self) -> dict[str, int]:
         """What the run's summary says of the whole of it."""
@@ -363,13 +422,15 @@ class Delivery:
             "dropped": dict(dropped),
             "unsettled": self.settlement.unsettled,
             "read_through": self.read_through,
+            "settled_beyond": self.settlement.settled_beyond(self.read_through),
             "rows": self.settlement.rows,
             "last_step": self.assembler.last,
             "late_rows": self.assembler.late_rows,
             "forced": self.assembler.forced_rows,
             "conflicts": self.assembler.conflicts,
-            "waiting": self.matcher.waiting + self.order.waiting + self.assembler.waiting,
+            "waiting": self.matcher.waiting + self.media.held + self.order.waiting + self.assembler.waiting,
             "unmatched": self.unmatched,
+            "media": self.media.ledger(),
             "sessions": {
                 id_.hex(): {
                     "rank": s.rank, "node": s.node, "ended": s.ended, "offered": s.offered,
@@ -420,11 +481,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     facts = wait_for_facts(spool, rowlog, run, config, beat)
     sink = make_sink(config.sink.kind, facts.mode)
     horizon = Horizon(directory / "horizon")
+    shower = Shower(directory / BLOBS, sink.show, threads=config.delivery.media_threads)
     delivery = Delivery(
         spool,
         rowlog,
         sink,
         config,
+        shower=shower,
         horizon=horizon,
         beat=beat,
         wait_for_room=patience.wait_for_room,

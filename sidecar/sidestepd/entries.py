@@ -59,8 +59,14 @@ class EntryKind(IntEnum):
     """Intake started; no session has been heard of since."""
     CLOSE = 7
     """The run shall be finished; nothing comes after."""
+    BLOBS = 11
+    """Records of a session that sends blobs: their bytes are in files; `facts` say which blobs are complete."""
     VITAL = 10
     """What a session does not say itself: its process is "quiet", "heard" again, or "gone", and since when."""
+
+
+SAID = (EntryKind.FRAME, EntryKind.BLOBS)
+"""The entries that hold records of a session: `count` of them, from the sequence `first` on."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,11 +103,20 @@ class Entry:
 
     @classmethod
     def of_event(
-        cls, kind: EntryKind, session: bytes = b"", *, first: int = 0, received: float, **facts: Any
+        cls,
+        kind: EntryKind,
+        session: bytes = b"",
+        *,
+        first: int = 0,
+        count: int = 0,
+        received: float,
+        **facts: Any,
     ) -> Entry:
         """Something that happened to a session or to the run."""
         body = msgpack.packb(facts)
-        return cls(kind=kind, session=session, first=first, crc=checksum(body), received=received, body=body)
+        return cls(
+            kind=kind, session=session, first=first, count=count, crc=checksum(body), received=received, body=body
+        )
 
     @property
     def facts(self) -> Mapping[str, Any]:

@@ -140,6 +140,8 @@ class Pace:
 
     def see(self, bundle: Bundle, seats: Mapping[bytes, Seat]) -> dict[str, Any]:
         """What a row of the main axis says of the pace of its ranks; {} if fewer than two are heard."""
+        if len(bundle.parts) < 2:
+            return {}
         calls = _same_call(bundle.parts, seats)
         if len(calls) < 2:
             return {}

@@ -59,24 +59,6 @@ class Lock:
             lock.release()
 
 
-class Lifeline:
-    """A process that is no child of ours, told apart from another one that gets its number."""
-
-    def __init__(self, pid: int) -> None:
-        self._process: psutil.Process | None = None
-        with contextlib.suppress(psutil.Error, ValueError):
-            self._process = psutil.Process(pid)
-
-    def is_alive(self) -> bool:
-        """Whether it has not ended; false for one that was not there to begin with."""
-        if self._process is None:
-            return False
-        try:
-            return self._process.is_running() and self._process.status() != psutil.STATUS_ZOMBIE
-        except psutil.NoSuchProcess:
-            return False
-
-
 class Beat:
     """Shows another process that this one is not stuck: a file whose time of change moves."""
 

@@ -3,6 +3,7 @@
 - numbers are reduced as declared, by default to their mean; anything else is the lowest rank's, and so is a
   name under which one rank said a number and another did not
 - one reduction gives the plain name, several give `name.max` and so on, `per_rank` gives `name/rank3`
+- media are never reduced: of several ranks they are `name/rank3`, of one alone they keep their name
 - inside nested dicts the numbers are reduced and the shape stays
 - within one session the later call wins, and that is counted
 - whatever was said, the result is plain: no exception, and no number that can not be packed
@@ -15,6 +16,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from sidestepd.packed import has_media
 from sidestepd.rows import Part
 from sidestepd.rules import Rules
 
@@ -114,6 +116,8 @@ def _shares(speakers: Sequence[_Speaker], names: Collection[str]) -> dict[str, l
 
 
 def _reduced(name: str, shares: Sequence[_Share], operations: Sequence[str]) -> dict[str, Any]:
+    if media := [share for share in shares if has_media(share.value)]:
+        return _of_each_rank(name, media)
     reducible = _are(is_number, shares) or _are(_is_dict, shares)
     values: dict[str, Any] = {}
     for operation in operations:
@@ -124,6 +128,13 @@ def _reduced(name: str, shares: Sequence[_Share], operations: Sequence[str]) -> 
         else:
             values[name] = shares[0].value
     return values
+
+
+def _of_each_rank(name: str, shares: Sequence[_Share]) -> dict[str, Any]:
+    """Media can not be reduced: each rank's stands for itself, unless only one had some to show."""
+    if len({share.speaker.rank for share in shares}) == 1:
+        return {name: shares[0].value}
+    return {f"{name}/rank{share.speaker.rank}": share.value for share in reversed(shares)}
 
 
 def _apply(operation: str, shares: Sequence[_Share]) -> Any:

@@ -3,6 +3,7 @@
 - rows that the run holds come from its files: over all segments, in the order of `_step`, each step once
 - rows that were decided and may not be in the run come word for word from the row log
 - what is still in the spool is put in order by the code that would have done it, over copies of both databases
+- media are named as the run names them; their files stay where they are, in its directory
 - an online run that lost its wandb-core may have rows that only the server holds; they are counted, not made up
 """
 
@@ -22,14 +23,16 @@ from pathlib import Path
 from typing import Any
 
 from sidestep.errors import SettingsError
+from sidestep.media.base import Files
 from sidestepd import placement
 from sidestepd.config import Config
 from sidestepd.delivery import Delivery
 from sidestepd.entries import Entry, EntryKind
 from sidestepd.errors import Reject, Retry, Trouble
 from sidestepd.rowlog import SENT, RowLog, RowLogReader
-from sidestepd.rows import Definition, Row, Sample
-from sidestepd.rundir import RunFile
+from sidestepd.rows import Definition, Described, Printed, Row, Sample
+from sidestepd.rundir import BLOBS, RunFile
+from sidestepd.show import SHOWN, Shower
 from sidestepd.sinks import Confirmed, RunFacts, Sink, make_sink, patiently, wandb_log
 from sidestepd.sinks.jsonl import FILE_NAME, JsonlSink
 from sidestepd.spool import Spool, SpoolReader
@@ -76,8 +79,10 @@ def facts_of(run_dir: Path, directory: Path, **other: Any) -> RunFacts:
     called = {"project": run.project, "entity": run.entity, "name": run.name}
     said = dict(RowLogReader(placement.home(run_dir) / placement.ROW_LOG).meta("run") or {})
     names: dict[str, Any] = {name: said.pop(name, None) or value for name, value in called.items()}
+    sweep_id = said.pop("sweep_id", None)
     options = {name: value for name, value in said.items() if name not in ("mode", "resume")}
-    return replace(RunFacts(id=run.id, directory=directory, options=options, **names), **other)
+    facts = RunFacts(id=run.id, directory=directory, sweep_id=sweep_id, options=options, **names)
+    return replace(facts, **other)
 
 
 def replay(
@@ -103,9 +108,11 @@ def replay(
                 return itertools.takewhile(lambda row: row.step <= decided, held_rows(run_dir))
 
             whole = AfterHistory(sink, history, unconfirmed, progress=progress, waiting=waiting)
+            shower = Shower(run_dir / BLOBS, sink.show, threads=1, scratch=facts.directory / f".{SHOWN}")
             delivery = Delivery(
-                spool, rowlog, whole, config, horizon=lambda: 0.0, beat=lambda: waiting(delivery.trouble)
-            )
+                spool, rowlog, whole, config,
+                shower=shower, horizon=lambda: 0.0, beat=lambda: waiting(delivery.trouble),
+            )  # fmt: skip
             delivery.start(facts, lambda _: None)
             delivery.serve()
             delivery.finish()
@@ -208,13 +215,29 @@ class AfterHistory:
         """As given."""
         self._sink.summary(values)
 
+    def named(self, values: Mapping[str, Any]) -> None:
+        """As given."""
+        self._sink.named(values)
+
     def alert(self, title: str, text: str, level: str) -> None:
         """As given: only what nobody was told before comes here."""
         self._sink.alert(title, text, level)
 
+    def show(self, value: Any, files: Files) -> Any:
+        """As the sink does, of what the run's files do not have."""
+        return self._sink.show(value, files)
+
     def sample(self, sample: Sample) -> None:
         """As given: only what was in no stream before comes here."""
         self._sink.sample(sample)
+
+    def printed(self, said: Printed) -> None:
+        """As given, likewise."""
+        self._sink.printed(said)
+
+    def described(self, said: Described) -> None:
+        """As given, likewise."""
+        self._sink.described(said)
 
     def write(self, row: Row) -> None:
         """As given, unless the run's files had it."""

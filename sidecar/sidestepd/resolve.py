@@ -18,10 +18,11 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from sidestep.wire import END_OF_STEPS, WORKER, Kind, Record, Undecodable, decode_records
+from sidestep.wire import BLOBS, END_OF_STEPS, WORKER, Kind, Record, Undecodable, decode_records
 from sidestepd.attempts import Launches
+from sidestepd.beside import described_from, printed_from
 from sidestepd.entries import Entry, EntryKind
-from sidestepd.rows import MAIN_AXIS, Call, Part, Position, Raised, Sampled
+from sidestepd.rows import MAIN_AXIS, Blob, Call, Described, Part, Position, Printed, Raised, Sampled
 from sidestepd.rules import Rules, rule_from
 from sidestepd.samples import alert_from, sampled_from
 
@@ -112,7 +113,17 @@ class Folded:
     position: Position
 
 
-Said = Joined | Left | Heard | Booted | Closed | Lost | Folded | Part | Sampled | Raised
+@dataclass(frozen=True, slots=True)
+class LaneEnded:
+    """A session that sends blobs said its last word."""
+
+    session: bytes
+
+
+Said = (
+    Joined | Left | Heard | Booted | Closed | Lost | Folded | Part | Sampled | Raised | Blob | LaneEnded
+    | Printed | Described
+)  # fmt: skip
 Used = Callable[[Position], Mapping[str, int] | None]
 
 
@@ -123,7 +134,9 @@ class Resolver:
         self.rules = rules or Rules()
         self.sessions: dict[bytes, SessionFacts] = {}
         self.config: dict[str, tuple[int, Any]] = {}
-        """Name to (rank that set it, value): a lower rank is not overruled by a higher one."""
+        """Name to (rank that set it, value)."""
+        self.named: dict[str, tuple[int, Any]] = {}
+        """What workers called the run since it was opened, likewise."""
         self.summary: dict[str, tuple[float, Any]] = {}
         """Name to (when it was set, value)."""
         self.folded = 0
@@ -141,6 +154,8 @@ class Resolver:
         match entry.kind:
             case EntryKind.FRAME:
                 yield from self._frame(entry, used)
+            case EntryKind.BLOBS:
+                yield from self._blobs(entry)
             case EntryKind.HELLO:
                 yield from self._hello(entry)
             case EntryKind.BYE | EntryKind.LEASE:
@@ -153,6 +168,8 @@ class Resolver:
                     self._say_bye(entry.session, session)
                 if session.is_worker:
                     yield Left(entry.session)
+                elif session.role == BLOBS and entry.kind is EntryKind.BYE:
+                    yield LaneEnded(entry.session)
             case EntryKind.COUNTERS:
                 self._counters(entry)
                 if "more" in entry.facts and self._session(entry.session).is_worker:
@@ -241,6 +258,20 @@ class Resolver:
                 yield from self._record(entry.session, session, record, position, used)
         yield from self._heard(session, entry)
 
+    def _blobs(self, entry: Entry) -> Iterator[Said]:
+        """Pieces that are in files: they have their fate at once, what is made of them is judged behind this."""
+        session, facts = self._session(entry.session), entry.facts
+        session.ended = None
+        yield from self._skip_to(entry.first, session, entry)
+        session.next = max(session.next, entry.first + entry.count)
+        for seq, reason in facts["lost"]:
+            yield self._lose(Position(entry.id, seq), 1, reason)
+        for _ in range(entry.count - len(facts["lost"])):
+            self.folded += 1
+            yield Folded(Position(entry.id, entry.first))
+        for _, number, size, crc, failed in facts["ends"]:
+            yield Blob(session=entry.session, number=number, size=size, crc=crc, failed=failed)
+
     def _heard(self, session: SessionFacts, entry: Entry) -> Iterator[Heard]:
         if session.is_worker:
             yield Heard(session=entry.session, more=entry.more)
@@ -259,7 +290,9 @@ class Resolver:
                 yield part or self._lose(position, 1, "step")
                 return
             case Kind.CONFIG:
-                self._configure(session.rank, record.data)
+                _set(self.config, session.rank, record.data)
+            case Kind.NAMED:
+                _set(self.named, session.rank, record.data)
             case Kind.SUMMARY:
                 self.summary |= {
                     name: (record.time, value) for name, value in _staged(record.data, record.stage).items()
@@ -270,7 +303,7 @@ class Resolver:
                 except ValueError:
                     yield self._lose(position, 1, "definition")
                     return
-            case Kind.SAMPLES | Kind.ALERT:
+            case Kind.SAMPLES | Kind.ALERT | Kind.OUTPUT | Kind.PROGRAM:
                 yield self._beside(id_, session, record, position)
                 return
         self.folded += 1
@@ -278,19 +311,22 @@ class Resolver:
 
     def _beside(
         self, id_: bytes, session: SessionFacts, record: Record, position: Position
-    ) -> Sampled | Raised | Lost:
+    ) -> Sampled | Raised | Printed | Described | Lost:
         """What takes no part in the order of steps. It goes out at once, and counts as delivered then."""
-        read = sampled_from if record.kind is Kind.SAMPLES else alert_from
-        said = read(record, position, id_, session.node)
+        said: Sampled | Raised | Printed | Described | None
+        match record.kind:
+            case Kind.OUTPUT:
+                said = printed_from(record, position, f"[rank {session.rank}] " if session.world > 1 else "")
+            case Kind.PROGRAM:
+                said = described_from(record, position)
+            case Kind.SAMPLES:
+                said = sampled_from(record, position, id_, session.node)
+            case _:
+                said = alert_from(record, position, id_, session.node)
         if said is None:
             return self._lose(position, 1, record.kind.name.lower())
         self.folded += 1
         return said
-
-    def _configure(self, rank: int, data: Mapping[str, Any]) -> None:
-        for name, value in data.items():
-            if name not in self.config or rank <= self.config[name][0]:
-                self.config[name] = (rank, value)
 
     def _part(
         self,
@@ -350,6 +386,7 @@ class Resolver:
         return {
             "sessions": {id_: asdict(facts) for id_, facts in self.sessions.items()},
             "config": {name: list(pair) for name, pair in self.config.items()},
+            "named": {name: list(pair) for name, pair in self.named.items()},
             "summary": {name: list(pair) for name, pair in self.summary.items()},
             "rules": self.rules.state(),
             "folded": self.folded,
@@ -362,12 +399,18 @@ class Resolver:
         """Take up what `state` gave."""
         self.sessions = {id_: SessionFacts(**facts) for id_, facts in state["sessions"].items()}
         self.config = {name: (rank, value) for name, (rank, value) in state["config"].items()}
+        self.named = {name: (rank, value) for name, (rank, value) in state.get("named", {}).items()}
         self.summary = {name: (time, value) for name, (time, value) in state["summary"].items()}
         self.rules.restore(state["rules"])
         self.folded = state["folded"]
         self.dead = Counter(state["dead"])
         self._highest = dict(state["highest"])
         self._launches.restore(state["launches"])
+
+
+def _set(values: dict[str, tuple[int, Any]], rank: int, data: Mapping[str, Any]) -> None:
+    """What a rank set: a lower one is not overruled by a higher one."""
+    values |= {name: (rank, value) for name, value in data.items() if rank <= values.get(name, (rank,))[0]}
 
 
 def _staged(data: Mapping[str, Any], stage: str | None) -> Mapping[str, Any]:

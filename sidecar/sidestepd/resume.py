@@ -35,10 +35,12 @@ def resume(line: Delivery, held: Confirmed, opened: Callable[[int], None]) -> No
     opened(base)
     if _knows_less_than(line, held, base):
         _learn_from_the_run(line, held)
+    line.media.recall(line.rowlog, line.marks)
     if line.checkpoint.fold:
         fold = msgpack.unpackb(line.checkpoint.fold, strict_map_key=False)
         line.resolver.restore(fold["resolver"])
         line.order.restore(fold["order"])
+        line.go_on(line.media.restore(fold))
         line.hear(line.matcher.restore(fold["matcher"]))
         line.watch.restore(fold["watch"])
         line.exit_code = fold["exit_code"]
@@ -153,8 +155,9 @@ def _resend(line: Delivery, held: Confirmed) -> None:
         line.assembler.remember(row)
         line.settlement.recall(row, settled=fate != SENT)
         if fate == SENT:
+            line.media.note([row])
             (there if row.step in steps else missing).append(row)
-    line.settlement.confirm(row.step for row in there)
+    line.see_confirmed([row.step for row in there])
     if missing:
         logger.info("sending %d rows again, from step %d on", len(missing), missing[0].step)
     line.write(missing)

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
 
-from sidestep.wire import WORKER, Bye, Frame, Hello, Status
-from sidestepd.entries import Entry, EntryKind, StoredSession
+from sidestep.wire import BLOBS, WORKER, Bye, Frame, Hello, Status
+from sidestepd.entries import SAID, Entry, EntryKind, StoredSession
 
 LOST = 1
 """The exit code of a worker that ended without a word, as of one that an exception ended."""
@@ -55,6 +55,11 @@ class Session:
     def is_worker(self) -> bool:
         """Whether it is a rank, and not a sampler."""
         return bool(self.hello.get("role", WORKER) == WORKER)
+
+    @property
+    def is_lane(self) -> bool:
+        """Whether it sends the bytes of a worker's media."""
+        return bool(self.hello.get("role") == BLOBS)
 
     @property
     def counters(self) -> dict[str, Any]:
@@ -102,8 +107,13 @@ class Roster:
 
     @property
     def live(self) -> list[Session]:
-        """Workers that may speak: while there are any, the run goes on."""
+        """Workers that may speak."""
         return [session for session in self._speaking if session.is_worker]
+
+    @property
+    def awaited(self) -> list[Session]:
+        """Those, and what sends the bytes of their media: while there are any, the run goes on."""
+        return [session for session in self._speaking if session.is_worker or session.is_lane]
 
     @property
     def workers(self) -> list[Session]:
@@ -126,7 +136,18 @@ class Roster:
         session.state, session.heard, session.more = "live", now, hello.more
         session.hello = {
             name: getattr(hello, name)
-            for name in ("rank", "world", "local_rank", "node", "pid", "launch", "attempt", "client", "role")
+            for name in (
+                "rank",
+                "world",
+                "local_rank",
+                "node",
+                "pid",
+                "launch",
+                "attempt",
+                "client",
+                "role",
+                "beside",
+            )
         }
         self._count(session, hello)
         return Entry.of_event(
@@ -168,7 +189,7 @@ class Roster:
         """The disk had no room: frames will come again; what happened to sessions is returned, to be written."""
         entries = list(entries)
         for entry in entries:
-            if entry.kind is EntryKind.FRAME:
+            if entry.kind in SAID:
                 session = self.sessions[entry.session]
                 session.next = min(session.next, entry.first)
         return [
@@ -176,7 +197,7 @@ class Roster:
             if entry.kind is EntryKind.LEASE
             else entry
             for entry in entries
-            if entry.kind is not EntryKind.FRAME
+            if entry.kind not in SAID
         ]
 
     def heartbeat(self, status: Status, now: float) -> Entry | None:
@@ -228,7 +249,7 @@ class Roster:
 
     def lose(self, session: bytes, now: float) -> list[Entry]:
         """The process of a session is known to be gone: nobody need wait for its lease to end."""
-        return [self._end(one, now) for one in self.live if one.id == session]
+        return [self._end(one, now) for one in self.awaited if one.id == session]
 
     @property
     def exit_code(self) -> int:
@@ -268,7 +289,7 @@ class Roster:
         """The sessions that end because their launch was started again."""
         return [
             self._end(session, now)
-            for session in self.live
+            for session in self.awaited
             if session.hello.get("launch") == hello.launch and session.hello.get("attempt", 0) < hello.attempt
         ]
 

@@ -35,6 +35,7 @@ class Part:
 
     `used`: a row of the row log holds it already; it only moves its session along. `call` is there where its step
     may be that of the same call of a lower rank; a part that lies between such calls does not `move` its session.
+    `settled`: its record has its fate in another row, and this is what came late of it.
     """
 
     position: Position
@@ -48,6 +49,18 @@ class Part:
     used: bool = False
     call: Call | None = None
     moves: bool = True
+    settled: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Blob:
+    """Bytes of media of which no more come: all `size` of them are in a file, or it `failed`, and why."""
+
+    session: bytes
+    number: int
+    size: int = 0
+    crc: int = 0
+    failed: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +90,27 @@ class Raised:
     title: str
     text: str
     level: str = "WARN"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Printed:
+    """Lines that a session's program printed at `time` on `stream`, each with its end and with who printed it."""
+
+    position: Position
+    time: float
+    stream: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Described:
+    """What a session's program is: facts, or a file of the run by its name and content."""
+
+    position: Position
+    time: float
+    facts: Mapping[str, Any]
+    file: str | None = None
+    text: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

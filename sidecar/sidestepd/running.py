@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from sidestepd import command, rundir
+from sidestepd import command, rundir, sweep
 from sidestepd.command import Command, Signals
 from sidestepd.config import Config, Given
 from sidestepd.control import Control
@@ -44,7 +44,7 @@ def run(words: Sequence[str], toml: Path | None, overrides: Mapping[str, Given],
             if context:
                 _write_context(context, found.exports())
             say_in_terminal(f"run {found.id} in {short(run_dir)}")
-            code = _attend(daemon, words, environ | found.exports(), signals)
+            code = _attend(daemon, words, environ | sweep.exports(environ) | found.exports(), signals)
             complete = finish(daemon, code)
         finally:
             daemon.release()

@@ -25,6 +25,7 @@ from sidestepd.entries import (
     ENTRY_COLUMNS,
     PUT_ENTRY,
     PUT_SESSION,
+    SAID,
     SCHEMA,
     SESSION_COLUMNS,
     Entry,
@@ -168,7 +169,7 @@ def _sessions(source: sqlite3.Connection) -> Iterator[StoredSession]:
 def _with_frames(target: sqlite3.Connection, known: dict[bytes, StoredSession]) -> Iterator[StoredSession]:
     """The sessions of the frames that are left, each wanting what comes after them."""
     for id_, next_ in target.execute(
-        "SELECT session, max(first + count) FROM entry WHERE kind = ? GROUP BY session", (EntryKind.FRAME,)
+        "SELECT session, max(first + count) FROM entry WHERE kind IN (?, ?) GROUP BY session", SAID
     ):
         session = known.get(id_) or _from_its_hello(target, id_)
         yield replace(session, next=max(session.next, next_))

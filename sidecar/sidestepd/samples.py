@@ -243,7 +243,7 @@ class Samples:
         return derived | self._per_sample(meters)
 
     def _per_sample(self, meters: Sequence[_Meter]) -> dict[str, float]:
-        """The energy of each training sample, since their count was seen to grow last; it may stand in few rows."""
+        """The energy of each training sample, since their count was seen to grow last: not every row tells it."""
         count, before = self._count, self._counted
         if count is None or count == before:
             return {}

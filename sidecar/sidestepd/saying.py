@@ -12,12 +12,12 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from sidestep.errors import SidestepError
-from sidestep.wire import WORKER
+from sidestep.wire import BLOBS, WORKER
 from sidestepd import status
 from sidestepd.errors import ExitCode
 from sidestepd.home import short
@@ -128,6 +128,7 @@ def table(found: status.Report) -> str:
         f"spool     {found.spool_bytes / 1e6:.1f} MB"
         + (", FULL: workers keep what they have" if found.full else ""),
     ]
+    lines += [_media(found.media)] if any(found.media.values()) else []
     lines += [f"trouble   {found.trouble}"] if found.trouble else []
     if found.spool_damaged:
         lines.append("the spool is damaged: workers as delivery knew them; the next start keeps what can be read")
@@ -150,7 +151,15 @@ def table(found: status.Report) -> str:
 
 
 def _who(session: status.SessionReport) -> str:
+    if session.role == BLOBS:
+        return f"media {session.rank}"
     return f"rank {session.rank}" if session.role == WORKER else session.role
+
+
+def _media(media: Mapping[str, Any]) -> str:
+    waiting = f", {media['waiting']} waiting, {media['bytes'] / 1e6:.1f} MB on disk" if media["bytes"] else ""
+    left_out = f", {_by_reason(media['left_out'])} left out" if any(media["left_out"].values()) else ""
+    return f"media     {media['delivered']} delivered{waiting}{left_out}"
 
 
 def _alert(alert: Alert) -> str:

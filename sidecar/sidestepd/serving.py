@@ -24,9 +24,9 @@ from sidestepd.config import Config, Given
 from sidestepd.control import Control
 from sidestepd.daemon import Daemon
 from sidestepd.errors import Deleted, ExitCode, Incomplete, Unreachable
+from sidestepd.exits import Lifeline
 from sidestepd.home import Home, RunHome, ServiceHome, short
 from sidestepd.notify import notify
-from sidestepd.processes import Lifeline
 from sidestepd.rundir import RunFile
 from sidestepd.running import STOP, Drain, finish
 from sidestepd.saying import say, sum_up

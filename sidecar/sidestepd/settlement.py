@@ -50,6 +50,12 @@ class Settlement:
         """Records that were read and have no fate yet."""
         return sum(self._remaining.values())
 
+    def settled_beyond(self, entry: int) -> int:
+        """Records with a fate that lie in frames behind an entry, which are still to be read again."""
+        if not self._awaited:
+            return 0
+        return sum(settled and position.entry > entry for position, settled in self._decided_before.items())
+
     @property
     def unconfirmed(self) -> int:
         """Rows that were decided and are not known to be in the run."""

@@ -30,6 +30,7 @@ from sidestepd.entries import (
     ENTRY_COLUMNS,
     PUT_ENTRY,
     PUT_SESSION,
+    SAID,
     SCHEMA,
     SESSION_COLUMNS,
     Entry,
@@ -199,9 +200,9 @@ class SpoolReader:
 
     def records_after(self, after: int) -> int:
         """How many records lie in frames above id `after`."""
-        query = "SELECT coalesce(sum(count), 0) FROM entry WHERE id > ? AND kind = ?"
+        query = "SELECT coalesce(sum(count), 0) FROM entry WHERE id > ? AND kind IN (?, ?)"
         with self._reading():
-            return int(self._db.execute(query, (after, EntryKind.FRAME)).fetchone()[0])
+            return int(self._db.execute(query, (after, *SAID)).fetchone()[0])
 
     def received_after(self, after: int) -> float | None:
         """When the oldest entry above id `after` came, if there is one."""
@@ -224,9 +225,9 @@ class SpoolReader:
 
     def firsts(self) -> dict[bytes, int]:
         """The first sequence of each session that lies in a frame here."""
-        query = "SELECT session, min(first) FROM entry WHERE kind = ? GROUP BY session"
+        query = "SELECT session, min(first) FROM entry WHERE kind IN (?, ?) GROUP BY session"
         with self._reading():
-            return {bytes(session): int(first) for session, first in self._db.execute(query, (EntryKind.FRAME,))}
+            return {bytes(session): int(first) for session, first in self._db.execute(query, SAID)}
 
     def sessions(self) -> list[StoredSession]:
         """Every session that ever spoke, as of the newest commit."""

@@ -21,7 +21,7 @@ from sidestepd.processes import Lock, read_json
 from sidestepd.room import CLOSED_MARK
 from sidestepd.rowlog import RowLogReader
 from sidestepd.rows import Alert
-from sidestepd.rundir import DEATHS, TROUBLE, RunFile
+from sidestepd.rundir import BLOBS, DEATHS, TROUBLE, RunFile
 from sidestepd.spool import SpoolReader, StoredSession
 
 _TRIES = 20
@@ -85,6 +85,8 @@ class Report:
     sessions: tuple[SessionReport, ...]
     ledger: Ledger
     spool_bytes: int
+    media: Mapping[str, Any] = field(default_factory=dict)
+    """How many media were `delivered` and are `waiting`, were `left_out` by reason, and the `bytes` that wait."""
     full: bool = False
     """No room is left: workers keep what they have."""
     spool_damaged: bool = False
@@ -151,6 +153,7 @@ def report(run_dir: Path) -> Report:
         unmatched=tuple(told.get("unmatched", ())),
         sessions=sessions,
         ledger=_ledger(sessions, told, unread),
+        media=_media(told, run_dir),
         spool_bytes=sum(path.stat().st_size for path in home.glob("spool.db*")),
         full=state == "running" and (home / CLOSED_MARK).exists(),
         alerts=tuple(rowlog.alerts()),
@@ -168,10 +171,31 @@ def losses(found: Report) -> str:
     if silent:
         who = f"{silent} worker{'s' if silent > 1 else ''} that ended without a word"
         parts.append(f"{f'{ledger.unknown} and ' if ledger.unknown else ''}whatever else {who} had not sent")
+    left_out = found.media.get("left_out", {})
+    parts += [f"{count} media left out ({reason})" for reason, count in sorted(left_out.items()) if count]
     parts += [f"{ledger.values_refused} values that can not be logged"] if ledger.values_refused else []
     if not (ledger.balances or found.spool_damaged):
         parts.append("and the ledger does not balance, which is a defect: please report it")
     return ", ".join(parts)
+
+
+def _media(told: Mapping[str, Any], run_dir: Path) -> dict[str, Any]:
+    folder = run_dir / BLOBS
+    sizes = (path.stat().st_size for path in folder.iterdir() if path.is_file()) if folder.is_dir() else ()
+    return {
+        "delivered": 0,
+        "waiting": 0,
+        "left_out": {},
+        **told.get("media", {}),
+        "bytes": _sum_while_there(sizes),
+    }
+
+
+def _sum_while_there(sizes: Iterable[int]) -> int:
+    try:
+        return sum(sizes)
+    except FileNotFoundError:  # delivery is done with one of them
+        return 0
 
 
 def _state(run: RunFile, run_dir: Path, rowlog: RowLogReader) -> str:
@@ -234,6 +258,7 @@ def _as_told(session: Mapping[str, Any]) -> SessionReport:
 
 def _ledger(sessions: Iterable[SessionReport], told: Mapping[str, Any], unread: int) -> Ledger:
     by_workers = _sum(session.dropped for session in sessions)
+    unread -= told.get("settled_beyond", 0)  # delivery was started again, and has yet to read those once more
     unreadable = Counter(told.get("dropped", {}))
     unreadable -= _sum(session["dropped"] for session in told.get("sessions", {}).values())
     return Ledger(

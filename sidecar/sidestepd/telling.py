@@ -1,21 +1,22 @@
-"""What the run and people are told beside rows: system samples, alerts, configuration, summary.
+"""What the run and people are told beside rows: system samples, alerts, output, configuration, summary, names.
 
-- samples and alerts are told at most once: that they are is written down before
-- configuration and summary are told again after each start, which changes nothing
+- samples, alerts, and what programs printed and are, are told at most once: that they are is written down before
+- configuration, summary and names are told again after each start, which changes nothing
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from sidestepd.assemble import Assembler
+from sidestepd.beside import Beside
 from sidestepd.config import Config
 from sidestepd.crashpoints import crash_point
 from sidestepd.resolve import Resolver
 from sidestepd.rowlog import RowLog
-from sidestepd.rows import Alert, Raised
+from sidestepd.rows import Alert, Printed, Raised
 from sidestepd.samples import Samples
 from sidestepd.sinks import Sink
 from sidestepd.watch import Watch
@@ -35,11 +36,16 @@ class Telling:
         assembler: Assembler,
         samples: Samples,
         watch: Watch,
+        beside: Beside,
     ) -> None:
         self._sink, self._rowlog, self._alerts = sink, rowlog, config.watch.alerts
         self._resolver, self._assembler, self._samples, self._watch = resolver, assembler, samples, watch
+        self._beside = beside
         self._config_told: dict[str, Any] = {}
         self._summary_told: dict[str, Any] = {}
+        self._named_told: dict[str, Any] = {}
+        self.about: Callable[[], None] = lambda: None
+        """Write down anew what only the sink knows of the run."""
 
     def tell_samples(self, now: float) -> None:
         """Send samples and alerts of the samplers out.
@@ -55,6 +61,17 @@ class Telling:
         for sample in samples:
             self._sink.sample(sample)
         self._announce(alerts)
+
+    def tell_beside(self) -> None:
+        """Send what programs printed, and what they are: at most once, as samples."""
+        if said := self._beside.take():
+            self._rowlog.settle(beside=list(self._beside.told))
+            crash_point("delivery.beside")
+        for one in said:
+            if isinstance(one, Printed):
+                self._sink.printed(one)
+            else:
+                self._sink.described(one)
 
     def tell_alerts(self, now: float, *, through: int) -> None:
         """Tell people what the watch finds, which has seen the spool up to entry `through`."""
@@ -76,11 +93,17 @@ class Telling:
         for said, told, tell in (
             (self._resolver.config, self._config_told, self._sink.config),
             (self._resolver.summary, self._summary_told, self._sink.summary),
+            (self._resolver.named, self._named_told, self._name),
         ):
             changed = {name: pair[1] for name, pair in said.items() if told.get(name) is not pair}
             if changed:
                 tell(changed)
                 told.update(said)
+
+    def _name(self, values: Mapping[str, Any]) -> None:
+        """Call the run otherwise, and have workers and tools know."""
+        self._sink.named(values)
+        self.about()
 
     def tell_summary(self, totals: Mapping[str, int]) -> None:
         """Send the summary of the whole run."""

@@ -3,13 +3,14 @@
 - a rank is *silent* when nothing is heard of its process, not even heartbeats, for `silent_s`; or when it says
   nothing for that long while the others go on, though it spoke regularly before
 - a launch has *stalled* when all its ranks say nothing for `stalled_s`, and none of them is silent or gone
-- both wait longer for who has paused longer before without harm: three times the longest pause
+- both wait longer for who has paused longer before without harm: three times the longest pause. A launch that has
+  spoken a few times only, or not yet, may say nothing for `start_s`
 - a worker is *gone* when its process ended and it said no BYE; only the first is named of those that a launcher
   takes down with it
 - each cause is told once while it lasts, and once more when it is over; what is open is kept by the row log, and
   whoever reads the same entries again does not tell it again
 - time is spool time, and after BOOT nobody has been silent: a daemon that stood still has missed what was said
-- samplers are no ranks, and are not watched
+- samplers are no ranks, and are not watched; nor is one process by itself that logs no steps, and may come and go
 - no I/O and no clock: entries and parts in, values for rows and alerts out
 """
 
@@ -103,7 +104,7 @@ class _Worker:
 
 @dataclass(slots=True, kw_only=True)
 class _Launch:
-    """Processes started together that log steps."""
+    """Processes started together. `step` is below 0 as long as none logged a step of the main axis."""
 
     voice: _Voice
     step: int = -1
@@ -189,6 +190,7 @@ class Watch:
                 it.replaced = it.replaced or (it.name == worker.name and it.attempt < worker.attempt)
             worker.main = not any(it.main and it.lives and it.launch == launch for it in others)
             self._nodes.add(worker.node)
+        self._launches.setdefault(launch, _Launch(voice=_Voice(spoke=now)))
         worker.ended, worker.quiet_since, worker.gone_at = False, None, None
         worker.voice.excused = False
 
@@ -198,18 +200,20 @@ class Watch:
         if worker is None:
             return
         worker.quiet_since = worker.gone_at = None
-        launch = self._launches.get(worker.launch)
-        if worker.main and launch is not None:
+        launch = self._launches[worker.launch]
+        if launch.step < 0:
+            launch.voice.spoke = worker.voice.spoke = now  # how long it took to begin says nothing
+        elif worker.main:
             launch.voice.hear(now, harmless=launch.voice.spoke >= self._told.well_since)
             worker.voice.hear(now, harmless=worker.voice.spoke >= self._told.well_since)
 
     def _move(self, worker: _Worker, part: Part, now: float) -> None:
         """A rank is at this step."""
-        launch = self._launches.get(worker.launch)
-        if launch is None:
-            launch = self._launches[worker.launch] = _Launch(voice=_Voice(spoke=now))
+        launch = self._launches[worker.launch]
+        if launch.step < 0:
+            launch.voice.spoke = now
         if worker.step < 0:
-            worker.voice.spoke = now  # how long it took to begin says nothing
+            worker.voice.spoke = now
         worker.step, launch.step = max(worker.step, part.step), max(launch.step, part.step)
 
     def _boot(self, now: float) -> None:
@@ -293,7 +297,7 @@ class Watch:
             return  # an earlier life has seen this
         for name, launch in self._launches.items():
             workers = {id_: it for id_, it in self._workers.items() if it.launch == name and it.main}
-            if self.options.hangs:
+            if self.options.hangs and (launch.step >= 0 or len(workers) > 1):
                 self._see_gone(workers, now)
                 for id_, worker in workers.items():
                     self._see_silent(id_, worker, launch, now)
@@ -314,8 +318,8 @@ class Watch:
             self._raise(
                 _about("gone", id_),
                 f"rank {workers[id_].rank} ended without a word",
-                f"Rank {workers[id_].rank} ({workers[id_].where}) ended without a word, at step "
-                f"{workers[id_].step}: it was killed, or ran out of memory."
+                f"Rank {workers[id_].rank} ({workers[id_].where}) ended without a word, "
+                f"{_at(workers[id_].step)}: it was killed, or ran out of memory."
                 + (f" {_ranks(followers)} ended within a second of it." if followers else ""),
                 now,
                 "ERROR",
@@ -342,13 +346,13 @@ class Watch:
             for_s = now - worker.voice.spoke
             why = f"its process lives; the others are at step {launch.step}"
         else:
-            self._clear(cause, f"rank {worker.rank} is heard again", f"It is at step {worker.step}.", now)
+            self._clear(cause, f"rank {worker.rank} is heard again", f"It is {_at(worker.step)}.", now)
             return
         self._raise(
             cause,
             f"rank {worker.rank} is silent",
             f"Nothing was heard of rank {worker.rank} ({worker.where}) for {for_s:.0f} s; {why}. "
-            f"It was at step {worker.step}.",
+            f"It was {_at(worker.step)}.",
             now,
         )
 
@@ -356,7 +360,8 @@ class Watch:
         cause = f"stalled/{name}"
         if launch.voice.excused:
             return
-        if not launch.voice.silent_for(now, self.options.stalled_s):
+        begun = launch.voice.pauses >= REGULAR
+        if not launch.voice.silent_for(now, self.options.stalled_s if begun else self.options.start_s):
             self._clear(cause, "the training goes on", f"It is at step {launch.step}.", now)
             return
         there = {id_: it for id_, it in workers.items() if it.lives}
@@ -364,15 +369,16 @@ class Watch:
         explained = any(it.gone_at is not None and it.gone_at >= lately for it in workers.values()) or any(
             it.quiet_since is not None or _about("silent", id_) in self._told.open for id_, it in there.items()
         )
-        if not there or explained or launch.voice.pauses < REGULAR:
+        if not there or explained:
             return
         behind = [it for it in there.values() if it.step < launch.step]
         ahead = len(there) > len(behind) > 0
         self._raise(
             cause,
             f"no word from {'any rank' if len(there) > 1 else 'the training'}",
-            f"All {len(there)} live processes said nothing for {now - launch.voice.spoke:.0f} s, at step "
-            f"{launch.step}; their heartbeats come." + (f" Behind the others: {_ranks(behind)}." if ahead else ""),
+            f"All {len(there)} live processes said nothing for {now - launch.voice.spoke:.0f} s, "
+            f"{_at(launch.step)}; their heartbeats come."
+            + (f" Behind the others: {_ranks(behind)}." if ahead else ""),
             now,
         )
 
@@ -430,7 +436,9 @@ class Watch:
         """Take up what `state` gave."""
         self._workers = {id_: _Worker(**_with_voice(it)) for id_, it in state["workers"].items()}
         self._launches = {name: _Launch(**_with_voice(it)) for name, it in state["launches"].items()}
-        self._nodes = {worker.node for worker in self._workers.values()}
+        for worker in self._workers.values():
+            self._nodes.add(worker.node)
+            self._launches.setdefault(worker.launch, _Launch(voice=_Voice(spoke=worker.joined)))
         self.pace.restore(state["pace"])
 
     def take_up(self, told: Sequence[Alert], through: int) -> None:
@@ -474,6 +482,10 @@ def _ranks(workers: Sequence[_Worker]) -> str:
     ranks = sorted(worker.rank for worker in workers)
     shown = ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
     return f"rank {shown}" if len(ranks) == 1 else f"ranks {shown}"
+
+
+def _at(step: int) -> str:
+    return f"at step {step}" if step >= 0 else "before the first step"
 
 
 def _cut(text: str) -> str:

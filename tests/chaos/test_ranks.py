@@ -27,8 +27,8 @@ pytestmark = pytest.mark.chaos
 RANKS = 4
 OPTIONS = {
     "intake.heartbeat_s": 0.5,
-    "watch.silent_s": 3.0,
-    "watch.straggler_s": 0.5,
+    "watch.silent_s": 5.0,
+    "watch.straggler_s": 1.5,
     "watch.stalled_s": 60.0,
 }
 """As small as a machine that is short of cores bears."""

@@ -137,6 +137,12 @@ class TestAgainstWandb:
         assert names
         assert {name: expected[name] for name in names} == {name: found[name] for name in names}
 
+    def test_what_is_an_image_without_being_called_so_is_one(self, folder: Path, ours: Path):
+        found, expected = history(ours), history(folder)
+
+        assert expected["image/pil"] == found["implied/pil"]
+        assert expected["image/figure"] == found["implied/figure"]
+
     def test_a_table_that_grows_tells_of_what_was_before(self, folder: Path, ours: Path):
         found, expected = increments(ours), increments(folder)
 

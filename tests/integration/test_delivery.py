@@ -67,6 +67,23 @@ class TestDelivery:
 
         assert_run_whole(served, steps)
 
+    def test_killed_before_it_read_again_what_is_in_the_run_counts_nothing_twice(self, serve: Serve):
+        """The last step waits for its successor, so nothing of its frame is behind the cursor."""
+        served = serve(order__patience_s=3600.0)
+        worker = served.worker()
+        worker.hello()
+        worker.log(*range(10))
+        eventually(lambda: served.told().get("rows", 0) == 9, DEADLINE_S, served.log)
+        served.kill()
+
+        served.start(crash_at="delivery.settled", ready=False)
+        eventually(lambda: "delivery ended with -9" in served.log(), DEADLINE_S, served.log)
+        served.kill()
+
+        ledger = served.ledger()
+        assert (10, 9, 1, True) == (ledger.offered, ledger.delivered, ledger.pending, ledger.balances)
+        assert 9 == served.told()["settled_beyond"]
+
     def test_standing_still_is_killed(self, serve: Serve):
         served = serve(delivery__stall_s=4.0)
         with self.under_load(served) as steps:

@@ -1,4 +1,8 @@
-"""The samplers of a real daemon: a process beside intake and delivery, over GPUs that are not there."""
+"""The samplers of a real daemon: a process beside intake and delivery, over GPUs that are not there.
+
+Most of it happens in one run, which is trained in all the while: `life` is that run. What a test does to its GPUs
+heals before the next one, and the last one reads the whole run back.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +14,16 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from sidestep.wire import Kind, Record, encode_record
 from sidestepd import status
 from sidestepd.samplers.names import METRICS, look_up
-from tests.support.daemons import DEADLINE_S, RawWorker, Serve, ServedRun, killed
+from tests.support.daemons import DEADLINE_S, RawWorker, ServedRun, killed, see_gone
 from tests.support.gpus import COMPILER, NO_COMPILER, StubGpus
 from tests.support.waiting import eventually
 
@@ -27,43 +31,75 @@ pytestmark = pytest.mark.skipif(COMPILER is None, reason=NO_COMPILER)
 
 UNKNOWN, NOT_SUPPORTED, LOST, MISMATCH, NOT_LOADED = 999, 3, 15, 18, 9
 NODE = os.uname().nodename
+QUICK = {"samplers__enabled": True, "samplers__interval_s": 0.5, "samplers__slow_interval_s": 0.5}
+FOR_EVER_US = 30_000_000
+"""As good as for ever, for a call of NVML's."""
 
 
-@pytest.fixture
-def gpus(tmp_path: Path) -> StubGpus:
-    return StubGpus(tmp_path)
+@dataclass(slots=True)
+class Life:
+    """A run whose GPUs are sampled as fast as can be, with a worker that logs a step now and then."""
 
+    served: ServedRun
+    gpus: StubGpus
+    worker: RawWorker
+    steps: list[int] = field(default_factory=list)
+    _over: threading.Event = field(default_factory=threading.Event)
+    _thread: threading.Thread | None = None
 
-def sampling(serve: Serve, gpus: StubGpus, **options: Any) -> ServedRun:
-    """A run whose GPUs are sampled as fast as can be; nothing else is, unless it is asked for."""
-    quick = {"samplers__enabled": True, "samplers__interval_s": 0.5, "samplers__slow_interval_s": 0.5}
-    only_gpus = {"samplers__host": False, "samplers__own": False}
-    return serve(environment=gpus.environment, **{**quick, **only_gpus, **options})
+    def train(self) -> None:
+        """Until the end."""
+        self.worker.hello()
+        self._thread = threading.Thread(target=self._train)
+        self._thread.start()
+
+    def _train(self) -> None:
+        while not self._over.wait(0.05):
+            self.worker.log(len(self.steps))
+            self.steps.append(len(self.steps))
+
+    def end_training(self) -> None:
+        self._over.set()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def wait_for(self, what: Callable[[], object], why: str = "") -> None:
+        eventually(what, 2 * DEADLINE_S, lambda: f"{why}:\n{self.served.log()}")
+
+    def sampled(self, number: int, after: float) -> bool:
+        """Whether a GPU is sampled."""
+        return bool(streamed(self.served, f"gpu.{number}.gpu", after=after))
+
+    def see_sampled(self, number: int) -> None:
+        """Until it is, from now on."""
+        now = time.time()
+        self.wait_for(lambda: self.sampled(number, now), f"GPU {number} is not sampled")
+
+    def told(self, title: str, since: int) -> bool:
+        """Whether people were told so, but for the first alerts of all."""
+        return title in self.served.alerts()[since:]
 
 
 @contextmanager
-def training(served: ServedRun, pause_s: float = 0.02) -> Iterator[list[int]]:
-    """A worker that logs a step now and then until the block ends; the steps are in the list."""
-    worker, steps, over = served.worker(node=NODE), list[int](), threading.Event()
-    worker.hello()
-
-    def train() -> None:
-        while not over.wait(pause_s):
-            worker.log(len(steps))
-            steps.append(len(steps))
-
-    thread = threading.Thread(target=train)
-    thread.start()
-    try:
-        yield steps
-    finally:
-        over.set()
-        thread.join()
-    worker.bye()
+def living(folder: Path, *, crash_at: str | None = None, **options: Any) -> Iterator[Life]:
+    """With patience beyond the test's end: a session of samplers that held an axis would keep every row."""
+    gpus = StubGpus(folder)
+    options = {**QUICK, "order__patience_s": 1000, "delivery__confirm_interval_s": 30, **options}
+    with ServedRun(folder, environment=gpus.environment, **options) as served:
+        served.start(crash_at=crash_at)
+        life = Life(served, gpus, served.worker(node=NODE, pid=os.getpid()))
+        try:
+            yield life
+        finally:
+            life.end_training()
 
 
-def wait_for(served: ServedRun, what: Callable[[], object], why: str = "") -> None:
-    eventually(what, DEADLINE_S, lambda: f"{why}:\n{served.log()}")
+@pytest.fixture(scope="module")
+def life(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Life]:
+    with living(tmp_path_factory.mktemp("life"), sink="wandb") as life:
+        life.train()
+        yield life
 
 
 def streamed(served: ServedRun, name: str, *, after: float = 0.0) -> list[float]:
@@ -71,192 +107,189 @@ def streamed(served: ServedRun, name: str, *, after: float = 0.0) -> list[float]
     return [it.values[name] for it in served.stream() if it.time > after and name in it.values]
 
 
-def told(served: ServedRun, title: str) -> bool:
-    return title in served.alerts()
+def newest(served: ServedRun, *, after: float) -> dict[str, float]:
+    """What was read last of each name."""
+    return {name: value for it in served.stream() if it.time > after for name, value in it.values.items()}
 
 
-def assert_samples_are_extra(served: ServedRun, steps: list[int]) -> None:
-    """Rows are what was logged, no more; and the ledger knows of every record, the samples too."""
+def titles(served: ServedRun) -> list[str]:
+    """What the run's status says that people were told."""
+    return [alert.title for alert in status.report(served.run_dir).alerts]
+
+
+def assert_samples_are_extra(life: Life) -> None:
+    """Rows are what was logged, no more; the ledger knows of every record, and the stream has each sample once."""
+    served, steps = life.served, life.steps
     assert steps == served.steps()
     ledger = served.ledger()
     assert ledger.balances
     assert (0, 0) == (ledger.pending, ledger.unknown)
     assert ledger.offered == ledger.delivered > len(steps)
+    told = [(it.time, name) for it in served.stream() for name in it.values]
+    assert len(told) == len(set(told))
+    assert {NODE} == {it.node for it in served.stream()}
 
 
 class TestGpus:
-    @pytest.mark.parametrize("count", [0, 1, 2, 8])
-    def test_are_in_the_stream_and_the_newest_in_rows(self, serve: Serve, gpus: StubGpus, count: int) -> None:
-        gpus.set(count=count)
-        for number in range(count):
-            gpus.gpu(number, util=10 * number + 5)
-        served = sampling(serve, gpus, sink="wandb")
-
-        with training(served) as steps:
-            wait_for(served, lambda: len(streamed(served, "gpu_count")) >= 4)
-            wait_for(served, lambda: not count or len(read_from_rows(served, "system/gpu0/utilization")) >= 2)
-        assert served.finish() == 0
-
-        last = served.stream()[-2].values
-        assert {f"gpu.{i}.gpu": 10 * i + 5 for i in range(count)} == only(last, ".gpu")
-        assert {f"gpu.{i}.powerWatts": 300 for i in range(count)} == only(last, ".powerWatts")
-        for number in range(count):
-            values = read_from_rows(served, f"system/gpu{number}/utilization")
-            assert values
-            assert set(values) == {10 * number + 5}
-        assert_samples_are_extra(served, steps)
-
-    def test_go_into_each_row_once_and_only_by_the_short_list(self, serve: Serve, gpus: StubGpus) -> None:
-        gpus.set(count=2)
-        served = sampling(serve, gpus)
-
-        with training(served, pause_s=0.01):
-            wait_for(served, lambda: len(read_from_rows(served, "system/gpu0/utilization")) >= 3)
-        assert served.finish() == 0
-
-        rows = [row.values for row in served.rows()]
-        readings = len(streamed(served, "system/gpu0/utilization"))
-        assert len(read_from_rows(served, "system/gpu0/utilization")) <= readings < len(rows)
-        in_rows = {name for row in rows for name in row if name.startswith("system/")}
-        short = {metric.name for metric in METRICS if metric.history or metric.cadence == "row"}
-        assert {known.metric.name for name in in_rows if (known := look_up(name))} <= short
-        assert "system/energy_j" in in_rows
-        assert "system/energy_per_step_j" in in_rows
-
-    def test_every_fault_is_a_gap_and_heals(self, serve: Serve, gpus: StubGpus) -> None:
-        """One run, whose `.wandb` file tells of all of them in the end."""
-        gpus.set(count=3).error(2, NOT_SUPPORTED, "nvmlDeviceGetPowerUsage").field(2, 82, UNKNOWN)
-        served = sampling(serve, gpus, sink="wandb")
-
-        def sampled(number: int, after: float) -> bool:
-            return bool(streamed(served, f"gpu.{number}.gpu", after=after))
-
-        with training(served) as steps:
-            wait_for(served, lambda: sampled(2, 0.0), "no GPUs")
-
-            gpus.error(1, LOST)
-            wait_for(served, lambda: told(served, "GPU 1 is lost"), "no loss")
-            lost_at = time.time()
-            wait_for(served, lambda: sampled(0, lost_at) and sampled(2, lost_at), "others stopped")
-            assert not sampled(1, lost_at)
-            gpus.error(1, 0)
-            wait_for(served, lambda: sampled(1, lost_at) and told(served, "GPU 1 is back"), "no return")
-
-            gpus.xid(0, 79).xid(2, 31)
-            wait_for(
-                served, lambda: told(served, "XID 79 on GPU 0") and told(served, "XID 31 on GPU 2"), "no XIDs"
+    def test_are_in_the_stream_and_the_newest_in_rows_however_many_there_are(self, life: Life) -> None:
+        served, gpus = life.served, life.gpus
+        for count in (0, 1, 2, 8):
+            gpus.reset(count)
+            for number in range(count):
+                gpus.gpu(number, util=10 * number + count, power_mw=300_000)
+            changed, rows = time.time(), len(served.rows())
+            wanted = {f"gpu.{i}.gpu": 10 * i + count for i in range(count)}
+            life.wait_for(
+                lambda at=changed, wanted=wanted: wanted == only(served, ".gpu", after=at), f"not {count} GPUs"
+            )
+            last = f"system/gpu{count - 1}/utilization"
+            life.wait_for(
+                lambda rows=rows, last=last, count=count: (
+                    not count or 10 * (count - 1) + count in read_from_rows(served, last, rows)
+                ),
+                "not in rows",
             )
 
-            for number in range(3):
-                gpus.error(number, UNKNOWN)  # as in a container that lost its devices
-            wait_for(served, lambda: told(served, "NVML does not answer"), "no gap")
-            gpus.set(init=MISMATCH)  # the driver is replaced
-            for number in range(3):
-                gpus.error(number, 0)
-            gap_at = time.time()
-            wait_for(served, lambda: served.alerts().count("NVML does not answer") == 2, "no mismatch")
-            gpus.set(init=0, count=2)
-            wait_for(served, lambda: told(served, "NVML answers again"), "no answer")
-            wait_for(served, lambda: told(served, "The number of GPUs changed"), "no change of number")
-            wait_for(served, lambda: sampled(1, gap_at), "nothing after the gap")
+        alone = {"gpu.0.smActive", "gpu.7.powerWatts", "gpu.7.smActive", "gpu.7.pcieLinkWidth", "gpu_count"}
+        life.wait_for(lambda: alone <= newest(served, after=changed).keys())
 
-            gpus.field(1, 82, 0).error(1, 0, "nvmlDeviceGetPowerUsage")
-            gpus.set(count=3)
-            wait_for(served, lambda: served.alerts().count("The number of GPUs changed") == 2, "no second change")
-        assert served.finish() == 0
-
-        assert not streamed(served, "gpu.2.powerWatts")
-        assert streamed(served, "gpu.1.powerWatts")
-        assert 79 in streamed(served, "gpu.0.xid")
-        assert 79 in read_from_rows(served, "system/gpu0/xid")
-        assert served.failures_of_samplers() == 0
-        assert_samples_are_extra(served, steps)
-        told_of = {alert.title: alert for alert in status.report(served.run_dir).alerts}
-        assert "ERROR" == told_of["GPU 1 is lost"].level
-
-    def test_that_hang_hold_up_nothing_else(self, serve: Serve, gpus: StubGpus) -> None:
-        gpus.set(count=2, delay_us=30_000_000)
-        served = sampling(serve, gpus, samplers__own=True)
-
-        with training(served) as steps:
-            wait_for(served, lambda: len(streamed(served, "sidestep/memory_bytes")) >= 3)
-            wait_for(served, lambda: len(served.steps()) > 20)
-        before = time.monotonic()
-        assert served.finish() == 0
-
-        assert time.monotonic() - before < 25
-        assert not streamed(served, "system/gpu0/utilization")
-        assert_samples_are_extra(served, steps)
-
-    def test_are_shared_by_the_ranks_whose_processes_are_on_them(self, serve: Serve, gpus: StubGpus) -> None:
-        gpus.set(count=1).process(0, os.getpid(), 3 << 30).process(0, 1, 1 << 30)
-        served = sampling(serve, gpus)
-        served.worker(rank=5, node=NODE, pid=os.getpid()).hello()
-
-        wait_for(served, lambda: 3 << 30 in streamed(served, "system/gpu0/rank5/memory_bytes"))
-
-        assert 1 in streamed(served, "system/gpu0/foreign_process_count")
-
-    def test_are_those_that_nvitop_sees(self, serve: Serve, gpus: StubGpus) -> None:
+    def test_are_those_that_nvitop_sees(self, life: Life) -> None:
         pytest.importorskip("nvitop")
-        gpus.set(count=2).gpu(0, util=71, mem_used=7 << 30, temp=61).gpu(1, util=3, mem_used=1 << 30, temp=33)
-        served = sampling(serve, gpus)
+        life.gpus.reset(2).gpu(0, util=71, mem_used=7 << 30, temp=61).gpu(1, util=3, mem_used=1 << 30, temp=33)
+        names = ("gpu", "memoryAllocatedBytes", "temp", "powerWatts")
+        since, seen = time.time(), nvitop_says(life.gpus)
 
-        with training(served):
-            wait_for(served, lambda: len(streamed(served, "system/gpu1/utilization")) >= 2)
-        served.finish()
+        def ours() -> list[list[float]]:
+            now = newest(life.served, after=since)
+            return [[now.get(f"gpu.{i}.{name}", -1) for name in names] for i in (0, 1)]
 
-        newest = {name: value for it in served.stream() for name, value in it.values.items()}
-        ours = [
-            [newest[f"system/gpu{i}/{name}"] for name in ("utilization", "memory_used_bytes", "temperature_c")]
-            + [round(newest[f"system/gpu{i}/power_w"] * 1000)]
-            for i in (0, 1)
-        ]
-        assert nvitop_says(gpus) == ours
+        assert [[71, 7 << 30, 61, 300_000], [3, 1 << 30, 33, 300_000]] == seen
+        life.wait_for(lambda: [[*it[:3], it[3] / 1000] for it in seen] == ours(), f"not as nvitop: {seen}")
+
+    def test_are_shared_by_the_ranks_whose_processes_are_on_them(self, life: Life) -> None:
+        life.gpus.reset(1).process(0, os.getpid(), 3 << 30).process(0, 1, 1 << 30)
+        life.wait_for(lambda: 3 << 30 in streamed(life.served, "gpu.0.rank0.memory_bytes"))
+        life.wait_for(lambda: 1 in streamed(life.served, "gpu.0.foreign_process_count"))
+
+    def test_are_lost_and_found_alone(self, life: Life) -> None:
+        served, gpus, before, begun = life.served, life.gpus, len(life.served.alerts()), time.time()
+        gpus.reset(3).error(2, NOT_SUPPORTED, "nvmlDeviceGetPowerUsage").field(2, 82, UNKNOWN)
+        life.wait_for(lambda: life.sampled(2, begun), "no GPUs")
+
+        gpus.error(1, LOST)
+        life.wait_for(lambda: life.told("GPU 1 is lost", before), "no loss")
+        lost_at = time.time()
+        life.wait_for(lambda: life.sampled(0, lost_at) and life.sampled(2, lost_at), "others stopped")
+        assert not life.sampled(1, lost_at)
+        gpus.error(1, 0)
+        life.wait_for(lambda: life.sampled(1, lost_at) and life.told("GPU 1 is back", before), "no return")
+        gpus.xid(0, 79).xid(2, 31)
+        life.wait_for(
+            lambda: life.told("XID 79 on GPU 0", before) and life.told("XID 31 on GPU 2", before), "no XIDs"
+        )
+
+        assert streamed(served, "gpu.1.powerWatts", after=begun)
+        assert 79 in streamed(served, "gpu.0.xid")
+        life.wait_for(lambda: 79 in read_from_rows(served, "system/gpu0/xid"))
+
+    def test_that_a_container_loses_are_a_gap(self, life: Life) -> None:
+        """All answer "unknown error", and so does a start of NVML; then they are there again, but for one."""
+        gpus, before = life.gpus, len(life.served.alerts())
+        gpus.reset(3)
+        life.see_sampled(2)
+        gpus.error("*", UNKNOWN).set(init=UNKNOWN)
+        life.wait_for(lambda: life.told("NVML does not answer", before), "no gap")
+        gap_at = time.time()
+        gpus.error("*", 0).set(init=0, count=2)
+        life.wait_for(lambda: life.told("NVML answers again", before), "no answer")
+        life.wait_for(lambda: life.told("The number of GPUs changed", before), "no change of number")
+        life.wait_for(lambda: life.sampled(1, gap_at), "nothing after the gap")
+
+    def test_whose_driver_is_replaced_are_read_by_a_new_process(self, life: Life) -> None:
+        """The library that the old one has loaded is of no use for the new driver, ever."""
+        gpus, before, first = life.gpus, len(life.served.alerts()), life.served.samplers()
+        gpus.reset(1).set(init=MISMATCH, replaced=time.time_ns())
+        life.wait_for(lambda: life.told("NVML does not answer", before), "no gap")
+        gpus.set(init=0)
+        life.wait_for(lambda: life.told("NVML answers again", before), "no answer")
+        successor = life.served.samplers(other_than=first.pid)
+        life.wait_for(lambda: life.sampled(0, successor.create_time()), "nothing after the gap")
+
+
+class TestTorchAllocators:
+    def test_go_before_what_nvml_says(self, life: Life) -> None:
+        served, gpus, begun = life.served, life.gpus, time.time()
+        gpus.reset(2).gpu("*", mem_used=5 << 30)
+        life.wait_for(lambda: 5 << 30 in streamed(served, "gpu.1.memory_allocated", after=begun))
+
+        other = served.worker(rank=1, world=2, node=NODE, pid=os.getpid())
+        assert other.hello().sample_interval_s == QUICK["samplers__interval_s"]
+        say_allocated(other, 3 << 30, ordinal=0, device=gpus.uuid(1))
+        other.bye()
+        life.wait_for(lambda: 3 << 30 in streamed(served, "gpu.1.memory_allocated", after=begun))
+        since = time.time()
+        life.wait_for(lambda: life.sampled(1, since))
+
+        assert not streamed(served, "gpu.1.memory_allocated", after=since)
+        assert 5 << 30 in streamed(served, "gpu.0.memory_allocated", after=since)
 
 
 class TestSamplers:
-    def test_that_are_killed_come_back(self, serve: Serve, gpus: StubGpus) -> None:
-        gpus.set(count=1)
-        served = sampling(serve, gpus)
+    def test_that_are_killed_come_back(self, life: Life) -> None:
+        life.gpus.reset(1)
+        first = killed(life.served.samplers())
+        successor = life.served.samplers(other_than=first.pid)
+        life.wait_for(lambda: life.sampled(0, successor.create_time()))
 
-        with training(served) as steps:
-            wait_for(served, lambda: streamed(served, "system/gpu0/utilization"))
-            first = killed(served.samplers())
-            successor = served.samplers(other_than=first.pid)
-            started = successor.create_time()
-            wait_for(served, lambda: streamed(served, "system/gpu0/utilization", after=started))
+    def test_are_in_the_stream_once_though_delivery_is_killed(self, life: Life) -> None:
+        """What it had read is read again; that nothing is there twice, the end tells."""
+        life.gpus.reset(1)
+        delivery = life.served.delivery()
+        life.see_sampled(0)
+        killed(delivery)
+        life.served.delivery(other_than=delivery.pid)
+        life.see_sampled(0)
+
+    def test_of_gpus_that_hang_hold_up_nothing_else_and_the_run_is_whole(self, life: Life) -> None:
+        served, gpus = life.served, life.gpus
+        gpus.reset(2).set(delay_us=FOR_EVER_US)
+        hung_at, steps = time.time(), len(life.steps)
+        life.wait_for(lambda: len(streamed(served, "sidestep.memory_bytes", after=hung_at)) >= 3)
+        life.wait_for(lambda: len(served.steps()) > steps + 20)
+        life.end_training()
+        life.worker.bye()
+        before = time.monotonic()
         assert served.finish() == 0
 
-        assert steps == served.steps()
-        assert served.ledger().balances
+        assert time.monotonic() - before < FOR_EVER_US / 1e6 - 5
+        assert served.failures_of_samplers() == 0
+        assert_samples_are_extra(life)
+        assert_rows_have_the_short_list(served)
 
-    def test_die_with_intake(self, serve: Serve, gpus: StubGpus) -> None:
-        served = sampling(serve, gpus)
-        served.worker(node=NODE).hello()
-        samplers = served.samplers()
 
-        assert served.process is not None
-        served.process.kill()
+class TestOtherLives:
+    def test_of_an_intake_that_was_killed_are_no_lost_worker(self, tmp_path: Path) -> None:
+        with living(tmp_path) as life:
+            served, worker = life.served, life.worker
+            life.gpus.set(count=1)
+            assert served.status()["samplers"]["pid"] is None, "they come after the first worker"
+            worker.hello()
+            samplers = served.samplers()
+            worker.log(0, 1)
+            life.wait_for(lambda: streamed(served, "system/gpu0/utilization"))
+            assert (1, 1) == (served.status()["sessions"], served.status()["live"])
 
-        eventually(lambda: not samplers.is_running() or samplers.status() == psutil.STATUS_ZOMBIE, DEADLINE_S)
-
-    def test_of_an_intake_that_was_killed_are_no_lost_worker(self, serve: Serve, gpus: StubGpus) -> None:
-        gpus.set(count=1)
-        served = sampling(serve, gpus)
-        worker = served.worker(node=NODE)
-        worker.hello()
-        worker.log(0, 1)
-        wait_for(served, lambda: streamed(served, "system/gpu0/utilization"))
-
-        served.kill()
-        served.start()
-        restarted = time.time()
-        worker.hello()
-        wait_for(served, lambda: streamed(served, "system/gpu0/utilization", after=restarted))
-        worker.log(2, 3)
-        worker.bye()
-        assert served.finish() == 0
+            assert served.process is not None
+            served.process.kill()
+            see_gone(samplers)
+            served.kill()
+            served.start()
+            restarted = time.time()
+            worker.hello()
+            life.wait_for(lambda: streamed(served, "system/gpu0/utilization", after=restarted))
+            worker.log(2, 3)
+            worker.bye()
+            assert served.finish() == 0
 
         report = status.report(served.run_dir)
         assert (0, 1, [0, 1, 2, 3]) == (report.lost_sessions, report.ranks, served.steps())
@@ -264,95 +297,36 @@ class TestSamplers:
         assert report.ledger.balances
         assert 0 == report.ledger.pending
 
-    def test_are_no_rank_and_hold_no_row(self, serve: Serve, gpus: StubGpus) -> None:
-        """With patience beyond the test's end, a session that held the axis would keep every row."""
-        gpus.set(count=1)
-        served = sampling(serve, gpus, order__patience_s=1000)
-        worker = served.worker(node=NODE)
-        worker.hello()
-        wait_for(served, lambda: streamed(served, "system/gpu0/utilization"))
-
-        worker.log(0, 1, 2)
-
-        wait_for(served, lambda: [0, 1] == served.steps()[:2])
-        assert (1, 1) == (served.status()["sessions"], served.status()["live"])
-
-    def test_come_only_after_the_first_worker(self, serve: Serve, gpus: StubGpus) -> None:
-        served = sampling(serve, gpus)
-
-        assert served.status()["samplers"]["pid"] is None
-        served.worker(node=NODE).hello()
-        assert served.samplers()
-
-    def test_that_are_switched_off_are_not_there(self, serve: Serve, gpus: StubGpus) -> None:
-        served = sampling(serve, gpus, samplers__enabled=False)
-        with training(served):
-            wait_for(served, served.steps)
-        served.finish()
-
-        assert served.failures_of_samplers() is None
-        assert not served.stream()
-
-    def test_are_in_the_stream_once_though_delivery_is_killed(self, serve: Serve, gpus: StubGpus) -> None:
-        gpus.set(count=1)
-        served = sampling(serve, gpus, sink="wandb", delivery__confirm_interval_s=30)  # so that much is read again
-
-        with training(served) as steps:
-            for _ in range(2):
-                delivery = served.delivery()
-                before = time.time()
-                wait_for(served, lambda at=before: streamed(served, "gpu.0.gpu", after=at))
-                killed(delivery)
-                served.delivery(other_than=delivery.pid)
-            after = time.time()
-            wait_for(served, lambda: streamed(served, "gpu.0.gpu", after=after))
-        assert served.finish() == 0
-
-        times = [it.time for it in served.stream()]
-        assert len(times) == len(set(times))
-        assert_samples_are_extra(served, steps)
-
-    def test_are_in_the_stream_once_though_delivery_dies_before_it_tells(
-        self, serve: Serve, gpus: StubGpus
+    def test_of_a_delivery_that_dies_before_it_tells_are_told_once_at_most_and_alerts_in_any_case(
+        self, tmp_path: Path
     ) -> None:
         """Each life tells once what it has read, and dies between writing that down again and telling."""
-        gpus.set(count=1)
-        served = sampling(serve, gpus, crash_at="delivery.stream:2", delivery__confirm_interval_s=30)
+        with living(tmp_path, crash_at="delivery.stream:2") as life:
+            life.gpus.set(count=1).error(0, LOST)
+            life.train()
+            life.wait_for(lambda: life.served.status()["delivery"]["restarts"] >= 3)
+            life.gpus.error(0, 0)
+            life.wait_for(
+                lambda: "GPU 0 is back" in [it.title for it in status.report(life.served.run_dir).alerts]
+            )
+            life.end_training()
+            life.worker.bye()
+            assert life.served.finish() == 0
 
-        with training(served) as steps:
-            wait_for(served, lambda: served.status()["delivery"]["restarts"] >= 3)
-        assert served.finish() == 0
-
-        times = [it.time for it in served.stream()]
-        assert times
-        assert len(times) == len(set(times))
-        assert_samples_are_extra(served, steps)
+        assert life.served.stream()
+        assert_samples_are_extra(life)
+        assert ["GPU 0 is lost", "GPU 0 is back"] == titles(life.served)
+        assert set(life.served.alerts()) <= set(titles(life.served))
 
 
-class TestTorchAllocators:
-    """What a worker says of its own process, on the GPU that it means."""
-
-    def test_go_before_what_nvml_says(self, serve: Serve, gpus: StubGpus) -> None:
-        gpus.set(count=2).gpu("*", mem_used=5 << 30)
-        served = sampling(serve, gpus)
-        worker = served.worker(node=NODE)
-        worker.hello()
-        wait_for(served, lambda: 5 << 30 in streamed(served, "system/gpu1/memory_allocated"))
-
-        say_allocated(worker, 3 << 30, ordinal=0, device=gpus.uuid(1))
-        wait_for(served, lambda: 3 << 30 in streamed(served, "system/gpu1/memory_allocated"))
-        since = time.time()
-        wait_for(served, lambda: streamed(served, "system/gpu1/utilization", after=since))
-
-        assert not streamed(served, "system/gpu1/memory_allocated", after=since)
-        assert 5 << 30 in streamed(served, "system/gpu0/memory_allocated", after=since)
-
-    def test_are_asked_for_at_the_interval(self, serve: Serve, gpus: StubGpus) -> None:
-        assert sampling(serve, gpus, samplers__interval_s=0.75).worker().hello().sample_interval_s == 0.75
-
-    @pytest.mark.parametrize("switch", ["samplers__torch", "samplers__enabled"])
-    def test_are_not_asked_for_when_switched_off(self, serve: Serve, gpus: StubGpus, switch: str) -> None:
-        assert sampling(serve, gpus, **{switch: False}).worker().hello().sample_interval_s == 0
+def assert_rows_have_the_short_list(served: ServedRun) -> None:
+    """Each reading is in one row at most, by the names that the page says."""
+    rows = [row.values for row in served.rows()]
+    assert len(read_from_rows(served, "system/gpu0/utilization")) <= len(streamed(served, "gpu.0.gpu")) < len(rows)
+    in_rows = {name for row in rows for name in row if name.startswith("system/")}
+    short = {metric.name for metric in METRICS if metric.history or metric.cadence == "row"}
+    assert {known.metric.name for name in in_rows if (known := look_up(name))} <= short
+    assert {"system/energy_j", "system/energy_per_step_j", "system/gpu_idle_s", "system/cpu/percent"} <= in_rows
 
 
 def say_allocated(worker: RawWorker, size: int, **device: Any) -> None:
@@ -360,12 +334,15 @@ def say_allocated(worker: RawWorker, size: int, **device: Any) -> None:
     worker.log(records=[encode_record(Record(kind=Kind.SAMPLES, time=time.time(), step=None, data=data))])
 
 
-def read_from_rows(served: ServedRun, name: str) -> list[float]:
-    return [row.values[name] for row in served.rows() if name in row.values]
+def read_from_rows(served: ServedRun, name: str, first: int = 0) -> list[float]:
+    """Of the rows from the `first` on."""
+    return [row.values[name] for row in served.rows()[first:] if name in row.values]
 
 
-def only(values: Any, ending: str) -> dict[str, float]:
-    return {name: value for name, value in values.items() if name.endswith(ending)}
+def only(served: ServedRun, ending: str, *, after: float) -> dict[str, float]:
+    """What the newest reading of all GPUs holds."""
+    readings = [it.values for it in served.stream() if it.time > after and "gpu_count" in it.values]
+    return {name: it for name, it in readings[-1].items() if name.endswith(ending)} if readings else {"": -1}
 
 
 def nvitop_says(gpus: StubGpus) -> list[list[int]]:

@@ -47,6 +47,11 @@ def define(name: Any, *, stage: str | None = None, **attributes: Any) -> bytes:
     return _record(Kind.DEFINE, None, {"name": name, **attributes}, stage, 1.0)
 
 
+def named(**data: Any) -> bytes:
+    """What `run.name = ...` and its like say."""
+    return _record(Kind.NAMED, None, data, None, 1.0)
+
+
 def samples(values: Any, *, time: float = 1.0, **more: Any) -> bytes:
     """What was read of a machine."""
     return _record(Kind.SAMPLES, None, {"values": values, **more}, None, time)

@@ -69,6 +69,11 @@ class StubGpus:
         """
         return self._put({(name,): f"{name} {value}" for name, value in figures.items()})
 
+    def reset(self, count: int) -> Self:
+        """So many GPUs as they are when nothing is said of them."""
+        self._lines.clear()
+        return self.set(count=count)
+
     def gpu(self, number: int | str, **figures: int) -> Self:
         """Figures of one GPU, or of all with "*"."""
         return self._put({(number, name): f"gpu {number} {name} {value}" for name, value in figures.items()})

@@ -26,7 +26,7 @@ def main() -> None:
     """One rank."""
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--work", type=float, default=0.05, help="seconds of work in a step")
+    parser.add_argument("--work", type=float, default=0.08, help="seconds of work in a step")
     options = parser.parse_args()
     torch.set_num_threads(1)
     dist.init_process_group("gloo")

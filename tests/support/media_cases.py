@@ -125,6 +125,7 @@ def tables(m: Any, folder: Path) -> dict[str, Any]:
         "table/default": m.Table(data=[["in", "out", "wanted"]]),
         "table/array": m.Table(columns=["x", "y", "z"], data=POINTS[:4]),
         "table/frame": m.Table(dataframe=frame),
+        "table/implied": frame,
         "table/by_row": by_row,
         "table/media": with_media,
     }
@@ -193,6 +194,11 @@ def charts(m: Any, folder: Path) -> dict[str, Any]:
         ),
         "plot/confusion_by_probability": m.plot.confusion_matrix(probs=PROBABILITIES, y_true=TRUE.tolist()),
     }
+
+
+def implied() -> dict[str, Any]:
+    """What becomes an image without being one; wandb refuses the first and makes another thing of the second."""
+    return {"implied/pil": Pillow.fromarray(PIXELS), "implied/figure": figure()}
 
 
 def growing(m: Any) -> Iterator[Any]:

@@ -24,6 +24,7 @@ def worker(folder: Path, *, heavy: bool) -> None:
 
     with sidestep.init(strict=True) as run:
         _log(sidestep, run.log, folder, heavy=heavy)
+        run.log(media_cases.implied(), step=1000)
         loaded = sorted({"wandb", "sidestepd", "pydantic", "click"} & set(sys.modules))
         (folder / "loaded.json").write_text(json.dumps(loaded))
         run.flush(60.0)

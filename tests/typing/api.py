@@ -58,3 +58,33 @@ def in_tests() -> None:
     assert_type(logged["loss"], list[Any])
     assert_type(logged.steps("loss"), list[int | None])
     assert_type(logged.config, dict[str, Any])
+
+
+def what_the_run_is_called(run: Run) -> None:
+    assert_type(run.name, str | None)
+    run.name = "second"
+    run.tags += ("best",)
+    run.notes = None
+    assert_type(run.tags, tuple[str, ...])
+    assert_type(run.starting_step, int)
+    assert_type(run.resumed, bool)
+    assert_type(run.start_time, float)
+    assert_type(run.sweep_url, str | None)
+    assert_type(run.settings, sidestep.Settings)
+    run.alert("title", "text", level=sidestep.AlertLevel.WARN, wait_duration=60)
+    sidestep.alert("title", "text", "ERROR")
+    run.mark_preempting()
+
+
+def as_a_script_for_wandb_expects() -> None:
+    import sidestep as wandb
+
+    assert_type(wandb.login(key="0" * 40, relogin=True), bool)
+    wandb.setup()
+    wandb.termwarn("careful", repeat=False)
+    assert_type(wandb.util.generate_id(), str)
+    try:
+        wandb.init(config="config.yaml", config_exclude_keys=["data"], reinit="finish_previous", anonymous="allow")
+    except (wandb.errors.CommError, wandb.Error, wandb.UsageError):
+        pass
+    wandb.teardown(exit_code=1)

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from sidestepd.exits import Exits, is_here
+from sidestepd.exits import Exits, Lifeline, is_here
+from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="the kernel has no pidfds")
 
@@ -85,3 +86,32 @@ class TestHere:
     def test_is_no_other_node(self):
         assert not is_here("cn043", {"SLURMD_NODENAME": "cn042"})
         assert not is_here("", {})
+
+
+class TestLifeline:
+    def test_ends_with_its_process_before_anybody_waited_for_it(self):
+        process, before = sleeper(), descriptors()
+        lifeline = Lifeline(process.pid)
+        assert lifeline.is_alive()
+
+        process.kill()
+
+        eventually(lambda: not lifeline.is_alive(), 30, "it is not seen to end")
+        assert descriptors() == before
+        process.wait()
+        assert not lifeline.is_alive()
+
+    @pytest.mark.parametrize("pid", [0, -1, 2**22 + 1])
+    def test_of_nobody_is_none(self, pid: int):
+        assert not Lifeline(pid).is_alive()
+
+    def test_is_seen_by_looking_where_the_kernel_has_no_pidfds(self, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.delattr(os, "pidfd_open")
+        process = sleeper()
+        lifeline = Lifeline(process.pid)
+        assert (None, True) == (lifeline.descriptor, lifeline.is_alive())
+
+        process.kill()
+
+        eventually(lambda: not lifeline.is_alive(), 30, "it is not seen to end")
+        process.wait()

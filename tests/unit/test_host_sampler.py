@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -58,12 +59,20 @@ class Machine:
         self.write("proc/stat", "".join(f"{name} {' '.join(map(str, ticks))}\n" for name, ticks in lines))
 
     def disk(self, read: int, written: int) -> None:
-        """Sectors of a disk that no path here lies on, and of a loop device."""
+        """Sectors of two disks that no path here lies on, of a partition and a volume of theirs, and of a loop."""
         zeros = "0 0 0 0 0 0 0"
-        self.write(
-            "proc/diskstats",
-            f" 259 0 nvme0n1 1 0 {read} 0 1 0 {written} 0 {zeros}\n 7 0 loop0 9 9 9 9 9 9 9 9 0 0 0\n",
-        )
+        moved = f"1 0 {read // 2} 0 1 0 {written // 2} 0 {zeros}"
+        names = {
+            (259, 0): "nvme0n1",
+            (259, 2): "nvme1n1",
+            (259, 16): "nvme1n1p1",
+            (253, 0): "dm-0",
+            (7, 0): "loop0",
+        }
+        lines = [f" {major} {minor} {name} {moved}\n" for (major, minor), name in names.items()]
+        self.write("proc/diskstats", "".join(lines))
+        for name in ("nvme0n1", "nvme1n1"):
+            self.write(f"sys/block/{name}/device", "")
 
     def network(self, received: int, sent: int) -> None:
         rest = "0 0 0 0 0 0 0"
@@ -95,7 +104,59 @@ class TestCpu:
         assert (25.0, 50.0, 10.0) == (
             values["cpu/percent"], values["cpu/max_core_percent"], values["cpu/iowait_percent"]
         )  # fmt: skip
-        assert 1.5 == values["cpu/load1"]
+        assert (1.5, 100) == (values["cpu/load1"], values["cpu/threads"])
+
+
+class TestCpuLimits:
+    """The machine has two cores, and half of the time of each has passed busy."""
+
+    def measured(self, machine: Machine, before: list[str], after: list[str]) -> dict[str, float]:
+        for line in before:
+            machine.write(*line.split("=", 1))
+        sampler = machine.sampler()
+        machine.cpu((100, 0, 0, 900), (0, 0, 0, 500))
+        read(sampler, 1.0)
+        for line in after:
+            machine.write(*line.split("=", 1))
+        machine.cpu((150, 0, 0, 950), (50, 0, 0, 550))
+        return read(sampler, 3.0)
+
+    def test_of_cgroup_v2_are_the_nearest_quota(self, machine: Machine) -> None:
+        group = "sys/fs/cgroup/job"
+        values = self.measured(
+            machine,
+            ["proc/self/cgroup=0::/job/step", f"{group}/cpu.max=50000 100000", f"{group}/step/cpu.max=max 100000",
+             f"{group}/cpu.stat=usage_usec 1000000\nnr_periods 10\nnr_throttled 2\n",
+             f"{group}/step/cpu.stat=usage_usec 0\n"],
+            [f"{group}/cpu.stat=usage_usec 1800000\nnr_periods 30\nnr_throttled 7\n"],
+        )  # fmt: skip
+        assert (0.5, 80, 25) == tuple(
+            round(values[f"cpu/cgroup_{name}"], 6) for name in ("limit_cores", "percent", "throttled_percent")
+        )
+        assert 80 == round(values["cpu/percent"], 6)
+
+    def test_of_cgroup_v1_are_too(self, machine: Machine) -> None:
+        group, accounts = "sys/fs/cgroup/cpu,cpuacct/job", "sys/fs/cgroup/cpuacct/job"
+        values = self.measured(
+            machine,
+            ["proc/self/cgroup=4:cpu,cpuacct:/job\n3:cpuset:/job\n", f"{group}/cpu.cfs_quota_us=150000\n",
+             f"{group}/cpu.cfs_period_us=100000\n", f"{accounts}/cpuacct.usage=0\n",
+             f"{group}/cpu.stat=nr_periods 0\nnr_throttled 0\nthrottled_time 0\n"],
+            [f"{accounts}/cpuacct.usage=600000000\n"],
+        )  # fmt: skip
+        assert (1.5, 20) == (values["cpu/cgroup_limit_cores"], round(values["cpu/cgroup_percent"], 6))
+        assert 50 == values["cpu/percent"]
+        assert "cpu/cgroup_throttled_percent" not in values
+
+    @pytest.mark.parametrize(("cores", "limit"), [("1", 1), ("0-1", None), ("", None)])
+    def test_may_be_a_set_of_cores(self, machine: Machine, cores: str, limit: float | None) -> None:
+        values = self.measured(
+            machine,
+            ["proc/self/cgroup=0::/", f"sys/fs/cgroup/cpuset.cpus.effective={cores}\n",
+             "sys/fs/cgroup/cpu.stat=usage_usec 0\n"],
+            [],
+        )  # fmt: skip
+        assert limit == values.get("cpu/cgroup_limit_cores")
 
 
 class TestMemory:
@@ -152,6 +213,20 @@ class TestRates:
         assert (1500, 2500) == (values["network/received_bytes_per_s"], values["network/sent_bytes_per_s"])
         assert (3000, 5000) == (values["network/received_bytes"], values["network/sent_bytes"])
 
+    def test_of_networks_count_what_goes_over_a_bridge_once(self, machine: Machine) -> None:
+        rest = "0 0 0 0 0 0 0"
+        lines = [
+            f" {name}: {received} {rest} 7 {rest}" for name, received in (("br0", 5), ("eth0", 9), ("eth1", 1))
+        ]
+        machine.write("proc/net/dev", "\n".join(["Inter", " face", *lines, ""]))
+        for name in ("eth0", "eth1"):
+            machine.write(f"sys/class/net/{name}/device", "")
+        machine.write("sys/class/net/br0/bridge", "")
+        sampler = machine.sampler()
+        read(sampler, 1.0)
+        machine.write("proc/net/dev", "\n".join(["Inter", " face", *lines, ""]).replace(" 9 ", " 109 "))
+        assert (100, 0) == tuple(read(sampler, 3.0)[f"network/{name}_bytes"] for name in ("received", "sent"))
+
     def test_tell_nothing_when_a_counter_went_back(self, machine: Machine) -> None:
         machine.network(received=3000, sent=5000)
         sampler = machine.sampler()
@@ -199,10 +274,13 @@ class TestTheRest:
     def test_what_is_missing_costs_only_itself(self, machine: Machine) -> None:
         for name in ("proc/meminfo", "proc/net/dev", "proc/diskstats", "proc/loadavg"):
             (machine.proc.parent / name).unlink()
-        values = read(machine.sampler())
+        sampler = machine.sampler()
+        read(sampler, 1.0)
+        values = read(sampler, 2.0)
         assert "files/open" in values
         assert "disk/percent" in values
         assert "memory/percent" not in values
+        assert "disk/read_bytes_per_s" not in values
 
 
 class TestThisMachine:
@@ -229,9 +307,12 @@ class TestThisMachine:
         machine.write("proc/self/cgroup", "0::/\n")
         for name, text in (("current", "2"), ("max", "4"), ("stat", "inactive_file 1\n")):
             machine.write(f"sys/fs/cgroup/memory.{name}", text)
+        machine.write("sys/fs/cgroup/cpu.max", "100000 100000\n")
+        machine.write("sys/fs/cgroup/cpu.stat", "usage_usec 0\nnr_periods 0\nnr_throttled 0\n")
         sampler = machine.sampler(paths=[machine.home])
         read(sampler, 1.0)
         machine.cpu((150, 0, 0, 950), (0, 0, 0, 600))
+        machine.write("sys/fs/cgroup/cpu.stat", "usage_usec 5\nnr_periods 1\nnr_throttled 1\n")
 
         kinds = {known.metric.name for name in sampler.read(2.0).values if (known := look_up(name))}
 
@@ -254,6 +335,22 @@ class TestOwn:
         files = sum(path.stat().st_size for path in tmp_path.glob("spool.db*"))
         assert files == values["sidestep/spool_bytes"]
         assert values["sidestep/memory_bytes"] >= psutil.Process().memory_info().rss * 0.5
+        spool.close()
+        rowlog.close()
+
+    def test_finds_a_spool_that_lies_elsewhere(self, tmp_path: Path) -> None:
+        run_dir, place = tmp_path / "run", tmp_path / "place"
+        run_dir.mkdir()
+        place.mkdir()
+        (run_dir / "spool.json").write_text(json.dumps({"dir": str(place)}))
+        spool, rowlog = Spool(place / "spool.db"), RowLog(place / "delivery.db")
+        spool.commit([Entry.of_event(EntryKind.BOOT, received=100.0, boot="b")], [])
+        rowlog.settle(ledger={"read_through": 0, "waiting": 0, "late_rows": 0, "dropped": {}})
+
+        values = OwnSampler(run_dir, pid=os.getpid(), clock=lambda: 103.0).read(0.0).values
+
+        assert 3.0 == values["sidestep/lag_s"]
+        assert values["sidestep/spool_bytes"] > 0
         spool.close()
         rowlog.close()
 

@@ -6,7 +6,6 @@ import dataclasses
 import datetime
 import json
 import logging
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -150,7 +149,7 @@ class TestWandbLogger:
 
 class TestResume:
     def test_a_training_that_failed_is_gone_on_with(self, logged: Recorder, tmp_path: Path):
-        first, second, third = (WandbConfig(dir=tmp_path, resume=True) for _ in range(3))
+        first, second = (WandbConfig(dir=tmp_path, resume=True) for _ in range(2))
 
         with pytest.raises(KeyError), WandbLogger(first) as failed:
             raise KeyError
@@ -202,7 +201,9 @@ class TestConsole:
             for number in range(50):
                 logger.info(f"line {number}")
 
-        assert ["training.log", "training.log.1", "training.log.2"] == sorted(os.listdir(tmp_path / "logs"))
+        assert ["training.log", "training.log.1", "training.log.2"] == sorted(
+            it.name for it in (tmp_path / "logs").iterdir()
+        )
 
     def test_other_ranks_are_quiet_and_have_their_own_file(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -295,9 +296,11 @@ class TestPythonTypes:
     def test_arrays_and_tensors_of_any_size_become_lists(self):
         found = to_python_types(
             {
-                "scalar": np.float64(0.5), "array": np.arange(100), "tensor": torch.ones(2, 2, dtype=torch.bfloat16),
+                "scalar": np.float64(0.5), "array": np.arange(100),
+                "tensor": torch.ones(2, 2, dtype=torch.bfloat16),
                 "bool": np.bool_(True), "int": np.int64(2**60), 3: {1, 2}, "path": Path("a"), "none": None,
-                "when": datetime.date(2025, 1, 2), "config": LogConfig(), "grad": torch.ones((), requires_grad=True),
+                "when": datetime.date(2025, 1, 2), "config": LogConfig(),
+                "grad": torch.ones((), requires_grad=True),
             }
         )  # fmt: skip
 

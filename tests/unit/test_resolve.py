@@ -22,6 +22,7 @@ from tests.support.builders import (
     counted,
     define,
     log,
+    named,
     samples,
     session_id,
     summary,
@@ -303,6 +304,19 @@ class TestDeclarations:
         reading.said()
 
         assert {"a": (0, 0), "b": (1, 2)} == reading.resolver.config
+
+    def test_what_the_run_is_called_is_as_the_lowest_rank_says_and_outlives_a_crash(self, reading):
+        reading.tape.hello(1, rank=0)
+        reading.tape.hello(2, rank=1)
+        reading.tape.say(1, named(name="first"), named(name="best"))
+        reading.tape.say(2, named(name="other", tags=["a"]))
+        reading.said()
+
+        again = Resolver()
+        again.restore(msgpack.unpackb(msgpack.packb(reading.resolver.state()), strict_map_key=False))
+
+        assert {"name": (0, "best"), "tags": (1, ["a"])} == reading.resolver.named == again.named
+        assert 3 == reading.resolver.folded
 
     def test_a_rank_overrules_itself(self, reading):
         reading.tape.say(1, config(a=1), config(a=2))

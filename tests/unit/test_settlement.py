@@ -189,6 +189,16 @@ class TestTheNextLife:
         assert 1 == it.unsettled
         assert 0 == it.unconfirmed
 
+    def test_they_are_known_to_be_settled_until_they_are_read_again(self):
+        it = Settlement({}, cursor=1)
+        it.recall(row(5, positions=[(2, 0), (2, 1), (4, 0)]), settled=True)
+        it.recall(row(6, positions=[(4, 1)]), settled=False)
+        assert 3 == it.settled_beyond(1)
+
+        it.confirm([6])
+
+        assert [4, 2, 0] == [it.settled_beyond(entry) for entry in (1, 2, 4)]
+
     def test_those_of_a_row_that_is_not_wait_for_it(self):
         it = Settlement({}, cursor=1)
         it.recall(row(5, positions=[(2, 0), (3, 0)]), settled=False)

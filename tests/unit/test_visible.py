@@ -28,6 +28,8 @@ class TestVisibleDevices:
             ("GPU-a", []),  # fits two
             ("GPU-", []),
             ("MIG-dd44", [MIG]),
+            ("MIG-GPU-cc33/1/0", [C]),
+            ("MIG-GPU-ee/1/0,0", []),
             ("0,-1,2", [A]),
             ("0,9,2", [A]),
             ("0,x,2", [A]),

@@ -20,7 +20,7 @@ from sidestepd.rows import Alert, Part
 from sidestepd.watch import MOST_NAMES, REGULAR, Watch
 from tests.support.builders import Tape, bundle, log, part, session_id
 
-OPTIONS = WatchOptions(silent_s=10.0, stalled_s=40.0, straggler_s=12.0)
+OPTIONS = WatchOptions(silent_s=10.0, stalled_s=40.0, start_s=700.0, straggler_s=12.0)
 
 
 class Listening:
@@ -101,6 +101,47 @@ class TestSamplers:
         ranks.wait(60.0)
 
         assert ["no word from any rank"] == ranks.titles()
+
+
+class TestTheBeginning:
+    """Before a launch speaks regularly: loading, compiling, and the first collective, which is where many hang."""
+
+    @pytest.mark.parametrize("steps", [0, 1, 5])
+    def test_that_goes_no_further_is_told_but_later(self, ranks, steps):
+        ranks.train(0, 1, 2, steps=range(steps))
+
+        ranks.wait(690.0)
+        assert [] == ranks.titles()
+        ranks.wait(20.0)
+        assert ["no word from any rank"] == ranks.titles()
+        assert ("before the first step" in ranks.told[0][0].text) == (steps == 0)
+
+        ranks.train(0, 1, 2, steps=range(steps, steps + 20))
+        assert ["no word from any rank", "the training goes on"] == ranks.titles()
+
+    def test_of_one_process_that_only_looks_is_no_stall(self):
+        assert [] == Listening(ranks=1).wait(1000.0).titles()
+
+    def test_that_takes_long_is_no_measure_for_later_pauses(self, ranks):
+        ranks.wait(600.0).train(0, 1, 2, steps=range(20))
+        ranks.wait(45.0)
+        assert ["no word from any rank"] == ranks.titles()
+
+    def test_of_a_training_that_logs_through_stages_alone_lasts(self, ranks):
+        for _ in range(20):
+            ranks.tape.now += 30.0
+            ranks.tape.say(0, log(1, stage="eval"))
+            ranks.listen(ranks.tape.now)
+        assert [] == ranks.titles()
+        ranks.wait(710.0)
+        assert ["no word from any rank"] == ranks.titles()
+
+    def test_may_be_the_end_of_a_rank_or_its_silence(self, ranks):
+        ranks.tape.vital(1, "gone", since=1.0)
+        ranks.tape.vital(2, "quiet", since=1.0)
+        ranks.wait(20.0)
+        assert ["rank 1 ended without a word", "rank 2 is silent"] == ranks.titles()
+        assert all("before the first step" in alert.text for alert, _ in ranks.told)
 
 
 class TestSilence:
@@ -202,8 +243,8 @@ class TestSilence:
 
         assert [] == ranks.titles()
 
-    def test_is_not_that_of_who_logs_no_steps(self, ranks):
-        """A sampler speaks of other things, and may come and go."""
+    def test_is_not_that_of_one_process_that_logs_no_steps(self, ranks):
+        """It speaks of other things, and may come and go."""
         ranks.tape.hello(9, rank=0, world=1, launch="sampler")
         ranks.tape.say(9, log(0, {"gpu": 1.0}, stage="system"))
         ranks.train(0, 1, 2, steps=range(20))

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from sidestep.errors import LocalProtocolError, RemoteProtocolError
 from sidestep.wire import (
+    BLOBS,
     MAX_CONTROL_BYTES,
     MAX_DEPTH,
     MAX_FRAME_BYTES,
@@ -25,7 +26,6 @@ from sidestep.wire import (
     MAX_NAME_CHARS,
     MAX_TEXT_CHARS,
     NO_SESSION,
-    SAMPLER,
     VERSION,
     Ack,
     Bye,
@@ -85,6 +85,15 @@ RECORDS = [
         step=None,
         data={"title": "GPU 0 is lost", "text": "Reset it.", "level": "ERROR"},
     ),
+    Record(kind=Kind.BLOB, time=1700000007.0, step=None, data={"id": 3, "at": 0, "bytes": b"\x89PNG"}),
+    Record(kind=Kind.BLOB, time=1700000008.0, step=None, data={"id": 3, "size": 4, "crc": 3735928559}),
+    Record(kind=Kind.NAMED, time=1700000009.0, step=None, data={"name": "a", "tags": ["b"]}),
+    Record(kind=Kind.OUTPUT, time=1700000007.0, step=None, data={"stream": "stderr", "text": "one\ntwo"}),
+    Record(
+        kind=Kind.PROGRAM, time=1700000008.0, step=None, data={"facts": {"python": "3.11", "args": ["--lr", "1"]}}
+    ),
+    Record(kind=Kind.NAMED, time=1700000010.0, step=None, data={"name": "second", "tags": ["a", "best"]}),
+    Record(kind=Kind.PROGRAM, time=1700000009.0, step=None, data={"file": "requirements.txt", "text": "torch==2"}),
 ]
 BODY = b"".join(map(encode_record, RECORDS))
 
@@ -106,7 +115,8 @@ MESSAGES: dict[str, Message] = {
         dropped={"outbox_full": 2},
         values_refused=4,
         settings={"project": "digits", "tags": ["a", "b"]},
-        role=SAMPLER,
+        role=BLOBS,
+        beside="0f" * 16,
     ),
     "welcome": Welcome(
         session=SESSION,

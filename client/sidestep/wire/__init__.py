@@ -3,6 +3,7 @@
 from sidestep.wire.header import NO_SESSION, VersionError, checksum, session_of
 from sidestep.wire.limits import (
     END_OF_STEPS,
+    MAX_CHUNK_BYTES,
     MAX_CONTROL_BYTES,
     MAX_DEPTH,
     MAX_FRAME_BYTES,
@@ -13,6 +14,7 @@ from sidestep.wire.limits import (
     VERSION,
 )
 from sidestep.wire.messages import (
+    BLOBS,
     SAMPLER,
     WORKER,
     Ack,
@@ -31,7 +33,9 @@ from sidestep.wire.messages import (
 from sidestep.wire.records import Kind, Record, Undecodable, decode_records, encode_record
 
 __all__ = [
+    "BLOBS",
     "END_OF_STEPS",
+    "MAX_CHUNK_BYTES",
     "MAX_CONTROL_BYTES",
     "MAX_DEPTH",
     "MAX_FRAME_BYTES",

@@ -13,6 +13,8 @@ MAX_RECORD_BYTES = 256 * 1024
 
 Every entry of a list or a map takes a byte at least, so this bounds what decoding one can cost: 20 MB.
 """
+MAX_CHUNK_BYTES = 255 * 1024
+"""Bytes of media in one record: two such records fit into a frame."""
 MAX_FRAME_BYTES = 512 * 1024
 """The body of one FRAME: records are joined until the next one would not fit."""
 MAX_FRAME_RECORDS = 65_536

@@ -38,7 +38,7 @@ from sidestep.wire.limits import (
 )
 from sidestep.wire.plain import dump, ends, is_plain, load
 
-WORKER, SAMPLER = "worker", "sampler"
+WORKER, SAMPLER, BLOBS = "worker", "sampler", "blobs"
 """What a session is."""
 
 
@@ -70,8 +70,9 @@ class Hello:
 
     `first` is its first unacknowledged sequence. `settings` are wandb's keywords of `init()`. `offered`,
     `dropped` and `values_refused` are the worker's counters so far: records, records by reason, and values that
-    were left out of records. `role` is WORKER, or SAMPLER for one that reads the machine and is no rank: nothing
-    waits for it.
+    were left out of records. `role` is WORKER; or SAMPLER for one that reads the machine and is no rank: nothing
+    waits for it; or BLOBS for the one with which a worker sends the bytes of its media, `beside` its own session,
+    which is named in hexadecimal.
     """
 
     session: bytes
@@ -91,6 +92,7 @@ class Hello:
     values_refused: int = 0
     settings: Mapping[str, Any] = field(default_factory=dict)
     role: str = WORKER
+    beside: str = ""
 
     TYPE: ClassVar = MessageType.HELLO
 
@@ -360,7 +362,7 @@ _COUNTERS = {"offered": _is_count, "dropped": _is_counts, "values_refused": _is_
 _CHECKS: Mapping[type[Control], Mapping[str, Callable[[Any], bool]]] = {
     Hello: {
         **dict.fromkeys(("rank", "world", "local_rank", "pid", "attempt"), _is_count),
-        **dict.fromkeys(("node", "launch", "client", "role"), _is_name),
+        **dict.fromkeys(("node", "launch", "client", "role", "beside"), _is_name),
         "run": _is_name_or_none,
         "settings": _is_map,
         **_COUNTERS,

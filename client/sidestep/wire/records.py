@@ -36,6 +36,14 @@ class Kind(IntEnum):
     """What was read of the machine at that time. It has no step and moves none."""
     ALERT = 7
     """Something that people should hear of now."""
+    BLOB = 8
+    """Bytes that belong to media in other records: a piece of them, or that they are complete."""
+    NAMED = 9
+    """What the run shall be called from now on: `name`, `notes`, `tags`; or that it is about to be `preempted`."""
+    OUTPUT = 10
+    """Lines that the program printed."""
+    PROGRAM = 11
+    """What the program is: facts of it, or one file that belongs to it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,6 +3,7 @@
     FRAME ─▶ roster judges ─▶ waits for the group commit ─▶ spool ─▶ ACK
 
 - acknowledged means committed: replies that promise anything leave after the commit
+- the bytes of media go into files, in a thread of their own; the commit of metrics never waits for those
 - the commit runs off the event loop, in one thread of this run's own; a failing disk ends the process, and
   workers send again
 - its delivery, which imports wandb, is a process of its own, kept running from here
@@ -27,23 +28,30 @@ from sidestepd.clock import Clock, Horizon, SpoolClock
 from sidestepd.collect import Collector
 from sidestepd.config import Config
 from sidestepd.crashpoints import crash_point
+from sidestepd.entries import SAID
 from sidestepd.errors import ExitCode, SpoolDamaged, SpoolFull
 from sidestepd.exits import Exits, is_here
+from sidestepd.intake.blobs import CREDIT_BYTES, BlobStore
 from sidestepd.keeper import DeliveryKeeper
 from sidestepd.listen import Listener
 from sidestepd.processes import Lock, read_json
 from sidestepd.room import RETRY_S, Ballast, Room, open_spool
 from sidestepd.roster import Roster, Session, Verdict
 from sidestepd.rowlog import RowLogReader
-from sidestepd.rundir import DEATHS, TROUBLE, RunFile
+from sidestepd.rundir import BLOBS, DEATHS, TROUBLE, RunFile
 from sidestepd.samplers.keeper import SamplersKeeper
 from sidestepd.spool import Entry, EntryKind, Spool, damage_mark
 
 logger = logging.getLogger("sidestepd.intake")
 
+TOLD = ("id", "mode", "project", "entity", "name", "group", "job_type", "sweep_id")
+MOST_TOLD_CHARS = 4000
+"""Of one fact about the run, to workers that ask."""
 WATCH_INTERVAL_S = 0.1
 LOOK_INTERVAL_S = 1.0
 """How often what is settled is deleted, and room is measured."""
+MOST_OFTEN_S, SELDOM_S = 0.5, 3600.0
+"""Between which a worker may wish the machine to be read."""
 FROZEN_S = 1.0
 """A longer pause of this process is not the silence of its workers."""
 
@@ -65,10 +73,12 @@ class Intake:
         run: RunFile,
         clock: Clock,
         room: Room,
+        blobs: BlobStore,
         lock: Lock,
         send: Send,
     ) -> None:
         self.spool, self.roster, self.keeper, self.samplers, self.room = spool, roster, keeper, samplers, room
+        self.blobs = blobs
         self.config, self.run, self.run_dir, self.clock = config, run, Path(run.dir), clock
         self.boot = uuid.uuid4().hex
         self.rowlog = RowLogReader(spool.path.with_name(placement.ROW_LOG))
@@ -86,13 +96,17 @@ class Intake:
         self._held: set[bytes] = set()
         """Sessions that were told to keep what they have."""
         self._something = asyncio.Event()
+        self._blob_frames: list[Frame] = []
+        self._some_blobs = asyncio.Event()
         self._writer = ThreadPoolExecutor(1, "spool")
+        self._blob_writer = ThreadPoolExecutor(1, "blobs")
         self._horizon = Horizon(self.run_dir / "horizon")
         self._committing = False
         self._awake_at = clock()
         self._cursor = 0
         self.listener = Listener(heartbeat_s=config.intake.heartbeat_s)
         self.exits: Exits | None = None
+        self._samplers_are_asked = False
 
     @classmethod
     def open(cls, run_dir: Path, send: Send) -> Intake:
@@ -114,9 +128,11 @@ class Intake:
         keeper = DeliveryKeeper(run_dir, stall_s=config.delivery.stall_s, backoff_s=config.delivery.backoff_s)
         samplers = SamplersKeeper(run_dir, enabled=config.samplers.enabled, backoff_s=config.delivery.backoff_s)
         run = run.at(run_dir, run.address)
+        blobs = BlobStore(run_dir / BLOBS, quota=config.spool.blob_quota_bytes, reserve=config.spool.reserve_bytes)
         return cls(
-            spool, roster, keeper, samplers, config=config, run=run, clock=clock, room=room, lock=lock, send=send
-        )
+            spool, roster, keeper, samplers,
+            config=config, run=run, clock=clock, room=room, blobs=blobs, lock=lock, send=send,
+        )  # fmt: skip
 
     async def serve(self) -> int:
         """Until the run is complete, or told to stop; returns how it ended."""
@@ -125,7 +141,7 @@ class Intake:
         self.exits = Exits(asyncio.get_running_loop(), self._on_exit)
         for session in self.roster.live:
             self._follow(session)
-        loops = [asyncio.create_task(loop()) for loop in (self._commit, self._watch)]
+        loops = [asyncio.create_task(loop()) for loop in (self._commit, self._store, self._watch)]
         try:
             done, _ = await asyncio.wait(loops, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
@@ -134,7 +150,8 @@ class Intake:
             for task in loops:
                 task.cancel()
             await asyncio.gather(*loops, return_exceptions=True)
-            self._writer.submit(lambda: None).result()  # a commit under way ends before anything else
+            for writer in (self._blob_writer, self._writer):
+                writer.submit(lambda: None).result()  # what is under way ends before anything else
         if self._entries:
             await self._commit_once()
         self._ended_well = True
@@ -149,6 +166,7 @@ class Intake:
         """Let go of everything: processes, files, the thread. After a good end the databases come home."""
         self.samplers.kill()
         self.keeper.kill()
+        self._blob_writer.shutdown()
         self._writer.shutdown()
         self.spool.close()
         if self._ended_well:
@@ -185,13 +203,14 @@ class Intake:
         self._touched.add(hello.session)
         session = self.roster.sessions[hello.session]
         if session.is_worker:
+            self._ask_samplers(hello)
             self.samplers.stay()
             self._follow(session)
         welcome = Welcome(
             session=hello.session,
             first=self.roster.wanted(session),
             boot=self.boot,
-            credit=self.room.credit(self.config.intake.credit_bytes),
+            credit=self._credit(session),
             flush_interval_s=self.config.intake.flush_interval_s,
             heartbeat_s=self.config.intake.heartbeat_s,
             sample_interval_s=self.config.samplers.torch_interval_s,
@@ -199,11 +218,28 @@ class Intake:
         )
         self._replies.append((route, welcome))
 
+    def _ask_samplers(self, hello: Hello) -> None:
+        """What wandb's settings of the first worker say of the machine, where our own options say nothing."""
+        if self._samplers_are_asked:
+            return
+        self._samplers_are_asked = True
+        options, said = self.config, hello.settings
+        interval = said.get("x_stats_sampling_interval")
+        in_range = isinstance(interval, float) and MOST_OFTEN_S <= interval < SELDOM_S
+        ours = options.source("samplers.interval_s") != "default"
+        self.samplers.ask(
+            enabled=options.source("samplers.enabled") != "default" or said.get("x_disable_stats") is not True,
+            interval_s=interval if in_range and not ours else None,
+        )
+
     def _on_frame(self, route: bytes, frame: Frame) -> None:
         if self._is_stranger(route, frame.session):
             return
         now = self._now()
         session = self.roster.sessions[frame.session]
+        if session.is_lane:
+            self._on_blobs(frame, session)
+            return
         if frame.first == session.next and not self.room.admit(len(frame.body)):
             self._hold(frame.session)
             return
@@ -219,6 +255,68 @@ class Intake:
                 self._hold(frame.session)
             case _:
                 self._send(route, self._ack(frame.session, gap=True, first=session.next))
+
+    def _on_blobs(self, frame: Frame, session: Session) -> None:
+        """What is to be stored waits for the thread that does; all of it is judged when its turn comes."""
+        session.heard = self._now()
+        if frame.first >= session.next and not (self.room.admit(0) and self.blobs.admit(len(frame.body))):
+            self._hold(frame.session)
+            return
+        self._blob_frames.append(frame)
+        self._some_blobs.set()
+
+    async def _store(self) -> None:
+        while True:
+            await self._some_blobs.wait()
+            self._some_blobs.clear()
+            frames, self._blob_frames = self._blob_frames, []
+            wanted = {id_: session.next for id_, session in self.roster.sessions.items() if session.is_lane}
+            fresh: list[Frame] = []
+            for frame in frames:
+                if wanted.get(frame.session) == frame.first:
+                    wanted[frame.session] = frame.end
+                    fresh.append(frame)
+            await self._store_some(fresh)
+            for frame in frames:
+                if frame not in fresh:
+                    self._judge(frame, None)
+
+    async def _store_some(self, frames: list[Frame]) -> None:
+        """Put bytes into files, and have the next commit say so."""
+        if not frames:
+            return
+        crash_point("intake.blobs")
+        try:
+            told = await asyncio.get_running_loop().run_in_executor(self._blob_writer, self.blobs.write, frames)
+        except SpoolFull as error:
+            logger.warning("no room for more media, workers keep what they have: %s", error)
+            for id_ in {frame.session for frame in frames}:
+                self._hold(id_)
+            return
+        crash_point("intake.blobs_stored")
+        for frame, facts in zip(frames, told, strict=True):
+            self._judge(frame, facts)
+
+    def _judge(self, frame: Frame, facts: dict[str, Any] | None) -> None:
+        """Take a frame of blobs whose bytes are in files, or say what is wanted instead."""
+        if self.closing:
+            return
+        session, now = self.roster.sessions[frame.session], self._now()
+        if facts is not None and frame.first == session.next:
+            self.roster.frame(frame, now)
+            entry = Entry.of_event(
+                EntryKind.BLOBS, frame.session, first=frame.first, count=frame.count, received=now, **facts
+            )
+            self._write(entry)
+            self._touched.add(frame.session)
+        elif frame.first > session.next:
+            if frame.session in self._routes and frame.session not in self._held:
+                self._send(self._routes[frame.session], self._ack(frame.session, gap=True, first=session.next))
+            return
+        else:
+            self.roster.duplicates += 1
+        self._acknowledge.add(frame.session)
+        self._something.set()
 
     def _on_status(self, route: bytes, status: Status) -> None:
         if not self._is_stranger(route, status.session):
@@ -297,8 +395,11 @@ class Intake:
         return True
 
     def _ack(self, session: bytes, *, first: int, gap: bool = False) -> Ack:
-        credit = self.room.credit(self.config.intake.credit_bytes)
-        return Ack(session=session, first=first, gap=gap, credit=credit)
+        return Ack(session=session, first=first, gap=gap, credit=self._credit(self.roster.sessions[session]))
+
+    def _credit(self, session: Session) -> int:
+        most = self.config.intake.credit_bytes
+        return self.room.credit(min(most, CREDIT_BYTES) if session.is_lane else most)
 
     def _hold(self, session: bytes) -> None:
         """Have a session keep what it has until there is room."""
@@ -311,7 +412,8 @@ class Intake:
 
     def _let_go_on(self) -> None:
         """There is room: who was told to wait sends again from what is wanted."""
-        held, self._held = self._held, set()
+        held = {id_ for id_ in self._held if not (self.blobs.closed and self.roster.sessions[id_].is_lane)}
+        self._held -= held
         for id_ in held & self._routes.keys():
             self._send(self._routes[id_], self._ack(id_, first=self.roster.sessions[id_].next, gap=True))
 
@@ -369,7 +471,7 @@ class Intake:
         self.room.ran_out(why)
         entries = [*entries, *self._entries]
         self._entries = self.roster.take_back(entries)
-        for id_ in dict.fromkeys(entry.session for entry in entries if entry.kind is EntryKind.FRAME):
+        for id_ in dict.fromkeys(entry.session for entry in entries if entry.kind in SAID):
             self._hold(id_)
         self._something.set()
 
@@ -383,6 +485,7 @@ class Intake:
             taken = self.room.taken
             await self._in_writer(self.room.look)
             self.room.taken -= taken
+            await asyncio.get_running_loop().run_in_executor(self._blob_writer, self.blobs.look)
         except SpoolFull as error:
             self.room.ran_out(error)
         if not self.room.closed:
@@ -437,8 +540,8 @@ class Intake:
     def facts(self) -> dict[str, Any]:
         """What a worker may know of the run."""
         about = read_json(self.run_dir / "about.json")
-        facts = {name: getattr(self.run, name) for name in ("id", "mode", "project", "entity", "name")}
-        return _sayable({**facts, **_known(about), "dir": str(self.run_dir)})
+        facts = {name: getattr(self.run, name) for name in TOLD}
+        return _sayable({**facts, "tags": list(self.run.tags), **_known(about), "dir": str(self.run_dir)})
 
     def report(self) -> dict[str, Any]:
         """How this run is, for a tool that asks."""
@@ -452,6 +555,7 @@ class Intake:
             "gaps": self.roster.gaps,
             "salvaged": self.spool.salvaged,
             "room": {**self.room.facts(), "held": len(self._held)},
+            "blobs": {"bytes": self.blobs.used, "closed": self.blobs.closed},
             "collected": self.collector.collected,
             "delivery": {"pid": self.keeper.pid, "restarts": self.keeper.restarts},
             "samplers": {"pid": self.samplers.pid, "restarts": self.samplers.restarts},
@@ -469,8 +573,12 @@ def _open_spool(run_dir: Path, config: Config) -> tuple[Spool, Room]:
 
 
 def _known(about: dict[str, Any]) -> dict[str, Any]:
-    names = ("name", "project", "entity", "mode", "url", "starting_step")
-    return {name: about[name] for name in names if about.get(name)}
+    """What delivery wrote down of the run, and workers may ask for; long notes would be too much for a message."""
+    names = (
+        "name", "project", "entity", "mode", "url", "starting_step", "resumed", "group", "job_type", "tags",
+        "notes", "sweep_id", "start_time",
+    )  # fmt: skip
+    return {name: about[name] for name in names if about.get(name) and len(str(about[name])) <= MOST_TOLD_CHARS}
 
 
 def _sayable(facts: dict[str, Any]) -> dict[str, Any]:

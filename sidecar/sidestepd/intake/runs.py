@@ -21,13 +21,13 @@ from pathlib import Path
 from typing import Any
 
 from sidestep.errors import SettingsError
-from sidestep.wire import WORKER, Hello, Message, Refuse
+from sidestep.wire import BLOBS, WORKER, Hello, Message, Refuse
 from sidestepd import rundir
 from sidestepd.errors import AlreadyRunning, ExitCode, SpoolError
+from sidestepd.exits import Lifeline
 from sidestepd.home import ServiceFile
 from sidestepd.intake.run import Intake, Send
 from sidestepd.launches import Launches
-from sidestepd.processes import Lifeline
 from sidestepd.rundir import RunFile
 
 logger = logging.getLogger("sidestepd.intake")
@@ -61,7 +61,7 @@ class OneRun:
 
     async def _tend(self) -> None:
         while True:
-            if self._orphaned() and not self.intake.closing and not self.intake.roster.live:
+            if self._orphaned() and not self.intake.closing and not self.intake.roster.awaited:
                 logger.warning("whoever started this daemon is gone, and so are its workers: closing the run")
                 self.intake.close(CLOSED_BY_ORPHAN)
             await asyncio.sleep(TEND_INTERVAL_S)
@@ -160,14 +160,22 @@ class SeveralRuns:
         if hello.session in self._over:
             self._refuse(route, hello, "closed", "the run is finished", final=True)
             return
-        find = self._find_or_open if hello.role == WORKER else self._find_its_own
-        run = self._sessions.get(hello.session) or find(route, hello)
+        run = self._sessions.get(hello.session) or self._find(route, hello)
         if run is None:
             return
         if not run.intake.closing:
             self._join(run, hello)
         if not run.intake.closing or hello.session in self._sessions:
             run.intake.hear(route, hello)
+
+    def _find(self, route: bytes, hello: Hello) -> OpenRun | None:
+        if hello.role == WORKER:
+            return self._find_or_open(route, hello)
+        if hello.role == BLOBS and re.fullmatch("[0-9a-f]{32}", hello.beside):
+            beside = bytes.fromhex(hello.beside)
+            if beside not in self._over:
+                return self._sessions.get(beside)  # whose HELLO may come later: this one asks again
+        return self._find_its_own(route, hello)
 
     def _find_or_open(self, route: bytes, hello: Hello) -> OpenRun | None:
         named = str(hello.run or hello.settings.get("id") or "") or None
@@ -242,7 +250,8 @@ class SeveralRuns:
     def _watch_process(self, run: OpenRun, who: dict[str, Any]) -> None:
         """Only where it is sure that the pid means the same here as there."""
         if self._file.until_idle and who["node"] == os.uname().nodename and who["pid"] not in run.processes:
-            lifeline = Lifeline(who["pid"])
+            known = self._processes.get(who["pid"])
+            lifeline = known if known is not None and known.is_alive() else Lifeline(who["pid"])
             if lifeline.is_alive():
                 run.processes[who["pid"]] = self._processes[who["pid"]] = lifeline
 
@@ -261,7 +270,7 @@ class SeveralRuns:
 
     def _lose_the_dead(self, run: OpenRun) -> None:
         dead = {pid for pid, lifeline in run.processes.items() if not lifeline.is_alive()}
-        for session in run.intake.roster.live:
+        for session in run.intake.roster.awaited:
             if session.hello["pid"] in dead:
                 run.intake.lose(session.id)
         for pid in dead:
@@ -270,7 +279,7 @@ class SeveralRuns:
 
     def _close_if_left(self, run: OpenRun, now: float, *, at_once: bool) -> None:
         roster = run.intake.roster
-        if roster.live:
+        if roster.awaited:
             run.empty_since = None
             return
         run.empty_since = now if run.empty_since is None else run.empty_since

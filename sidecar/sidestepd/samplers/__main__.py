@@ -85,6 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="sidestepd.samplers", description=__doc__.splitlines()[0])
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("--parent", type=int, required=True, help="die when this process ends")
+    parser.add_argument("--interval", type=float, help="seconds, instead of what the run's options say")
     options = parser.parse_args(arguments)
     die_with_parent(options.parent)
     os.nice(NICENESS)
@@ -95,8 +96,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     directory: Path = options.run_dir
     config = Config.from_json((directory / "config.json").read_text())
     session = make_session(read_json(directory / "run.json"))
+    interval = options.interval or config.samplers.interval_s
     for sampler in make_samplers(config, directory):
-        pace = Pace(sampler, lambda reading: tell(session, reading), stop, interval_s=config.samplers.interval_s)
+        pace = Pace(sampler, lambda reading: tell(session, reading), stop, interval_s=interval)
         threading.Thread(target=pace.run, name=type(sampler).__name__, daemon=True).start()
     stop.wait()
     session.finish(LAST_WORD_S, 0)

@@ -10,17 +10,16 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import psutil
 
 from sidestepd.samplers.base import Rates, Reading
+from sidestepd.samplers.cgroups import NO_LIMIT, cpu_group, memory_groups
 
 PROC, SYS, SHM = Path("/proc"), Path("/sys"), Path("/dev/shm")
 SECTOR_BYTES = 512
-NO_LIMIT = 2**60
-"""What cgroup v1 says for no limit is near 2^63."""
 IB_WORD_BYTES = 4
 """InfiniBand counts its data in words."""
 _LOOPBACK = "lo"
@@ -90,17 +89,35 @@ class HostSampler:
             self._cpu.append((total, it.idle + iowait, iowait))
         return before
 
-    def _of_cpu(self, _: float) -> Mapping[str, float]:
+    def _of_cpu(self, now: float) -> Mapping[str, float]:
         before = self._read_cpu()
         shares = []
         for (total, idle, iowait), (total0, idle0, iowait0) in zip(self._cpu, before, strict=False):
             passed = total - total0
             if passed > 0:
                 shares.append((100 * (1 - (idle - idle0) / passed), 100 * (iowait - iowait0) / passed))
-        values = {"cpu/load1": float((self._proc / "loadavg").read_text().split()[0])}
+        load, _, _, tasks = (self._proc / "loadavg").read_text().split()[:4]
+        values = {"cpu/load1": float(load), "cpu/threads": float(tasks.partition("/")[2])}
         if shares:
             values["cpu/percent"], values["cpu/iowait_percent"] = (_percent(share) for share in shares[0])
             values["cpu/max_core_percent"] = _percent(max(busy for busy, _ in shares[1:] or shares))
+        limited = self._of_cpu_limit(now)
+        if "cpu/cgroup_percent" in limited and "cpu/percent" in values:
+            values["cpu/percent"] = max(values["cpu/percent"], limited["cpu/cgroup_percent"])
+        return values | limited
+
+    def _of_cpu_limit(self, now: float) -> dict[str, float]:
+        """Where a cgroup allows fewer cores than there are: what of them is used, and how often that was all."""
+        group = cpu_group(self._proc, self._sys, machine=len(self._cpu) - 1)
+        if group is None:
+            return {}
+        values = {"cpu/cgroup_limit_cores": group.cores}
+        counters = {"used": group.used_s, "periods": group.periods, "throttled": group.throttled}
+        rates = {name: self._rates.per_s(f"{group.name} {name}", it, now) for name, it in counters.items()}
+        if rates["used"] is not None:
+            values["cpu/cgroup_percent"] = _percent(100 * rates["used"] / group.cores)
+        if rates["periods"] and rates["throttled"] is not None:
+            values["cpu/cgroup_throttled_percent"] = _percent(100 * rates["throttled"] / rates["periods"])
         return values
 
     def _of_memory(self, _: float) -> Mapping[str, float]:
@@ -112,49 +129,49 @@ class HostSampler:
             "swap/percent": swap.percent,
             "swap/used_bytes": swap.used,
         }
-        limits = [group for group in self._memory_groups() if group[1] < min(memory.total, NO_LIMIT)]
+        limits = [
+            group for group in memory_groups(self._proc, self._sys) if group[1] < min(memory.total, NO_LIMIT)
+        ]
         if limits:
             used, limit = max(limits, key=lambda group: group[0] / group[1])
             values |= {"memory/cgroup_used_bytes": used, "memory/cgroup_limit_bytes": limit}
             values["memory/percent"] = max(memory.percent, 100 * used / limit)
         return values
 
-    def _memory_groups(self) -> Iterator[tuple[int, int]]:
-        """Use and limit of this process's cgroup and of those above it, in either version."""
-        for line in (self._proc / "self" / "cgroup").read_text().splitlines():
-            _, controllers, path = line.split(":", 2)
-            root = self._sys / "fs" / "cgroup"
-            if controllers == "":
-                yield from _groups(_first(root / "unified", root), path, _used_v2)
-            elif "memory" in controllers.split(","):
-                yield from _groups(_first(root / "memory", root), path, _used_v1)
-
     # Disks
 
     def _of_disks(self, now: float) -> Mapping[str, float]:
         values: dict[str, float] = {}
-        counters = self._disk_counters()
+        counters, all_together = self._disk_counters()
         for prefix, path in self._disks.items():
             try:
                 usage, device = psutil.disk_usage(str(path)), path.stat().st_dev
             except OSError:
                 continue
             values |= {f"{prefix}percent": usage.percent, f"{prefix}free_bytes": usage.free}
-            moved = counters.get((os.major(device), os.minor(device))) or _total(counters)
-            for name, sectors in zip(("read", "written"), moved, strict=True):
+            moved = counters.get((os.major(device), os.minor(device)), all_together)
+            for name, sectors in zip(("read", "written"), moved or (), strict=False):
                 rate = self._rates.per_s(f"{prefix}{name}", sectors * SECTOR_BYTES, now)
                 if rate is not None:
                     values[f"{prefix}{name}_bytes_per_s"] = rate
         return values
 
-    def _disk_counters(self) -> dict[tuple[int, int], tuple[int, int]]:
-        """Sectors read and written by device number; partitions beside their disks."""
+    def _disk_counters(self) -> tuple[dict[tuple[int, int], tuple[int, int]], tuple[int, int] | None]:
+        """Sectors read and written by device number, partitions beside their disks; and of all disks together.
+
+        The latter is nearest where a path lies on none of them: an overlay, a network. None if no disk is known.
+        """
         try:
             lines = (self._proc / "diskstats").read_text().splitlines()
         except OSError:
-            return {}
-        words = [line.split() for line in lines]
-        return {(int(it[0]), int(it[1])): (int(it[5]), int(it[9])) for it in words if len(it) > 9}
+            return {}, None
+        found = [words for line in lines if len(words := line.split()) > 9]
+        counters = {(int(it[0]), int(it[1])): (int(it[5]), int(it[9])) for it in found}
+        disks = [
+            it for it in found if (self._sys / "block" / it[2] / "device").exists()
+        ]  # no loop, no volume of LVM
+        moved = [counters[int(it[0]), int(it[1])] for it in disks]
+        return counters, (sum(read for read, _ in moved), sum(written for _, written in moved)) if moved else None
 
     def _of_shm(self, _: float) -> Mapping[str, float]:
         usage = psutil.disk_usage(str(self._shm))
@@ -163,11 +180,7 @@ class HostSampler:
     # Network
 
     def _of_network(self, now: float) -> Mapping[str, float]:
-        received = sent = 0
-        for line in (self._proc / "net" / "dev").read_text().splitlines()[2:]:
-            name, _, counters = line.partition(":")
-            if name.strip() != _LOOPBACK and len(words := counters.split()) > 8:
-                received, sent = received + int(words[0]), sent + int(words[8])
+        received, sent = map(sum, zip(*self._interfaces(), strict=True))
         if self._network_began is None or received < self._network_began[0] or sent < self._network_began[1]:
             self._network_began = (received, sent)
         values: dict[str, float] = {
@@ -175,6 +188,19 @@ class HostSampler:
             "network/sent_bytes": sent - self._network_began[1],
         }
         return values | self._growth({"network/received": received, "network/sent": sent}, now)
+
+    def _interfaces(self) -> list[tuple[int, int]]:
+        """Bytes received and sent by each device; where there are none, as in a container, by all but loopback.
+
+        What goes over a bridge or a bond goes over a device too, and is counted there.
+        """
+        found: dict[str, tuple[int, int]] = {}
+        for line in (self._proc / "net" / "dev").read_text().splitlines()[2:]:
+            name, _, counters = line.partition(":")
+            if name.strip() != _LOOPBACK and len(words := counters.split()) > 8:
+                found[name.strip()] = (int(words[0]), int(words[8]))
+        devices = [it for name, it in found.items() if (self._sys / "class" / "net" / name / "device").exists()]
+        return devices or list(found.values()) or [(0, 0)]
 
     def _of_infiniband(self, now: float) -> Mapping[str, float]:
         counters: dict[str, int] = {}
@@ -206,50 +232,6 @@ class HostSampler:
     def _of_files(self, _: float) -> Mapping[str, float]:
         used, free, most = map(int, (self._proc / "sys" / "fs" / "file-nr").read_text().split())
         return {"files/open": used - free, "files/percent": 100 * (used - free) / most}
-
-
-def _groups(root: Path, path: str, used: Callable[[Path], tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """A cgroup and those above it. In a container its own is at the root, whatever the path says."""
-    folder = root / path.lstrip("/")
-    if ".." in folder.parts or not folder.exists():
-        folder = root
-    while True:
-        try:
-            yield used(folder)
-        except (OSError, ValueError):
-            pass
-        if folder == root:
-            return
-        folder = folder.parent
-
-
-def _used_v2(folder: Path) -> tuple[int, int]:
-    limit = (folder / "memory.max").read_text().strip()
-    return _active(folder, "memory.current"), NO_LIMIT if limit == "max" else int(limit)
-
-
-def _used_v1(folder: Path) -> tuple[int, int]:
-    return _active(folder, "memory.usage_in_bytes"), int((folder / "memory.limit_in_bytes").read_text())
-
-
-def _active(folder: Path, file: str) -> int:
-    """Without the page cache that the kernel gives back when it is asked for memory."""
-    used, inactive = int((folder / file).read_text()), 0
-    for line in (folder / "memory.stat").read_text().splitlines():
-        name, _, value = line.partition(" ")
-        if name == "total_inactive_file" or (name == "inactive_file" and not inactive):
-            inactive = int(value)
-    return max(used - inactive, 0)
-
-
-def _first(*paths: Path) -> Path:
-    return next((path for path in paths if path.exists()), paths[-1])
-
-
-def _total(counters: Mapping[tuple[int, int], tuple[int, int]]) -> tuple[int, int]:
-    """Over all whole disks: where a path lies on none of them (an overlay, a network), this is nearest."""
-    disks = [moved for (major, minor), moved in counters.items() if major not in (1, 7) and minor % 16 == 0]
-    return sum(read for read, _ in disks), sum(written for _, written in disks)
 
 
 def _word(path: Path | str) -> str:

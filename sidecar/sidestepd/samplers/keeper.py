@@ -35,6 +35,11 @@ class SamplersKeeper:
         self._started = 0.0
         self._retry_at = 0.0
         self._leave_by: float | None = None
+        self._interval_s: float | None = None
+
+    def ask(self, *, enabled: bool, interval_s: float | None) -> None:
+        """What the run's first worker wants of them, before they are started."""
+        self._enabled, self._interval_s = self._enabled and enabled, interval_s
 
     @property
     def pid(self) -> int | None:
@@ -87,6 +92,8 @@ class SamplersKeeper:
             "--parent",
             str(os.getpid()),
         ]
+        if self._interval_s is not None:
+            command += ["--interval", f"{self._interval_s:g}"]
         try:
             with log.open("ab") as output:
                 self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output)

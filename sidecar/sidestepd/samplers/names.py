@@ -161,10 +161,14 @@ TORCH_METRICS = (
 """Of the worker's own process, by its sender thread; `memory_allocated` and `memory_reserved` are above."""
 
 HOST_METRICS = (
-    _host("cpu/percent", "%, of all cores", "psutil.cpu_times", stream="cpu", history=True, over_nodes=("mean",)),
+    _host("cpu/percent", "%, of the machine's cores or the cgroup's limit, whichever is nearer", "psutil.cpu_times, cpu.stat", stream="cpu", history=True, over_nodes=("mean",)),
     _host("cpu/max_core_percent", "%, of the busiest core", "psutil.cpu_times"),
     _host("cpu/iowait_percent", "%, of all cores", "psutil.cpu_times"),
     _host("cpu/load1", "processes", "/proc/loadavg"),
+    _host("cpu/threads", "threads, of the whole machine", "/proc/loadavg"),
+    _host("cpu/cgroup_limit_cores", "cores, where a cgroup allows fewer than there are", "cpu.max or cpu.cfs_quota_us, cpuset"),
+    _host("cpu/cgroup_percent", "% of that limit", "cpu.stat or cpuacct.usage"),
+    _host("cpu/cgroup_throttled_percent", "% of the periods in which its quota was used up", "cpu.stat"),
     _host("memory/percent", "%, of the machine's or the cgroup's limit, whichever is nearer", "psutil.virtual_memory, memory.current", stream="memory_percent", history=True, over_nodes=("max",)),
     _host("memory/used_bytes", "bytes", "psutil.virtual_memory"),
     _host("memory/available_bytes", "bytes", "psutil.virtual_memory", stream="proc.memory.availableMB", scale=2**-20),
@@ -182,7 +186,7 @@ HOST_METRICS = (
     _host("disk/{path}/written_bytes_per_s", "bytes/s", "/proc/diskstats"),
     _host("shm/percent", "%, of /dev/shm", "psutil.disk_usage"),
     _host("shm/used_bytes", "bytes", "psutil.disk_usage"),
-    _host("network/sent_bytes", "bytes, since the sampler began, without loopback", "/proc/net/dev", stream="network.sent"),
+    _host("network/sent_bytes", "bytes, since the sampler began, over the devices", "/proc/net/dev", stream="network.sent"),
     _host("network/received_bytes", "bytes, likewise", "/proc/net/dev", stream="network.recv"),
     _host("network/sent_bytes_per_s", "bytes/s", "/proc/net/dev"),
     _host("network/received_bytes_per_s", "bytes/s", "/proc/net/dev"),

@@ -71,7 +71,7 @@ class Owners:
 
     def _is_in_machines_namespace(self) -> bool:
         try:
-            return os.readlink(self._proc / "self" / "ns" / "pid") == MACHINE
+            return str((self._proc / "self" / "ns" / "pid").readlink()) == MACHINE
         except OSError:
             return False
 

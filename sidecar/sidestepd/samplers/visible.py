@@ -1,8 +1,9 @@
 """Which GPUs a process sees, by what CUDA_VISIBLE_DEVICES says.
 
 - NVML knows nothing of that variable and numbers GPUs in the order of their PCI addresses; UUIDs join the two
-- an entry is a number, a GPU's UUID or the beginning of one (`GPU-8a`), or a MIG instance's (`MIG-...`); as for
-  CUDA, the first entry that is none of these ends the list, and so does a GPU that is named twice
+- an entry is a number, a GPU's UUID or the beginning of one (`GPU-8a`), a MIG instance's (`MIG-...`), or one as
+  drivers before 470 named it (`MIG-GPU-.../1/0`), of which only the GPU is known here; as for CUDA, the first that
+  is none of these ends the list, and so does a GPU that is named twice
 - numbers are taken in PCI order. CUDA's default is the fastest first, which is the same order where all GPUs of a
   machine are of one model; where they are not, a worker's torch knows the UUID and this is not asked
 """
@@ -34,6 +35,8 @@ def visible_devices(variable: str | None, uuids: Sequence[str]) -> list[str]:
 def _device(entry: str, gpus: Sequence[str], uuids: Sequence[str]) -> str | None:
     if entry.isdecimal():
         return gpus[int(entry)] if int(entry) < len(gpus) else None
+    if entry.startswith("MIG-GPU-"):
+        entry = entry.removeprefix("MIG-").partition("/")[0]
     if not entry.startswith(("GPU-", "MIG-")) or len(entry) <= len("GPU-"):
         return None
     fitting = [uuid for uuid in uuids if uuid.lower().startswith(entry.lower())]

@@ -14,8 +14,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from sidestep.media.base import Files
 from sidestepd.errors import Reject, Retry, Trouble
-from sidestepd.rows import Definition, Row, Sample
+from sidestepd.rows import Definition, Described, Printed, Row, Sample
 
 BEAT_EVERY_S = 0.5
 """Whoever waits shows this often that it only waits."""
@@ -24,11 +25,12 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunFacts:
-    """The run to write into. `options` are the keywords of wandb's init that were given.
+    """The run to write into. `options` are the keywords of wandb's init that were given, `sweep_id` is its sweep.
 
     `resume` says whether the server must or may not have the run when it is opened for the first time; `server`
     is the address of the W&B server, `ask_every_s` how often it is asked what it holds, `stall_s` after how long
-    something is wrong where nothing moves. They count online only.
+    something is wrong where nothing moves. They count online only; offline `resume` is held against `earlier`, the
+    directories of runs with this id that began before.
     """
 
     id: str
@@ -38,9 +40,11 @@ class RunFacts:
     entity: str | None = None
     name: str | None = None
     resume: str = "allow"
+    sweep_id: str | None = None
     server: str | None = None
     ask_every_s: float = 15.0
     stall_s: float = 60.0
+    earlier: tuple[Path, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -80,6 +84,10 @@ class Sink(Protocol):
         """Set values of the run's summary. Idempotent."""
         ...
 
+    def named(self, values: Mapping[str, Any]) -> None:
+        """What the run is called from now on: `name`, `notes`, `tags`; `preempted` marks it so. Idempotent."""
+        ...
+
     def alert(self, title: str, text: str, level: str) -> None:
         """Tell people something. Whoever calls tells it once, also across crashes. `level`: INFO, WARN, ERROR."""
         ...
@@ -88,8 +96,23 @@ class Sink(Protocol):
         """Write one row, with a `step` above every earlier one's. Raises Retry, Reject or Fatal."""
         ...
 
+    def show(self, value: Any, files: Files) -> Any:
+        """What `write` shall be given for a value that is media, or has some in it.
+
+        Called in another thread, and again after a crash. Raises ValueError, in words, if the content is bad.
+        """
+        ...
+
     def sample(self, sample: Sample) -> None:
         """Add to the run's stream of system metrics, at the sample's own time. Raises Fatal."""
+        ...
+
+    def printed(self, said: Printed) -> None:
+        """Add lines to the run's console log. Raises Fatal."""
+        ...
+
+    def described(self, said: Described) -> None:
+        """Note what the program is, or keep a file with the run. Idempotent. Raises Fatal."""
         ...
 
     def confirm(self) -> Confirmed:

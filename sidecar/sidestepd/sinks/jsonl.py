@@ -9,15 +9,19 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
+from sidestep.media.base import MARK, Files, Ref, is_packed, is_ref
 from sidestepd.errors import Fatal
-from sidestepd.rows import Definition, Row, Sample
+from sidestepd.rows import Definition, Described, Printed, Row, Sample
 from sidestepd.sinks.base import Confirmed, RunFacts
 
 FILE_NAME = "rows.jsonl"
+FOLDER = "media"
+"""Beside it: the bytes of media."""
 
 
 class JsonlSink:
@@ -62,6 +66,10 @@ class JsonlSink:
         """One line."""
         self._append({"summary": dict(values)})
 
+    def named(self, values: Mapping[str, Any]) -> None:
+        """One line."""
+        self._append({"named": dict(values)})
+
     def alert(self, title: str, text: str, level: str) -> None:
         """One line."""
         self._append({"alert": {"title": title, "text": text, "level": level}})
@@ -71,9 +79,44 @@ class JsonlSink:
         self._append({"_step": row.step, "_timestamp": row.time, **row.values})
         self._written.append(row.step)
 
+    def show(self, value: Any, files: Files) -> Any:
+        """Media by their kind and facts; their bytes are in files beside this one."""
+        if is_packed(value):
+            return {"_type": value[MARK], **self.show(value["facts"], files)}
+        if is_ref(value):
+            return self._keep(value, files)
+        if isinstance(value, dict):
+            return {name: self.show(item, files) for name, item in value.items()}
+        if isinstance(value, list):
+            return [self.show(item, files) for item in value]
+        return value
+
+    def _keep(self, ref: Ref, files: Files) -> dict[str, Any]:
+        path = files.path(ref)
+        kept = self._path.with_name(FOLDER) / path.name
+        kept.parent.mkdir(mode=0o700, exist_ok=True)
+        try:
+            os.link(path, kept)
+        except FileExistsError:
+            pass  # of a life before this one
+        except OSError:  # another disk
+            shutil.copyfile(path, kept)
+        return {"file": f"{FOLDER}/{path.name}", "size": kept.stat().st_size}
+
     def sample(self, sample: Sample) -> None:
         """One line."""
         self._append({"system": dict(sample.values), "node": sample.node, "_timestamp": sample.time})
+
+    def printed(self, said: Printed) -> None:
+        """One line."""
+        self._append({"printed": said.text, "stream": said.stream, "_timestamp": said.time})
+
+    def described(self, said: Described) -> None:
+        """One line."""
+        if said.file is None:
+            self._append({"program": dict(said.facts)})
+        else:
+            self._append({"file": said.file, "text": said.text})
 
     def confirm(self) -> Confirmed:
         """Sync the file."""

@@ -21,8 +21,10 @@ import psutil
 import wandb
 from wandb.proto import wandb_internal_pb2 as pb
 
-from sidestepd.errors import Fatal, Reject
-from sidestepd.rows import Definition, Row, Sample
+from sidestep import media
+from sidestep.media.base import Files
+from sidestepd.errors import Fatal, Reject, Retry
+from sidestepd.rows import Definition, Described, Printed, Row, Sample
 from sidestepd.samplers.names import look_up
 from sidestepd.sinks import wandb_log
 from sidestepd.sinks.base import Confirmed, RunFacts
@@ -33,8 +35,12 @@ FLUSH_INTERVAL_S = 1.0
 """How often wandb-core writes what it has into its file."""
 MOST_TITLE = 63
 """Characters that the title of an alert may have in wandb."""
+OF_A_SWEEP = ("WANDB_SWEEP_ID", "WANDB_SWEEP_PARAM_PATH")
+"""With these wandb takes a run's names from its environment alone. The sweep's values are in the configuration."""
 NO_WAIT_S = 0.001
 """An alert shall not be held back because there was one of the same title; 0 would mean wandb's own minute."""
+CALLED: Mapping[str, Callable[[Any], Any]] = {"name": str, "notes": str, "tags": tuple}
+"""What of a run's names may change while it is open, and how wandb wants it."""
 REFUSED = (wandb.errors.Error, TypeError, ValueError)
 """What wandb raises when it does not like a value; pydantic's errors are ValueErrors."""
 BROKEN = (ConnectionError, wandb.errors.CommError, wandb.errors.UsageError, OSError)
@@ -76,6 +82,19 @@ class WandbSink:
         """Beside what wandb derives from the rows."""
         _each(values, self._open_run.summary.update)
 
+    def named(self, values: Mapping[str, Any]) -> None:
+        """As wandb's own properties do it; what it refuses stays as it was."""
+        run = self._open_run
+        for name in CALLED.keys() & values.keys():
+            try:
+                setattr(run, name, CALLED[name](values[name]))
+            except BROKEN as error:
+                raise Fatal(f"wandb-core is gone: {error!r}") from error
+            except REFUSED as error:
+                logger.warning("wandb refuses the %s %.80r: %s", name, values[name], error)
+        if values.get("preempted"):
+            run.mark_preempting()
+
     def alert(self, title: str, text: str, level: str) -> None:
         """wandb sends it by mail or chat, as the user has set up there; offline it waits for `wandb sync`."""
         try:
@@ -96,6 +115,13 @@ class WandbSink:
         except BROKEN as error:
             raise Fatal(f"wandb-core is gone: {error!r}") from error
 
+    def show(self, value: Any, files: Files) -> Any:
+        """wandb's own objects."""
+        try:
+            return media.shown(value, files)
+        except (wandb.errors.Error, TypeError, KeyError, IndexError) as error:
+            raise ValueError(f"wandb does not take it: {error!r}") from error
+
     def sample(self, sample: Sample) -> None:
         """One record of system metrics, as wandb's own monitor writes them; that one is off."""
         stats = pb.StatsRecord(stats_type=pb.StatsRecord.StatsType.SYSTEM)  # type: ignore[attr-defined]
@@ -105,8 +131,34 @@ class WandbSink:
             if known is not None:
                 key = f"{known.stream_name}/l:{sample.node}"
                 stats.item.add(key=key, value_json=json.dumps(value * known.metric.scale))
+        self._publish(stats=stats)
+
+    def printed(self, said: Printed) -> None:
+        """One record of console output, as wandb's own capture writes them."""
+        kind = pb.OutputRawRecord.OutputType.Value(said.stream.upper())  # type: ignore[attr-defined]
+        output = pb.OutputRawRecord(output_type=kind, line=said.text)  # type: ignore[attr-defined]
+        output.timestamp.FromNanoseconds(round(said.time * 1e6) * 1000)
+        self._publish(output_raw=output)
+
+    def described(self, said: Described) -> None:
+        """One record of the environment, or a file among the run's files."""
+        if said.file is None:
+            self._publish(environment=environment(said))
+            return
+        folder = Path(self._open_run.settings.files_dir)
+        path = folder / said.file
         try:
-            self._open_run._interface._publish(pb.Record(stats=stats))  # type: ignore
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(said.text)
+            self._open_run.save(str(path), base_path=str(folder), policy="now")
+        except BROKEN as error:
+            raise Fatal(f"{path} can not be kept: {error!r}") from error
+        except REFUSED as error:
+            logger.warning("wandb refuses the file %.80r: %s", said.file, error)
+
+    def _publish(self, **record: Any) -> None:
+        try:
+            self._open_run._interface._publish(pb.Record(**record))  # type: ignore[attr-defined, union-attr]
         except BROKEN as error:
             raise Fatal(f"wandb-core is gone: {error!r}") from error
 
@@ -133,6 +185,13 @@ class WandbSink:
             "mode": "offline" if run.offline else "online",
             "url": run.url,
             "starting_step": run.starting_step,
+            "resumed": run.resumed,
+            "group": run.group,
+            "job_type": run.job_type,
+            "tags": list(run.tags or ()),
+            "notes": run.notes,
+            "sweep_id": run.sweep_id,
+            "start_time": run.start_time,
             "segment": str(Path(run.settings.sync_file).parent),
             "core": {"pid": core.pid, "started": core.create_time()} if core else None,
         }
@@ -157,6 +216,9 @@ class OfflineSink(WandbSink):
         """Read what earlier segments hold, then begin a new one."""
         folder = run.directory / "wandb"
         folder.mkdir(exist_ok=True)
+        if run.resume == "never" and run.earlier and not bookmark:
+            there = f"run {run.id} is there already, in {run.earlier[-1]}; another id makes another run"
+            raise Retry(there, after_s=5.0, lasting=True)
         self._offsets = dict(bookmark.get("offsets", {}))
         steps = [step for segment in wandb_log.segments(folder) for step in self._read(segment)]
         wait_for_free_name(folder)
@@ -190,8 +252,12 @@ def init(
     """Open the run by `names`, with everything switched off that looks at this process or its machine."""
     os.environ["WANDB_ERROR_REPORTING"] = "false"
     os.environ.pop("WANDB_SERVICE", None)  # another process's core would die with that process
+    for variable in OF_A_SWEEP:
+        os.environ.pop(variable, None)
+    if run.sweep_id:
+        settings["sweep_id"] = run.sweep_id
     quiet = wandb.Settings(
-        console="off",
+        console="wrap",  # else wandb-core passes over what is printed; the wrapping itself is undone below
         x_disable_stats=True,
         x_disable_meta=True,
         x_disable_machine_info=True,
@@ -205,7 +271,26 @@ def init(
         init_timeout=30,
         **settings,
     )
-    return wandb.init(id=run.id, dir=run.directory, mode=mode, reinit="create_new", settings=quiet, **names)
+    opened = wandb.init(id=run.id, dir=run.directory, mode=mode, reinit="create_new", settings=quiet, **names)
+    opened._restore()  # what this process prints is no part of the run
+    return opened
+
+
+def environment(said: Described) -> Any:
+    """What the program is, as wandb has it."""
+    made = pb.EnvironmentRecord()  # type: ignore[attr-defined]
+    made.started_at.FromNanoseconds(round(said.time * 1e6) * 1000)
+    facts = said.facts
+    for name in ("os", "python", "executable", "program", "host", "username", "cuda_version", "root", "code_path"):
+        if facts.get(name):
+            setattr(made, name, str(facts[name]))
+    if isinstance(args := facts.get("args"), list):
+        made.args.extend(str(it) for it in args)
+    if isinstance(count := facts.get("cpu_count"), int) and 0 < count < 2**31:
+        made.cpu_count_logical = count
+    if isinstance(git := facts.get("git"), dict):
+        made.git.commit, made.git.remote_url = str(git.get("commit") or ""), str(git.get("remote") or "")
+    return made
 
 
 def _init_offline(run: RunFacts) -> wandb.Run:

@@ -9,14 +9,11 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from wandb.proto import wandb_internal_pb2 as pb
 
-from sidestepd.errors import Fatal
 from sidestepd.rows import Row
 from sidestepd.sinks import wandb_log
-from sidestepd.sinks.wandb import BROKEN
 from sidestepd.sinks.wandb_online import OnlineSink
 
 
@@ -48,9 +45,3 @@ class CopySink(OnlineSink):
             for record in wandb_log.records(path):
                 if record.HasField("stats") and record.stats.timestamp.ToNanoseconds() / 1e9 > self.held.sampled:
                     self._publish(stats=record.stats)
-
-    def _publish(self, **record: Any) -> None:
-        try:
-            self._open_run._interface._publish(pb.Record(**record))  # type: ignore[attr-defined, union-attr]
-        except BROKEN as error:
-            raise Fatal(f"wandb-core is gone: {error!r}") from error

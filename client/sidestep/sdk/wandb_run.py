@@ -1,0 +1,5 @@
+"""Where libraries look for the class of a run."""
+
+from sidestep._run import Run
+
+__all__ = ["Run"]

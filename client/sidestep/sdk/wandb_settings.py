@@ -1,0 +1,5 @@
+"""Where libraries look for the class of settings."""
+
+from sidestep.settings import Settings
+
+__all__ = ["Settings"]
