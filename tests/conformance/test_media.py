@@ -127,6 +127,7 @@ class TestAgainstWandb:
 
         assert ledger.offered == ledger.delivered
         assert 0 == ledger.values_refused
+        assert not status.report(ours).media.get("left_out")
 
     @pytest.mark.parametrize("kind", KINDS)
     def test_what_is_in_the_run_is_the_same(self, folder: Path, ours: Path, kind: str):

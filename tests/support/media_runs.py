@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +28,22 @@ def worker(folder: Path, *, heavy: bool) -> None:
         run.log(media_cases.implied(), step=1000)
         loaded = sorted({"wandb", "sidestepd", "pydantic", "click"} & set(sys.modules))
         (folder / "loaded.json").write_text(json.dumps(loaded))
-        run.flush(60.0)
+        _wait_until_all_are_in_the_run(run)
+
+
+def _wait_until_all_are_in_the_run(run: Any) -> None:
+    """A run that ends does not wait for what takes long to encode on a slow machine: this one ends later."""
+    from sidestepd import status
+    from tests.support.waiting import eventually
+
+    directory, said = Path(os.environ["SIDESTEP_RUN_DIR"]), run.stats().offered
+    run.flush(60.0)
+
+    def all_there() -> bool:
+        found = status.report(directory)
+        return not found.media.get("waiting") and found.ledger.delivered >= said
+
+    eventually(all_there, 150.0, lambda: f"{status.report(directory)}")
 
 
 def reference(folder: Path, *, heavy: bool) -> None:
