@@ -76,8 +76,10 @@ if TYPE_CHECKING:  # what a type checker is told of them; a method of the run is
     alert = _run.alert
     mark_preempting = _run.mark_preempting
     restore = _run.restore
+    unwatch = _run.unwatch
     use_artifact = _run.use_artifact
     use_model = _run.use_model
+    watch = _run.watch
 
 __all__ = [
     "Run",

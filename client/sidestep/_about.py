@@ -16,6 +16,7 @@ from sidestep import convert
 from sidestep.alerts import AlertLevel, Alerts
 from sidestep.bags import Bag
 from sidestep.errors import NeedsWandb, UnsupportedValue
+from sidestep.keywords import MEANINGS
 from sidestep.outbox import DropReason
 from sidestep.session import Refusal, Session
 from sidestep.settings import Settings
@@ -60,7 +61,7 @@ class About:
     @property
     def id(self) -> str | None:
         """Its id in W&B."""
-        return _str(self._told("id", self._session.settings.run_id))
+        return _str(self._told("id", self._session.settings.run_id or self._keywords.get("id")))
 
     @property
     def name(self) -> str | None:
@@ -238,7 +239,9 @@ class About:
     @property
     def settings(self) -> Settings:
         """The keywords that `init()` was given, and the names of the run as wandb's settings call them."""
-        return Settings(**{**self._keywords, "run_id": self._session.settings.run_id, "run_mode": "run"})
+        given = self._keywords
+        named = {setting: given.get(name) for setting, name in MEANINGS.items()}
+        return Settings(**{**named, **given, "run_id": self._session.settings.run_id or given.get("id")})
 
     @property
     def config_static(self) -> Mapping[str, Any]:

@@ -25,6 +25,7 @@ from sidestep.errors import UnsupportedValue
 from sidestep.media.base import Media
 from sidestep.outbox import DropReason
 from sidestep.session import EXIT_S, LARGE_BYTES, Refusal, Session, Stats
+from sidestep.staging import Call
 from sidestep.steps import OffsetSteps, truth, whole
 from sidestep.wire import MAX_NAME_CHARS, MAX_RECORD_BYTES, Kind
 
@@ -144,17 +145,31 @@ class Axis:
         session = self._session
         if session.outbox.shut is not None:
             raise Refusal(session.outbox.shut)
-        values = self._plain_values(_entries(data))
+        session.hide_from_compiler()
+        call = session.staging.call()
+        values = self._plain_values(_entries(data), call)
         kind, number = at or self._take(step, commit)
-        session.offer(session.pack(kind, number, values, self._stage))
+        if call.deferred:
+            call.launch()
+            session.offer_staged((kind, number), values, self._stage, call.by_name)
+        else:
+            session.offer(session.pack(kind, number, values, self._stage))
 
-    def _plain_values(self, entries: dict[Any, Any]) -> dict[str, Any]:
+    def _plain_values(self, entries: dict[Any, Any], call: Call) -> dict[str, Any]:
         """The values that can be logged; the others are counted and said."""
         values = {}
+        stage = convert.quickly(call)
         for name, value in entries.items():
+            found = len(call.deferred)
             try:
-                values[self._name_of(name)] = convert.plain(value, blobs=self._session.lane, implied=_media_of)
+                known = self._name_of(name)
+                if (staged := stage(value)) is not None:
+                    values[known], call.by_name[known] = staged, [staged]
+                    continue
+                values[known] = convert.plain(value, blobs=self._session.lane, implied=_media_of, call=call)
+                call.named(known, found)
             except UnsupportedValue as error:
+                call.without(found)
                 self._session.refuse_value(name, type(value), str(error))
         return values
 
@@ -192,6 +207,9 @@ class Axis:
             f"a {type(self).__name__} belongs to its process and is not pickled: "
             "call sidestep.init() in the other one"
         )
+
+
+vars(Axis.log)["_torchdynamo_disable"] = True  # torch.compile calls it as it is, instead of looking inside
 
 
 class Stage(Axis):
@@ -312,6 +330,28 @@ class Run(Axis, About, Elsewhere):
         """What the run comes to in the end, beside the last values of its metrics."""
         return self._summary
 
+    def watch(
+        self,
+        models: Any,
+        criterion: Any = None,  # noqa: ARG002 - wandb's, for the graph
+        log: str | None = "gradients",
+        log_freq: int = 1000,
+        idx: int | None = None,
+        log_graph: bool = False,
+    ) -> None:
+        """Log histograms of the gradients or parameters of torch models (`"gradients"`, `"parameters"`, `"all"`).
+
+        Every `log_freq` batches, in the row of the next `log()`. Named as in wandb: `gradients/layer.weight`.
+        """
+        from sidestep.watching import watch  # only who watches needs it
+
+        self._session.guard(lambda: watch(self._session, models, log, log_freq, idx, log_graph=log_graph))
+
+    def unwatch(self, models: Any = None) -> None:
+        """End it for some models, or for all."""
+        if (watcher := self._session.watcher) is not None:
+            self._session.guard(lambda: watcher.unwatch(models))
+
     def flush(self, timeout: float = EXIT_S) -> bool:
         """Wait until the daemon has on its disk what this process said so far; False if it was not in time."""
         return self._session.flush(_seconds(timeout))
@@ -375,8 +415,23 @@ class SilentRun(_Silent, Run):
     __slots__ = ()
 
     def __init__(self, session: Session, keywords: Mapping[str, Any]) -> None:
-        super().__init__(session, keywords)
+        from sidestep.util import generate_id  # a script may name its files by the run that is none
+
+        super().__init__(session, {"id": generate_id(), **keywords})
         self._config, self._summary = Bag(None, Kind.CONFIG), Bag(None, Kind.SUMMARY)
+
+    def watch(self, models: Any, *_: Any, **__: Any) -> None:
+        """Nothing."""
+
+    def unwatch(self, models: Any = None) -> None:
+        """Nothing."""
+
+    @property
+    def dir(self) -> str:
+        """Where files do no harm: a script may write some beside the run."""
+        import tempfile  # which costs more than the rest of a run that does nothing
+
+        return tempfile.gettempdir()
 
 
 def _text(name: Any) -> str:

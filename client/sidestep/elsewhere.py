@@ -90,7 +90,7 @@ def of_wandb(path: str, instead: str = "") -> Any:
     at = "wandb"
     for part in path.split("."):
         at = f"{at}.{part}"
-        found = getattr(found, part, None) or _module(at)
+        found = getattr(found, part) if hasattr(found, part) else _module(at)
     return found
 
 

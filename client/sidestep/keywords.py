@@ -17,7 +17,6 @@ REFUSED: Mapping[str, str] = {
     "resume_from": "a run is not rewound here: it goes on behind its last row, and steps said again are rows of "
     "their own",
     "monitor_gym": "videos of gym are not recorded by themselves: log them as sidestep.Video",
-    "save_code": "without effect here",
 }
 """Keyword to what is done instead. Any other keyword that is not known is without effect, and said."""
 
@@ -30,11 +29,12 @@ MEANINGS: Mapping[str, str] = {
 
 QUIET_SETTINGS = frozenset(
     {
-        "autostart", "console", "quiet", "silent", "show_info", "show_warnings", "show_errors", "start_method",
-        "init_timeout", "finish_timeout", "finish_timeout_raises", "login_timeout", "disable_git",
-        "disable_code", "x_disable_stats", "x_disable_meta", "x_label", "x_primary", "x_update_finish_state",
-        "sweep_id", "job_name", "program", "program_relpath", "host", "username", "email", "label_disable",
-        "api_key", "allow_val_change", "anonymous", "disable_job_creation", "_disable_stats", "_disable_meta",
+        "_disable_meta", "_disable_stats", "allow_val_change", "anonymous", "api_key", "autostart", "console",
+        "disable_code", "disable_git", "disable_job_creation", "email", "finish_timeout",
+        "finish_timeout_raises", "host", "init_timeout", "job_name", "label_disable", "login_timeout",
+        "program", "program_relpath", "quiet", "show_errors", "show_info", "show_warnings", "silent",
+        "start_method", "sweep_id", "username", "x_disable_meta", "x_disable_stats", "x_label", "x_primary",
+        "x_save_requirements", "x_update_finish_state",
     }
 )  # fmt: skip
 """Settings that change how wandb goes about it, which is the daemon's business and not missed in a worker."""

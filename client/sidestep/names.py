@@ -50,7 +50,9 @@ LAZY: Mapping[str, str] = {
 }
 """Name to the module that has it."""
 
-OF_THE_RUN: frozenset[str] = frozenset({"alert", "mark_preempting", "restore", "use_artifact", "use_model"})
+OF_THE_RUN: frozenset[str] = frozenset(
+    {"alert", "mark_preempting", "restore", "unwatch", "use_artifact", "use_model", "watch"}
+)
 """Methods of `Run` that the module has too, for the current run."""
 
 MODULES: frozenset[str] = frozenset({"errors", "logger", "media", "plot", "sdk", "tensorboard", "testing", "util"})

@@ -9,6 +9,7 @@
   sequences
 - the shelf holds all that is unacknowledged up to some sequence, without a hole: it makes sense by itself
 - sequences count records, from 0, without holes: what is dropped never had one
+- a record may wait in the queue for values of a device. Nothing behind it is cut before it, until it is overtaken
 - offered == acknowledged + pending + dropped, at any moment and seen from any thread
 
 `offer` may be called from any thread, everything else from one. There is no lock: each change of a counter is
@@ -23,7 +24,8 @@ from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import Protocol
+from math import inf
+from typing import Any, Protocol
 
 from sidestep.wire import MAX_FRAME_BYTES, MAX_FRAME_RECORDS, MAX_RECORD_BYTES, Frame, checksum
 
@@ -53,6 +55,25 @@ class DropReason(StrEnum):
     """The program prints more than is kept of it."""
     INTERNAL = "internal"
     """A mistake in sidestep itself."""
+
+
+class Unready(Protocol):
+    """A record that waits for values. Its length is at least what it will have."""
+
+    @property
+    def since(self) -> float:
+        """When it was offered."""
+
+    def __len__(self) -> int: ...
+
+    def ready(self) -> bool:
+        """Whether all its values are there."""
+
+    def pack(self) -> bytes:
+        """The record, with the values that are there."""
+
+    def give_up(self) -> None:
+        """It is not wanted any more."""
 
 
 class Shelf(Protocol):
@@ -96,6 +117,7 @@ class Outbox:
 
     __slots__ = (
         "_acknowledged",
+        "_aside",
         "_cut",
         "_dropped",
         "_held",
@@ -104,6 +126,7 @@ class Outbox:
         "_lost",
         "_next",
         "_offered_before",
+        "_overtaken",
         "_session",
         "_share",
         "_shelf",
@@ -123,7 +146,9 @@ class Outbox:
         self._limit = limit
         self._share = limit if shelf is None else max(limit // 4, MAX_RECORD_BYTES)
         self._shelf = shelf
-        self.queue: deque[bytes] = deque()
+        self.queue: deque[bytes | Unready] = deque()
+        self._aside: deque[Unready] = deque()  # overtaken, and still to come
+        self._overtaken = 0  # how many those are
         self._window: deque[Frame] = deque()
         self._shelved: deque[Shelved] = deque()  # behind the window, before the queue
         self._next = 0  # index in the window of the frame to send next
@@ -162,8 +187,8 @@ class Outbox:
         box._offered_before, box.values_refused = offered, values_refused
         return box
 
-    def offer(self, record: bytes) -> bool:
-        """Take a packed record if there is room for it; the caller counts it if not."""
+    def offer(self, record: bytes | Unready) -> bool:
+        """Take a record if there is room for it; the caller counts it if not."""
         size = len(record)
         self.room -= size
         if self.room < 0:
@@ -223,6 +248,56 @@ class Outbox:
     def rewind(self) -> None:
         """Send again all that is unacknowledged."""
         self._next = 0
+
+    # What waits for a device
+
+    def overtake(self, before: float) -> int:
+        """Let others pass a record at the head that was said before a time and is not ready; how many it was."""
+        count = 0
+        while (
+            self.queue
+            and not isinstance(head := self.queue[0], bytes)
+            and head.since < before
+            and not head.ready()
+        ):
+            self._overtaken += 1
+            self.queue.popleft()
+            self._aside.append(head)
+            count += 1
+        return count
+
+    def join(self, before: float) -> int:
+        """Have what was overtaken leave once it is ready, or without its values if it was said before a time.
+
+        Returns how many left without.
+        """
+        count = 0
+        for _ in range(len(self._aside)):
+            record = self._aside.popleft()
+            if not (ready := record.ready()) and record.since >= before:
+                self._aside.append(record)
+                continue
+            count += not ready
+            packed = record.pack()
+            self.room += len(record) - len(packed)
+            self._overtaken -= 1
+            self.queue.appendleft(packed)
+        return count
+
+    def settle(self) -> int:
+        """Wait for no device any more: what is not ready leaves without its values. How many records those are."""
+        count = self.join(inf)
+        for index, record in enumerate(self.queue.copy()):
+            if not isinstance(record, bytes):
+                count += not record.ready()
+                self._pack(index, record)
+        return count
+
+    def _pack(self, index: int, record: Unready) -> None:
+        """Put what a record has become where it stands; only what is put behind comes from other threads."""
+        packed = record.pack()
+        self.room += len(record) - len(packed)
+        self.queue[index] = packed
 
     # To the shelf
 
@@ -309,9 +384,15 @@ class Outbox:
         while self._shelved and self._shelved[-1].end > end:
             self._shelved.pop()
         self._next = min(self._next, len(self._window))
+        while self._aside:
+            self.drop(reason)
+            self._overtaken -= 1
+            self._aside.popleft().give_up()
         while self.queue:
             self.drop(reason)
-            self.queue.popleft()
+            record = self.queue.popleft()
+            if not isinstance(record, bytes):
+                record.give_up()
 
     # The ledger
 
@@ -333,12 +414,12 @@ class Outbox:
     @property
     def end(self) -> int:
         """The sequence that the next record offered will get."""
-        return self._cut + len(self.queue)
+        return self._cut + self._overtaken + len(self.queue)
 
     @property
     def pending(self) -> int:
         """Records taken and not acknowledged."""
-        return self._cut - self._acknowledged + len(self.queue)
+        return self._cut - self._acknowledged + self._overtaken + len(self.queue)
 
     @property
     def dropped(self) -> dict[str, int]:
@@ -353,7 +434,7 @@ class Outbox:
     @property
     def queued(self) -> int:
         """Records not yet cut into a frame."""
-        return len(self.queue)
+        return self._overtaken + len(self.queue)
 
     @property
     def outstanding(self) -> bool:
@@ -379,16 +460,29 @@ class Outbox:
         self._window.append(frame)
         return True
 
+    def _arrived(self, head: Any) -> bool:
+        """Whether the head of the queue is packed, or could be."""
+        if not head.ready():
+            return False
+        self._pack(0, head)
+        return True
+
     def _cut_from_queue(self, limit: int) -> Frame | None:
         """A frame of what fits into `limit` bytes, from the front of the queue."""
         queue, first, size = self.queue, self._cut, 0
         records: list[bytes] = []
         while queue and len(records) < MAX_FRAME_RECORDS:
-            size += len(queue[0])
+            record = queue[0]
+            if type(record) is not bytes:
+                if not self._arrived(record):
+                    break
+                continue
+            size += len(record)
             if size > limit:
                 break
             self._cut += 1
-            records.append(queue.popleft())
+            queue.popleft()
+            records.append(record)
         if not records:
             return None
         body = b"".join(records)

@@ -17,7 +17,7 @@ import socket as sockets
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping
-from math import ceil
+from math import ceil, inf
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -49,6 +49,10 @@ KEEP_S = 1.0
 LISTEN_S = 0.1
 """How often answers are looked for while nobody waits for one and the window has room."""
 ANSWERS_AT_ONCE = 256
+OVERTAKE_S = 10.0
+"""A record whose values are not there after this time is overtaken by those behind it."""
+GIVE_UP_S = 60.0
+"""After this it leaves without them."""
 SILENT_S = 5.0
 """A daemon that says nothing to a HELLO for so long is said to be away. It is greeted on and on all the same."""
 
@@ -97,6 +101,7 @@ class Sender:
             spill.hello = self._dialogue.hello
         self._on_welcome: Callable[[], None] | None = on_welcome
         self._spill_at = self._keep_until = 0.0
+        self._values_until = inf
         self._bell = _Bell()
         self._flushes: deque[_Flush] = deque()
         self._questions: deque[threading.Event] = deque()
@@ -145,6 +150,7 @@ class Sender:
     def finish(self, timeout: float, exit_code: int | None) -> bool:
         """Send what is left, say BYE and stop; whether the daemon confirmed it in time."""
         self._keep_until = ends = monotonic() + timeout
+        self._values_until = ends - timeout / 2
         self._dialogue.leave(exit_code)
         self.wake()
         if self._address is not None:
@@ -229,6 +235,7 @@ class Sender:
             link.look()
             if link.heard:
                 self._listen(link)
+        self._look_at_devices(now)
         if link.connected:
             self._speak(link)
         else:
@@ -321,6 +328,20 @@ class Sender:
                 break
         self._held_up = self._outbox.more
 
+    def _look_at_devices(self, now: float) -> None:
+        """See to records that wait for values, as far as they hold up others or it is too late for them."""
+        outbox = self._outbox
+        if now >= self._values_until:
+            outbox.settle()
+            return
+        if outbox.overtake(now - OVERTAKE_S):
+            self._notices.once(
+                "overtaken",
+                f"a value logged on a device was not there after {OVERTAKE_S:g} s: what was logged after it goes "
+                "first. Its row comes late",
+            )
+        outbox.join(now - GIVE_UP_S)
+
     # The spill
 
     def _relieve(self, now: float) -> None:
@@ -341,6 +362,7 @@ class Sender:
     def _keep(self) -> None:
         """The process ends: put what was not acknowledged where it will be found."""
         outbox, spill = self._outbox, self._spill
+        outbox.settle()
         if spill is None:
             return
         if self._dialogue.phase is Phase.OVER:

@@ -28,6 +28,8 @@ from msgpack import Packer
 
 from sidestep._version import __version__
 from sidestep.allocator import Allocator
+from sidestep.convert import cuda
+from sidestep.convert.torch import hide_from_compiler
 from sidestep.errors import SidestepError, UnsupportedValue
 from sidestep.lane import Lane, lane_of
 from sidestep.notices import Notices, say
@@ -36,11 +38,14 @@ from sidestep.ranks import Identity, is_on_one_node
 from sidestep.sender import Sender  # with zmq: loaded here, since init() has no time for it
 from sidestep.settings import WorkerSettings
 from sidestep.spill import Spill, folders, private_folder, waiting
+from sidestep.staging import Deferred, Device, Staging
 from sidestep.steps import Steps
+from sidestep.waiting import Waiting
 from sidestep.wire import BLOBS, MAX_RECORD_BYTES, WORKER, Hello, Kind
 
 if TYPE_CHECKING:
     from sidestep.autostart import Starter
+    from sidestep.watching import Watcher
 
 EXIT_S = 5.0
 LANE_SHARE = 0.2
@@ -110,6 +115,10 @@ class Carrier(Protocol):
 
 
 NewCarrier = Callable[[Hello, Outbox], Carrier | None]
+Wanted = dict[str, list[Deferred]]
+"""What the values of a record wait for, by name."""
+Devices = Callable[[], Callable[[Any], Device | None]]
+"""Makes what finds the device of a tensor; anew in a forked child."""
 
 
 class Refusal(Exception):
@@ -125,9 +134,10 @@ class Session:
     """One life of a process. The object outlives a fork; its id, outbox and sender do not."""
 
     __slots__ = (
-        "__weakref__", "_beside", "_carried", "_keywords", "_lock", "_new_carrier", "_spill", "_spills",
-        "_starter", "dormant", "exit_code", "finished", "id", "identity", "lane", "names", "notices",
-        "on_finish", "outbox", "packers", "role", "sender", "settings", "silent", "steps",
+        "__weakref__", "_beside", "_carried", "_devices", "_hidden", "_keywords", "_lock", "_new_carrier",
+        "_spill", "_spills", "_starter", "dormant", "exit_code", "finished", "id", "identity", "lane", "names",
+        "notices", "on_finish", "outbox", "packers", "role", "sender", "settings", "silent", "staging", "steps",
+        "watcher",
     )  # fmt: skip
 
     def __init__(
@@ -141,6 +151,7 @@ class Session:
         carrier: NewCarrier | None = None,
         role: str = WORKER,
         beside: Session | None = None,
+        devices: Devices = cuda.finder,
     ) -> None:
         self.settings = settings
         self.identity = identity
@@ -155,9 +166,13 @@ class Session:
         self.on_finish: Callable[[], None] = lambda: None
         self.exit_code: int | None = None  # of the process, as soon as it is known
         self.steps: dict[str | None, Steps] = {}
+        self.watcher: Watcher | None = None
         self.dormant = False
         self.finished = False
         self._keywords = keywords
+        self._devices = devices
+        self._hidden = False
+        self.staging = Staging(devices())
         self._new_carrier = carrier or self._new_sender
         self._spills = not silent and carrier is None and settings.when_full == "spill"
         self._starter: Starter | None = None
@@ -222,7 +237,43 @@ class Session:
             self.packers.append(packer)
         return record
 
-    def offer(self, record: bytes) -> None:
+    def offer_staged(
+        self, said: tuple[int, int | None], data: dict[str, Any], stage: str | None, wanted: Wanted
+    ) -> None:
+        """Put a record into the outbox that waits for values, by the names of its data that want them.
+
+        `said` is its kind and its step.
+        """
+        refused = [it for some in wanted.values() for it in some if it.why]
+        for name in [name for name, some in wanted.items() if refused and not set(some).isdisjoint(refused)]:
+            for it in (some := wanted.pop(name)):
+                it.give_up()
+            del data[name]
+            why = next(it for it in some if it.why)
+            self.refuse_value(name, type(why), why.why)
+        kind, step = said
+        if not wanted:
+            return self.offer(self.pack(kind, step, data, stage))
+        record = Waiting((kind, time(), step), data, stage, wanted, since=monotonic(), refuse=self._refuse_later)
+        try:
+            if len(record) > MAX_RECORD_BYTES:
+                raise Refusal(DropReason.TOO_LARGE, f"{len(record)} bytes; {MAX_RECORD_BYTES} is the most")
+            self.offer(record)
+        except Refusal:
+            record.give_up()
+            raise
+
+    def hide_from_compiler(self) -> None:
+        """As soon as something was compiled in this process, see that nothing of this package is."""
+        if not self._hidden:
+            self._hidden = hide_from_compiler()
+
+    def _refuse_later(self, name: str, why: str) -> None:
+        """A value that did not come. It is too late to raise anything."""
+        self.outbox.values_refused += 1
+        self.notices.once(("value", name, why), f"{name[:80]!r} is left out: {why}")
+
+    def offer(self, record: bytes | Waiting) -> None:
         """Put a record into the outbox, or raise Refusal."""
         outbox = self.outbox
         if not outbox.offer(record):
@@ -336,11 +387,12 @@ class Session:
         """In a child, right after the fork: touch nothing, and let `log()` find a closed outbox."""
         if self.sender is not None:
             self.sender.forget()
-        _abandoned.append((self.sender, self.outbox))
+        _abandoned.append((self.sender, self.outbox, self.staging))
         self.outbox = Outbox(bytes(16), 0)
         self.outbox.close(self._dormant_reason())
         self.sender = None
         self.dormant = True
+        self.staging = Staging(self._devices())
         self._lock = threading.Lock()
         self.lane.forked()
 

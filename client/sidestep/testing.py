@@ -68,6 +68,8 @@ from sidestep.wire import (
 
 CREDIT = 4 * 1024 * 1024
 POLL_MS = 5
+DEVICE_S = 10.0
+"""How long a recorder waits for a value that was logged on a device."""
 
 
 class Recorder:
@@ -117,9 +119,10 @@ class Recorder:
         return {record.data["name"]: record.data for record in self.records if record.kind is Kind.DEFINE}
 
     def take(self, outbox: Outbox) -> None:
-        """Take what is in an outbox. From any thread, and while it is being done."""
+        """Take what is in an outbox, waiting for what comes from a device. From any thread, and meanwhile."""
+        until = monotonic() + DEVICE_S
         with self._lock:
-            while (frame := outbox.next_frame()) is not None:
+            while frame := outbox.next_frame() or _next_from_a_device(outbox, until):
                 found = decode_records(frame.body, frame.count)
                 for record in found:
                     if isinstance(record, Record) and record.kind is Kind.BLOB:
@@ -141,6 +144,17 @@ class Recorder:
 
     def _of(self, kind: Kind) -> dict[str, Any]:
         return {name: it for record in self.records if record.kind is kind for name, it in record.data.items()}
+
+
+def _next_from_a_device(outbox: Outbox, until: float) -> Frame | None:
+    """The frame that waits for values of a device, without them if they do not come; None if none waits."""
+    while outbox.queued:
+        if monotonic() > until:
+            outbox.settle()
+        if (frame := outbox.next_frame()) is not None:
+            return frame
+        sleep(0.001)
+    return None
 
 
 class BlobFolder:

@@ -50,7 +50,8 @@ class RunOptions(Section):
     )
     resume: Literal["allow", "must", "never"] = Field(
         default="allow",
-        description="Whether W&B may, must or must not have a run of this id; online only.",
+        description="Whether a run of this id may, must or must not be there: on the server, or offline (but for "
+        "must) beside this one.",
     )
     project: str | None = Field(default=None, description="The W&B project.")
     entity: str | None = Field(default=None, description="The W&B user or team.")

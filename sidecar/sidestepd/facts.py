@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from sidestepd import placement
 from sidestepd.config import Config
 from sidestepd.processes import Beat, read_json
-from sidestepd.rowlog import RowLog
+from sidestepd.rowlog import RowLog, RowLogReader
+from sidestepd.rundir import earlier_of
 from sidestepd.sinks import MODES, RunFacts
 from sidestepd.spool import EntryKind, SpoolReader
 
@@ -53,7 +55,11 @@ def wait_for_facts(
             time.sleep(config.delivery.poll_interval_s)
             continue
         facts = settle_facts(run, config, first.facts.get("settings", {}))
-        rowlog.settle(run=facts)
+        before = _reached_before(run) if facts.get("mode") != "online" else -1  # online the server knows better
+        if before >= 0:
+            rowlog.settle(run=facts, base=before)
+        else:
+            rowlog.settle(run=facts)
     names = {name: facts.pop(name, None) for name in ("project", "entity", "name")}
     how = {name: facts.pop(name) for name in ("mode", "resume", "sweep_id") if name in facts}
     return RunFacts(
@@ -62,7 +68,18 @@ def wait_for_facts(
         server=config.sink.server,
         ask_every_s=config.sink.ask_every_s,
         stall_s=config.delivery.stall_s,
+        earlier=earlier_of(Path(run["dir"]), run["id"]),
         options=facts,
         **names,
         **how,
     )
+
+
+def _reached_before(run: Mapping[str, Any]) -> int:
+    """The last step of the runs of this id that began before; this one goes on behind it."""
+    return max(map(_last_step, earlier_of(Path(run["dir"]), run["id"])), default=-1)
+
+
+def _last_step(run_dir: Path) -> int:
+    rowlog = RowLogReader(placement.home(run_dir) / placement.ROW_LOG)
+    return int(rowlog.meta("marks", {}).get("last", -1))

@@ -22,7 +22,7 @@ from typing import Any, Self
 
 from sidestep.errors import SettingsError
 from sidestepd.config import Config
-from sidestepd.processes import write_json
+from sidestepd.processes import read_json, write_json
 
 MAX_ID_CHARS = 128
 MAX_IPC_PATH_BYTES = 107
@@ -121,6 +121,12 @@ def new_run_dir(config: Config, *, now: float) -> Path:
 def newest_run_dir(base: Path) -> Path | None:
     """The run directory under `base` that began last."""
     return max((path.parent for path in (base / RUNS).glob("*/run.json")), default=None)
+
+
+def earlier_of(run_dir: Path, id_: str) -> tuple[Path, ...]:
+    """The directories beside `run_dir` that hold a run of this id which began before, oldest first."""
+    before = (path.parent for path in run_dir.parent.glob("*/run.json") if path.parent.name < run_dir.name)
+    return tuple(path for path in sorted(before) if read_json(path / "run.json").get("id") == id_)
 
 
 def lay_out(run_dir: Path, config: Config, run: RunFile) -> None:

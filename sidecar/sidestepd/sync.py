@@ -126,7 +126,9 @@ def _send(run_dir: Path, config: Config, target: Target, *, rows: int, progress:
     if noted.get("to") != given:  # what an earlier sync began elsewhere is no business of this one
         shutil.rmtree(own, ignore_errors=True)
     own.mkdir(mode=0o700, exist_ok=True)
-    facts = facts_of(run_dir, own, mode="online", resume="never", ask_every_s=_ASK_EVERY_S)
+    earlier = () if target.id else _sent_before(run_dir, given)
+    resume = "allow" if earlier else "never"
+    facts = facts_of(run_dir, own, mode="online", resume=resume, ask_every_s=_ASK_EVERY_S)
     facts = replace(facts, **({"server": config.sink.server} | given))
     from sidestepd.sinks.wandb_copy import CopySink  # these import wandb
     from sidestepd.sinks.wandb_server import Held
@@ -137,12 +139,26 @@ def _send(run_dir: Path, config: Config, target: Target, *, rows: int, progress:
         there = (sink.ask() or Held()).rows
     except SinkError as error:
         raise Incomplete(str(error)) from error
-    if there != done.rows:
-        raise Incomplete(f"the server holds {there} rows of {done.rows}")
+    due = done.rows + sum(status.report(one).rows for one in earlier)
+    if there != due:
+        raise Incomplete(f"the server holds {there} rows of {due}")
     url = str(sink.about()["url"])
     write_json(run_dir / NOTE, {"to": given, "url": url})
     shutil.rmtree(own, ignore_errors=True)
     return Synced(url=url, rows=done.rows)
+
+
+def _sent_before(run_dir: Path, given: Mapping[str, str]) -> tuple[Path, ...]:
+    """The directories of what this run goes on from, all of which must be where it goes. Raises SettingsError."""
+    earlier = rundir.earlier_of(run_dir, RunFile.read(run_dir).id)
+    for one in earlier:
+        noted = read_json(one / NOTE)
+        there = noted.get("url") and noted.get("to") == given
+        if not there and not (_mode(one) == "online" and not given):
+            raise SettingsError(
+                f"{run_dir} goes on from {one}: sync that first, or give this one an id of its own"
+            )
+    return earlier
 
 
 def _unless_it_lasts(trouble: Trouble | None) -> None:

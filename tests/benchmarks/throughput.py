@@ -1,13 +1,14 @@
 """How much the daemon takes, how fast it hands it on, what many ranks cost it, and that a long run stays small.
 
-    python -m tests.benchmarks.throughput [--quick] [--only intake|delivery|ranks|week]
+    python -m tests.benchmarks.throughput [--quick] [--only intake|delivery|ranks|week] [--online]
 
 - intake: many sessions in one process say what was packed beforehand, as fast as they are acknowledged; delivery
   is stopped meanwhile, so that what is measured is one intake and its disk
 - delivery: a spool that is full already is written into an offline wandb run, beside a bare loop of `run.log` on
   the same rows with the same settings, in a process of its own as well; both are timed until the run is finished
 - ranks: 64 sessions say 50 records of 10 scalars a second, and everything runs as in real life
-- week: so many records that a run of a week has, as fast as they are delivered
+- week: so many records that a run of a week has, as fast as they are delivered; with `--online` to a server that
+  stands in for W&B. How it grows is printed every five seconds
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from sidestepd.spool import Entry, EntryKind, Spool, StoredSession
 from tests.benchmarks.measuring import BUSY, Judgement, busy_elsewhere, judge_at_least, judge_at_most, machine
 from tests.support.daemons import ServedRun, freeze
 from tests.support.load import NAMES, Load, record
+from tests.support.wandb_server import KEY, StandIn
 
 MEGABYTE = 1e6
 MOST_WAITING = 40_000
@@ -55,6 +57,7 @@ class Size:
     ranks_rate: float = 50.0
     ranks_seconds: float = 60.0
     week_records: int = 10_000_000
+    week_online: bool = False
 
 
 QUICK = Size(intake_records=200_000, delivery_rows=2_000, ranks=16, ranks_seconds=5.0, week_records=100_000)
@@ -167,7 +170,7 @@ run = _init_offline(RunFacts(id="bare", directory=folder))
 began = time.monotonic()
 for step in range(rows):
     values = {{name: step + at + 0.0 for at, name in enumerate({NAMES!r})}}
-    run.log({{"global_step": step, **values}}, step=step, commit=True)
+    run.log({{"_timestamp": 1.0 + step, "global_step": step, **values}}, step=step, commit=True)
 run.finish()
 wandb.teardown(0)
 print(time.monotonic() - began, flush=True)
@@ -256,31 +259,28 @@ class Meter:
 
 
 def measure_week(size: Size) -> Part:
-    """The spool of a run without end: how large it ever is, over the first tenth of the run and over the rest."""
-    most = [0, 0]
-    with _served(sink="wandb") as served, Load(served.address, 8) as load:
+    """A run without end: how large its files and its processes ever are, early on and then."""
+    steps = size.week_records // 8
+    with _week(size.week_online) as served, Load(served.address, 8) as load:
         load.hello()
         served.delivery()
-        began, step, steps = time.monotonic(), 0, size.week_records // len(load.speakers)
-        while step < steps:
+        growth, began = Growth(served), time.monotonic()
+        for step in range(0, steps, 50):
             for one in load.speakers:
                 one.cut([record(at, one.rank) for at in range(step, step + 50)])
-            step += 50
-            said = step * len(load.speakers)
+            said = (step + 50) * len(load.speakers)
             load.until(lambda said=said: _waiting(served, said) < MOST_WAITING, deadline_s=3600.0)  # type: ignore[misc]
-            spooled = sum(path.stat().st_size for path in served.run_dir.glob("spool.db*"))
-            rest = step > steps // 10
-            most[rest] = max(most[rest], spooled)
+            growth.look(said, said / size.week_records)
         load.bye()
         code, ledger = served.finish(), served.ledger()
         seconds = time.monotonic() - began
-    offered = step * len(load.speakers)
-    figures = {
-        "records": offered, "seconds": seconds, "records_per_s": offered / seconds,
-        "spool_first_tenth_mb": most[0] / MEGABYTE, "spool_rest_mb": most[1] / MEGABYTE,
-    }  # fmt: skip
+    offered = sum(one.end for one in load.speakers)
+    figures = {"records": offered, "seconds": seconds, "records_per_s": offered / seconds, **growth.figures()}
     claims = (
-        judge_at_most("the spool at its largest, over that of the first tenth", most[1] / most[0], 1.5, "times"),
+        *(
+            judge_at_most(f"{name} at its largest, over that of the first fifth", growth.share(name), 1.5, "times")
+            for name in ("spool", "delivery_db", "intake", "delivery")
+        ),
         Judgement(
             claim="every record is delivered, and the ledger balances",
             measured=f"{ledger.delivered} of {offered}, exit code {code}",
@@ -288,6 +288,70 @@ def measure_week(size: Size) -> Part:
         ),
     )
     return Part(name="week", figures=figures, judgements=claims)
+
+
+@contextmanager
+def _week(online: bool) -> Iterator[ServedRun]:
+    """A run in files, or on the server that stands in for W&B."""
+    if not online:
+        with _served(sink="wandb") as served:
+            yield served
+        return
+    with tempfile.TemporaryDirectory() as folder, StandIn(Path(folder) / "server") as server:
+        environment = {**server.environment, "WANDB_API_KEY": KEY}
+        with _served(sink="wandb", environment=environment, run__mode="online", sink__ask_every_s=2.0) as served:
+            yield served
+
+
+class Growth:
+    """Bytes of the databases and resident bytes of the processes of a daemon, as much as they ever were."""
+
+    EVERY_S = 5.0
+    EARLY = 0.2
+    """What is reached in this share of the run shall be about all that is ever reached."""
+
+    def __init__(self, served: ServedRun) -> None:
+        assert served.process is not None
+        self._served, self._next = served, 0.0
+        self._intake = psutil.Process(served.process.pid)
+        self._early: dict[str, int] = {}
+        self._late: dict[str, int] = {}
+
+    def look(self, said: int, share: float) -> None:
+        """Note how it is after so many records, that share of all; it is printed, so that one can see it live."""
+        if (now := time.monotonic()) < self._next:
+            return
+        self._next = now + self.EVERY_S
+        found = self._found()
+        most = self._early if share <= self.EARLY else self._late
+        most.update({name: max(size, most.get(name, 0)) for name, size in found.items()})
+        shown = "  ".join(f"{name} {size / MEGABYTE:.1f}" for name, size in found.items())
+        print(f"{said:>10,} records  {shown} MB", flush=True)
+
+    def _found(self) -> dict[str, int]:
+        home = self._served.home
+        found = {
+            name: sum(path.stat().st_size for path in home.glob(f"{file}*"))
+            for name, file in (("spool", "spool.db"), ("delivery_db", "delivery.db"))
+        }
+        found["intake"] = self._intake.memory_info().rss
+        for process in self._intake.children(recursive=True):
+            with suppress(psutil.Error):
+                name = "core" if "wandb-core" in process.name() else "delivery"
+                found[name] = process.memory_info().rss
+        return found
+
+    def share(self, name: str) -> float:
+        """The most of it late, over the most of it early."""
+        return self._late.get(name, 0) / self._early[name]
+
+    def figures(self) -> dict[str, float]:
+        """The most of each, early and late, in MB."""
+        return {
+            f"{name}_{when}_mb": size / MEGABYTE
+            for when, most in (("early", self._early), ("late", self._late))
+            for name, size in most.items()
+        }
 
 
 def _waiting(served: ServedRun, said: int) -> int:
@@ -336,13 +400,13 @@ def main() -> int:
         "--quick", action="store_true", help="less of everything, to see that it runs; judges nothing"
     )
     parser.add_argument("--only", choices=PARTS, action="append", help="measure this, and what else is named so")
+    parser.add_argument("--week-records", type=int, help="how many records the week has, of 10 scalars each")
+    parser.add_argument("--online", action="store_true", help="the week goes to a server that stands in for W&B")
     options = parser.parse_args()
+    size = replace(QUICK if options.quick else Size(), week_online=options.online)
+    size = replace(size, week_records=options.week_records or size.week_records)
     busy = busy_elsewhere()
-    parts = [
-        measure(QUICK if options.quick else Size())
-        for name, measure in PARTS.items()
-        if name in (options.only or PARTS)
-    ]
+    parts = [measure(size) for name, measure in PARTS.items() if name in (options.only or PARTS)]
     show(parts)
     if busy > BUSY:
         print(f"other work was using {busy:.0%} of the CPUs before this began: take it again when they are free")

@@ -37,7 +37,7 @@ class TestKilled:
         taken = steps_taken(enough)[0]
         beside = session(run, 0).acknowledged - taken  # what each rank says that is no step
         assert {0: list(range(taken)), 1: list(range(session(run, 1).acknowledged - beside))} == steps
-        assert taken >= len(steps[1]) > 50
+        assert min(taken, len(steps[1])) > 50
         assert sum(it.acknowledged for it in report.sessions) == report.ledger.delivered
         assert report.ledger.pending == 0
         assert report.ledger.balances

@@ -125,10 +125,12 @@ def said_in(kind: str, directory: Path) -> dict[str, Any]:
 
 
 def said_in_lines(directory: Path) -> dict[str, Any]:
-    said: dict[str, Any] = {"config": {}, "summary": {}, "define": {}, "exit_code": None}
+    said: dict[str, Any] = {"config": {}, "summary": {}, "define": {}, "named": {}, "exit_code": None}
     for line in map(json.loads, (directory / "rows.jsonl").read_bytes().splitlines()):
         said["config"] |= line.get("config", {})
         said["summary"] |= line.get("summary", {})
+        said["named"] |= line.get("named", {})
+        said["named"].pop("preempted", None)
         if "define_metric" in line:
             said["define"][line["define_metric"]["name"]] = line["define_metric"]["step_metric"]
         said["exit_code"] = line.get("exit_code", said["exit_code"])
@@ -141,6 +143,9 @@ def said_in_segments(directory: Path) -> dict[str, Any]:
         for record in wandb_log.records(path):
             for item in (*record.config.update, *record.run.config.update):
                 said["config"][item.key] = json.loads(item.value_json)
+            if record.HasField("run"):
+                run = record.run
+                said["named"] = {"name": run.display_name, "notes": run.notes, "tags": list(run.tags)}
             for item in record.summary.update:
                 said["summary"][item.key or ".".join(item.nested_key)] = json.loads(item.value_json)
             if record.HasField("metric"):
@@ -181,6 +186,7 @@ def said_online(directory: Path) -> dict[str, Any]:
         "config": run["config"],
         "summary": server.summary("tested"),
         "define": {it["1"]: names[it["5"] - 1] if "5" in it else None for it in metrics},
+        "named": {"name": run.get("displayName"), "notes": run.get("notes"), "tags": run.get("tags")},
         "exit_code": run.get("exitcode"),
     }
 
@@ -318,11 +324,14 @@ class TestOneLife:
             life.call("config", {"lr": 0.1, "deep": {"er": 1}})
             life.call("config", {"lr": 0.2})
             life.call("summary", {"best": 1.5})
+            life.call("named", {"name": "other", "notes": "longer", "tags": ["t", "best"]})
+            life.call("named", {"name": "in the end", "preempted": True})
         life.write(0)
 
         life.close()
 
         said = said_in(kind, tmp_path)
+        assert {"name": "in the end", "notes": "longer", "tags": ["t", "best"]} == said["named"]
         assert (0.2, 1.5) == (said["config"]["lr"], said["summary"]["best"])
         assert {"eval/loss": "eval/step", "global_step": None}.items() <= said["define"].items()
 

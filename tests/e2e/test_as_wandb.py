@@ -79,6 +79,16 @@ with run:
     run.notes = "second"
     run.alert("t", "x", level=AlertLevel.WARN, wait_duration=1)
 """
+WORKER = """
+import json, os
+import sidestep
+run = sidestep.init(project="mine", config={"lr": 0.1, "net": {"width": 3, "depth": 1}, "batch": 8})
+run.config.update({"lr": 0.9 + run.rank})
+run.log({"loss": 1.0})
+with open(f"{run.rank}.json", "w") as file:
+    json.dump(dict(run.config), file)
+run.finish()
+"""
 SCRIPTS = [
     pytest.param(REINFORCEMENT, id="reinforcement"),
     pytest.param(LANGUAGE, id="language", marks=pytest.mark.nightly),
@@ -156,6 +166,23 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def run_it(*words: str) -> None:
     done = subprocess.run(words, capture_output=True, text=True, timeout=WAIT_S, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_worker_of_a_sweep_has_what_the_sweep_chose(here: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("SIDESTEP_SINK_KIND", "jsonl")
+    monkeypatch.delenv("WANDB_MODE")
+    (here / "train.py").write_text(WORKER)
+    workers = [f"RANK={rank} WORLD_SIZE=2 {sys.executable} train.py" for rank in range(2)]
+
+    run_it(sys.executable, "-m", "sidestep", "run", "--", "sh", "-c", f"{workers[0]} & {workers[1]} && wait")
+
+    (run_dir,) = here.glob("sidestep-runs/*-r1")
+    run = json.loads((run_dir / "run.json").read_text())
+    assert ("sw1", "online", "of-the-sweep") == (run["sweep_id"], run["mode"], run["project"])
+    whole = {"lr": 0.25, "net": {"width": 3, "depth": 5}, "batch": 8}
+    assert [whole, whole] == [json.loads((here / f"{rank}.json").read_text()) for rank in range(2)]
+    lines = [json.loads(line) for line in (run_dir / "rows.jsonl").read_text().splitlines()]
+    assert whole == {name: value for line in lines for name, value in line.get("config", {}).items()}
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -7,13 +7,14 @@ import json
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
 from sidestepd.errors import ExitCode
-from sidestepd.rundir import RunFile
+from sidestepd.rundir import RunFile, newest_run_dir
 from sidestepd.sinks import wandb_log
 from sidestepd.status import report
 from tests.support.chaos import HeldRow, Training, assert_whole, steps_of_ranks, training
@@ -77,6 +78,60 @@ def fingerprint(directory: Path) -> dict[str, str]:
 
 def without_runtime(rows: Sequence[dict[str, object]]) -> list[dict[str, object]]:
     return [{name: value for name, value in row.items() if name != "_runtime"} for row in rows]
+
+
+class TestTheSameIdAgain:
+    """Whoever gives the id of a run that is over goes on with it, in a directory of its own."""
+
+    def again(self, base: Path, *options: str) -> subprocess.CompletedProcess[str]:
+        eventually(
+            lambda: time.strftime("%Y%m%d-%H%M%S") > newest(base).name[:15], message="the clock stands still"
+        )
+        words = ["run", "--id", "made", *options, "--", sys.executable, "-c", LOG]
+        return sidestep(*words, server=None, cwd=base)
+
+    def test_goes_on_behind_the_first_offline_too(self, tmp_path: Path):
+        first = run_offline(tmp_path)
+
+        done = self.again(tmp_path)
+
+        assert done.returncode == 0, done.stderr
+        assert list(range(20)) == held_steps(first)
+        assert list(range(20, 40)) == held_steps(newest(tmp_path))
+
+    def test_is_refused_where_it_must_not_be_there(self, tmp_path: Path):
+        first = run_offline(tmp_path)
+
+        done = self.again(tmp_path, "--resume", "never")
+
+        assert done.returncode == ExitCode.INTERRUPTED
+        assert "run made is there already" in done.stderr
+        assert first != newest(tmp_path)
+        assert [] == held_steps(newest(tmp_path))
+
+    @pytest.mark.nightly
+    def test_both_go_up_as_one_run_the_first_one_first(self, server: StandIn, tmp_path: Path):
+        first = run_offline(tmp_path)
+        self.again(tmp_path)
+        second = newest(tmp_path)
+
+        early = sidestep("sync", str(second), server=server, cwd=tmp_path)
+        sent = [sidestep("sync", str(one), server=server, cwd=tmp_path) for one in (first, second)]
+
+        assert early.returncode != 0
+        assert "sync that first" in early.stderr
+        assert [0, 0] == [one.returncode for one in sent], sent[1].stderr
+        assert list(range(40)) == server.steps("made")
+
+
+def newest(base: Path) -> Path:
+    found = newest_run_dir(base)
+    assert found is not None
+    return found
+
+
+def held_steps(made: Path) -> list[int]:
+    return [row.step for path in wandb_log.segments(made / "wandb") for row in wandb_log.history(path)]
 
 
 class TestSync:

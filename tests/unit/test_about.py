@@ -29,6 +29,7 @@ def daemon(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeDaem
             monkeypatch.delenv(name)
         for name, value in environment(made, {}).items():
             monkeypatch.setenv(name, value)
+        monkeypatch.setenv("TMPDIR", str(tmp_path))  # what other tests' workers left is no business of these
         monkeypatch.setattr(_current, "_run", None)
         monkeypatch.setattr(_current, "_notices", Notices())
         monkeypatch.setattr(sidestep, "log", _current.log)
@@ -133,6 +134,25 @@ class TestWhereItIs:
         run.mine = 1
         assert 1 == run.mine
 
+    def test_settings_are_what_init_was_given(self, daemon: FakeDaemon):
+        settings = sidestep.init(project="p", name="n", settings={"x_label": "a"}).settings
+
+        assert ("p", "n", "fake", "a", None) == (
+            settings.project, settings.run_name, settings.run_id, settings.x_label, settings.run_group,
+        )  # fmt: skip
+
+    def test_a_disabled_run_has_a_name_for_files_and_a_place_for_them(self, daemon: FakeDaemon):
+        run = sidestep.init(mode="disabled", name="n", tags=["a"])
+
+        run.name, run.tags = "other", (*run.tags, "b")
+        run.alert("title", "text")
+        run.mark_preempting()
+
+        assert run.id
+        assert Path(run.dir or "").is_dir()
+        assert ("other", ("a", "b"), None, True) == (run.name, run.tags, run.url, run.disabled)
+        assert 0 == run.stats().offered
+
 
 class TestAlert:
     def test_reaches_the_run_once_within_its_wait(self, daemon: FakeDaemon):
@@ -233,7 +253,10 @@ class TestSweep:
             path.write_text("wandb_version: 1\nlr: {value: 0.5}\nnet:\n  value:\n    depth: 4\n")
             monkeypatch.setenv("WANDB_SWEEP_PARAM_PATH", str(path))
 
-        run = sidestep.init(project="mine", config={"lr": 0.1, "batch": 8, "net": {"depth": 1, "width": 2}})
+        run = sidestep.init(
+            project="mine", settings={"project": "mine", "run_id": "mine"},
+            config={"lr": 0.1, "batch": 8, "net": {"depth": 1, "width": 2}},
+        )  # fmt: skip
         run.config.update({"lr": 0.9}, allow_val_change=True)
         run.config.lr = 0.7
 
@@ -244,7 +267,7 @@ class TestSweep:
         (seen,) = daemon.sessions.values()
         assert {"project": "the sweep's", "sweep_id": "abc"} == seen.hello.settings
         assert 1 == times(caplog, "'lr' is the sweep's")
-        assert 1 == times(caplog, "init(project): the run is one of a sweep")
+        assert 1 == times(caplog, "init(project, id): the run is one of a sweep")
 
     def test_values_that_can_not_be_read_are_said_and_the_run_goes_on(
         self, daemon: FakeDaemon, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

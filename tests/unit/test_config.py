@@ -262,6 +262,15 @@ class TestRunDirectoryCopy:
         assert config == Config.from_json(config.to_json())
 
 
+class TestSweep:
+    def test_a_run_of_one_is_online_unless_something_says_otherwise(self):
+        alone = Config.load(environ={"WANDB_SWEEP_ID": "s1"})
+        told = Config.load(environ={"WANDB_SWEEP_ID": "s1", "WANDB_MODE": "offline"})
+
+        assert ("s1", "online", "WANDB_SWEEP_ID") == (alone.run.sweep_id, alone.run.mode, alone.source("run.mode"))
+        assert "offline" == told.run.mode
+
+
 class TestOptionFile:
     def test_it_lists_every_option_with_its_sentence_and_default(self):
         assert option_file() == OPTION_FILE.read_text()

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 import sidestepd.samplers
+from sidestepd import pace
 from sidestepd.samplers.names import METRICS, Metric, look_up, on_node
+from sidestepd.watch import SKEW_STEPS
 
 PAGE = Path(sidestepd.samplers.__file__).with_name("NAMES.md")
 BEGIN, END = "<!-- the table -->\n", "<!-- its end -->\n"
@@ -89,6 +91,15 @@ class TestNames:
         known = look_up("system/gpu0/utilization")
         assert known is not None
         assert ("system/gpu/utilization.mean", "system/gpu/utilization.min") == known.metric.node_names
+
+
+class TestWhatRowsSayOfAllRanks:
+    @pytest.mark.parametrize(
+        "name", [pace.STEP_TIME, pace.SLOWEST, pace.SKEW, pace.SCORE, pace.STRAGGLER, SKEW_STEPS]
+    )
+    def test_is_in_the_readers_table(self, name: str) -> None:
+        page = Path(sidestepd.samplers.__file__).parents[2] / "README.md"
+        assert f"`{name}`" in page.read_text()
 
 
 if __name__ == "__main__":

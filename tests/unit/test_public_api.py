@@ -22,11 +22,12 @@ from sidestep.wire import Kind
 
 
 @pytest.fixture
-def daemon(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeDaemon]:
+def daemon(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeDaemon]:
     """A daemon that the environment names, and a process that has said nothing yet."""
     with FakeDaemon() as made:
         for name, value in environment(made, {}).items():
             monkeypatch.setenv(name, value)
+        monkeypatch.setenv("TMPDIR", str(tmp_path))  # what other tests' workers left is no business of these
         monkeypatch.setattr(_current, "_run", None)
         monkeypatch.setattr(_current, "_notices", Notices())
         monkeypatch.setattr(sidestep, "log", _current.log)
@@ -236,7 +237,7 @@ class TestInit:
         run = sidestep.init(save_code=True, sync_tensorboard=False, anonymous="allow", surprise=1, callback=print)
         run.flush()
 
-        assert 1 == sum("without effect here" in line and "save_code" in line for line in caplog.messages)
+        assert 1 == sum("without effect here" in line and "surprise" in line for line in caplog.messages)
         daemon.wait_until(lambda: daemon.sessions)
         (seen,) = daemon.sessions.values()
         assert {
@@ -245,6 +246,21 @@ class TestInit:
             "anonymous": "allow",
             "surprise": 1,
         } == seen.hello.settings
+
+    def test_what_the_environment_says_of_this_run_is_told(
+        self, daemon: FakeDaemon, monkeypatch: pytest.MonkeyPatch
+    ):
+        """The daemon may have been started in another one."""
+        said = {"WANDB_MODE": "online", "WANDB_RESUME": "must", "WANDB_NOTES": "one", "WANDB_PROJECT": "theirs"}
+        for name, value in said.items():
+            monkeypatch.setenv(name, value)
+
+        sidestep.init(project="ours").log({"n": 1})
+
+        daemon.wait_until(lambda: daemon.sessions)
+        (seen,) = daemon.sessions.values()
+        expected = {"mode": "online", "resume": "must", "notes": "one", "project": "ours"}
+        assert expected == seen.hello.settings
 
     def test_more_settings_than_a_message_holds_do_not_stop_it(self, daemon: FakeDaemon):
         run = sidestep.init(project="p", notes="x" * 100_000)

@@ -46,6 +46,7 @@ MODULE: Mapping[str, tuple[str, str]] = {
     "use_artifact": (WANDBS, "asked of wandb itself, if it is installed; its use is not written down"),
     "use_model": (WANDBS, "likewise"),
     "util": (OTHER, "`generate_id`; anything else is wandb's"),
+    "watch": (OTHER, "never waits for a GPU, in every rank; the graph of the model (`log_graph`) is not logged"),
 }  # fmt: skip
 """What there is to say of names that the package has. One that is not here is as in wandb."""
 
@@ -80,6 +81,7 @@ RUN: Mapping[str, tuple[str, str]] = {
     "url": (SAME, "None offline; waits up to 5 s"),
     "use_artifact": MODULE["use_artifact"],
     "use_model": MODULE["use_model"],
+    "watch": MODULE["watch"],
 }
 
 INIT: Mapping[str, tuple[str, str]] = {
@@ -196,8 +198,17 @@ class TestSurface:
 
         assert set() == inspect.signature(wandb.init).parameters.keys() - taken
 
+    def test_what_init_takes_by_its_place_is_in_wandbs_places(self):
+        ours = [
+            it.name
+            for it in inspect.signature(sidestep.init).parameters.values()
+            if it.kind is it.POSITIONAL_OR_KEYWORD
+        ]
+
+        assert list(inspect.signature(wandb.init).parameters)[: len(ours)] == ours
+
     def test_calls_take_what_wandbs_take(self):
-        """Every parameter of wandb's can be given by its name, or by its place, to ours."""
+        """Every parameter of wandb's can be given to ours by its name."""
         lacking = {}
         for name in sorted(set(run_names()) & set(dir(sidestep.Run))):
             theirs, ours = getattr(wandb.Run, name, None), inspect.getattr_static(sidestep.Run, name)

@@ -15,22 +15,32 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from typing import Any
 
-from sidestep.convert import numpy, standard, torch
+from sidestep.convert import foreign, jax, numpy, standard, torch
+from sidestep.convert.histograms import Packed
+from sidestep.convert.torch import quickly as quickly
 from sidestep.errors import UnsupportedValue
 from sidestep.media.base import MARK, Blobs, Media, packed
+from sidestep.staging import Call, Deferred
 from sidestep.wire import MAX_DEPTH, MAX_RECORD_BYTES
 from sidestep.wire.plain import is_plain
 
 PLAIN = frozenset({float, int, bool, str, type(None)})
 """The types that are packed as they are. Nothing of Python's runs while they are."""
 
-CONVERTERS: Mapping[str, Callable[[Any], Any]] = {
+Converter = Callable[[Any, Call | None], Any]
+CONVERTERS: Mapping[str, Converter] = {
+    "cupy": foreign.convert,
     "datetime": standard.moment,
     "decimal": standard.number,
     "enum": standard.member,
     "fractions": standard.number,
+    "jax": jax.convert,
+    "jaxlib": jax.convert,
+    "mlx": foreign.convert,
     "numpy": numpy.convert,
+    "paddle": foreign.convert,
     "pathlib": standard.text,
+    "tensorflow": foreign.convert,
     "torch": torch.convert,
     "uuid": standard.text,
 }
@@ -42,20 +52,24 @@ def plain(
     fallback: Callable[[Any], Any] | None = None,
     blobs: Blobs | None = None,
     implied: Callable[[Any], Media | None] = lambda _: None,
+    call: Call | None = None,
 ) -> Any:
     """A plain copy of `value`; `fallback` may find one for what no converter knows.
 
     Media are packed, and their bytes handed to `blobs`; without that there is no place for media. `implied` says
-    which media a foreign value is.
+    which media a foreign value is. With `call`, arrays become histograms, and a Deferred stands for what is still
+    on its way from a device.
     """
     try:
-        return _Copy(fallback, blobs, implied).of(value, MAX_DEPTH)
+        return _Copy(fallback, blobs, implied, call).of(value, MAX_DEPTH)
     except UnsupportedValue:
         raise
     except Exception as error:  # noqa: BLE001 - a foreign value's own code may raise anything
         raise UnsupportedValue(f"reading it raised {type(error).__name__}") from None
 
 
+ARRAY_BYTES = 1024
+"""About what a histogram takes."""
 _CONTAINERS = (list, tuple, dict, set, frozenset)
 _BYTES = (bytes, bytearray, memoryview)
 _TOO_LARGE = f"it is larger than {MAX_RECORD_BYTES // 1024} KiB"
@@ -65,14 +79,19 @@ _TOO_DEEP = f"it is nested deeper than {MAX_DEPTH} levels"
 class _Copy:
     """One copy in the making. Every entry takes a byte at least, so a record's bound bounds the walk."""
 
-    __slots__ = ("_blobs", "_fallback", "_implied", "_left")
+    __slots__ = ("_blobs", "_call", "_fallback", "_implied", "_left")
 
     def __init__(
-        self, fallback: Callable[[Any], Any] | None, blobs: Blobs | None, implied: Callable[[Any], Media | None]
+        self,
+        fallback: Callable[[Any], Any] | None,
+        blobs: Blobs | None,
+        implied: Callable[[Any], Media | None],
+        call: Call | None,
     ) -> None:
         self._fallback = fallback
         self._implied = implied
         self._blobs = blobs
+        self._call = call
         self._left = MAX_RECORD_BYTES
 
     def of(self, value: Any, depth: int) -> Any:
@@ -86,7 +105,11 @@ class _Copy:
         if isinstance(value, str):
             return self._text(value)
         if (convert := converter_of(kind)) is not None:
-            return self.of(convert(value), depth - 1)
+            found = convert(value, self._call)
+            if isinstance(found, Deferred | Packed):
+                self._take(ARRAY_BYTES)
+                return found
+            return self.of(found, depth - 1)
         if isinstance(value, int):
             return _integer(int(value))
         if isinstance(value, float):
@@ -149,7 +172,7 @@ class _Copy:
 
 
 @lru_cache(maxsize=1024)
-def converter_of(kind: type) -> Callable[[Any], Any] | None:
+def converter_of(kind: type) -> Converter | None:
     """The converter of the library that a type comes from, itself or by what it derives from."""
     for base in kind.__mro__:
         if (found := CONVERTERS.get(base.__module__.partition(".")[0])) is not None:

@@ -1,4 +1,4 @@
-"""numpy: scalars, and arrays small enough to be a list.
+"""numpy: scalars, arrays small enough to be a list, and of larger ones a histogram.
 
 numpy itself is never imported: a value of its types brings the methods along.
 """
@@ -7,19 +7,27 @@ from __future__ import annotations
 
 from typing import Any
 
+from sidestep.convert import histograms
 from sidestep.errors import UnsupportedValue
+from sidestep.staging import Call
 
 MOST_ELEMENTS = 32
 """As in wandb, where a larger array becomes a histogram."""
 
 
-def convert(value: Any) -> Any:
+def convert(value: Any, call: Call | None = None) -> Any:
     """An array of one element is a number, a small one a list; a number is a number."""
     if not hasattr(value, "dtype"):
         raise UnsupportedValue(f"numpy's {type(value).__name__} can not be logged: log an array or a number")
     if value.dtype.kind in "mM":
         return str(value) if value.size == 1 else [str(item) for item in small(value).ravel()]
-    return _number(value) if value.size == 1 else small(value).tolist()
+    if value.dtype.kind == "V" and value.dtype.names is None and value.dtype.name.startswith(("bfloat", "float")):
+        value = value.astype("float32")  # bfloat16 and float8, of the package ml_dtypes
+    if value.size == 1:
+        return _number(value)
+    if value.size > MOST_ELEMENTS and call is not None:
+        return histograms.of_numpy(value, call.bins)
+    return small(value).tolist()
 
 
 def small(value: Any) -> Any:

@@ -29,7 +29,8 @@ class RunFacts:
 
     `resume` says whether the server must or may not have the run when it is opened for the first time; `server`
     is the address of the W&B server, `ask_every_s` how often it is asked what it holds, `stall_s` after how long
-    something is wrong where nothing moves. They count online only.
+    something is wrong where nothing moves. They count online only; offline `resume` is held against `earlier`, the
+    directories of runs with this id that began before.
     """
 
     id: str
@@ -43,6 +44,7 @@ class RunFacts:
     server: str | None = None
     ask_every_s: float = 15.0
     stall_s: float = 60.0
+    earlier: tuple[Path, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -118,7 +120,10 @@ class Sink(Protocol):
         ...
 
     def history(self) -> Iterator[tuple[int, Mapping[str, Any]]]:
-        """`_step` and values of every row that the run holds, over all its lives; for when our memory is lost."""
+        """`_step` and values of every row that the run holds, over all its lives; for when our memory is lost.
+
+        Raises Retry.
+        """
         ...
 
     def close(self, exit_code: int) -> None:

@@ -23,7 +23,7 @@ from wandb.proto import wandb_internal_pb2 as pb
 
 from sidestep import media
 from sidestep.media.base import Files
-from sidestepd.errors import Fatal, Reject
+from sidestepd.errors import Fatal, Reject, Retry
 from sidestepd.rows import Definition, Described, Printed, Row, Sample
 from sidestepd.samplers.names import look_up
 from sidestepd.sinks import wandb_log
@@ -216,6 +216,9 @@ class OfflineSink(WandbSink):
         """Read what earlier segments hold, then begin a new one."""
         folder = run.directory / "wandb"
         folder.mkdir(exist_ok=True)
+        if run.resume == "never" and run.earlier and not bookmark:
+            there = f"run {run.id} is there already, in {run.earlier[-1]}; another id makes another run"
+            raise Retry(there, after_s=5.0, lasting=True)
         self._offsets = dict(bookmark.get("offsets", {}))
         steps = [step for segment in wandb_log.segments(folder) for step in self._read(segment)]
         wait_for_free_name(folder)
