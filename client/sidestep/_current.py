@@ -22,7 +22,7 @@ from sidestep._run import Metric, Run, SilentRun
 from sidestep.bags import Bag, entries_of
 from sidestep.companions import KEYWORDS, accompany
 from sidestep.errors import UnsupportedValue
-from sidestep.keywords import complain, named_by
+from sidestep.keywords import MEANINGS, complain, named_by
 from sidestep.notices import Notices
 from sidestep.session import EXIT_S, NewCarrier, Session
 from sidestep.settings import Settings, WorkerSettings
@@ -51,23 +51,24 @@ _carrier: NewCarrier | None = None
 
 
 def init(
-    project: str | None = None,
     entity: str | None = None,
-    name: str | None = None,
+    project: str | None = None,
+    dir: str | os.PathLike[str] | None = None,  # noqa: A002 - wandb's name for it
     id: str | None = None,  # noqa: A002 - wandb's name for it
+    name: str | None = None,
+    notes: str | None = None,
+    tags: Sequence[str] | None = None,
     config: Any = None,
+    config_exclude_keys: Sequence[str] | None = None,
+    config_include_keys: Sequence[str] | None = None,
+    *,
     group: str | None = None,
     job_type: str | None = None,
-    tags: Sequence[str] | None = None,
-    notes: str | None = None,
-    dir: str | os.PathLike[str] | None = None,  # noqa: A002 - wandb's name for it
     mode: str | None = None,
     resume: bool | str | None = None,
     reinit: bool | str | None = None,
     settings: Settings | Mapping[str, Any] | None = None,
     strict: bool | None = None,
-    config_exclude_keys: Sequence[str] | None = None,
-    config_include_keys: Sequence[str] | None = None,
     **keywords: Any,
 ) -> Run:
     """Join the run, and return at once. Every rank calls it.
@@ -85,19 +86,17 @@ def init(
         keywords.setdefault("sync_tensorboard", True)
     entries = _entries(settings)
     autostart = entries.pop("autostart", None)
-    sweep = _of_sweep({"project": project, "entity": entity, "id": id})
-    if sweep is not None:
-        project = entity = id = None  # noqa: A001 - the sweep's are in the environment
+    named = named_by(entries) | _given(
+        project=project, entity=entity, name=name, id=id, group=group, job_type=job_type, tags=tags, notes=notes,
+        dir=dir, mode=mode, resume=resume,
+    )  # fmt: skip
+    sweep = _of_sweep(named)
     wanted = _plain_keywords(
         _from_wandb(os.environ),
-        entries,
-        named_by(entries),
+        {setting: value for setting, value in entries.items() if setting not in MEANINGS},
         keywords,
-        {
-            "project": project, "entity": entity, "name": name, "id": id, "group": group, "job_type": job_type,
-            "tags": tags, "notes": notes, "dir": dir, "mode": mode, "resume": resume,
-        },
-    )  # fmt: skip
+        named,
+    )
     complain({name: value for name, value in keywords.items() if name not in KEYWORDS}, entries, _notices.once)
     if mode == "shared":
         _notices.once("shared", "init(mode='shared'): every process shares the one run here, in any mode")
@@ -222,11 +221,15 @@ def _configure(run: Run, config: Any, sweep: Mapping[str, Any] | None) -> None:
         run.config.lock(sweep)
 
 
-def _of_sweep(names: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What the sweep chose, if this run is one of a sweep; then it is called as the sweep says."""
+def _given(**names: Any) -> dict[str, Any]:
+    return {name: value for name, value in names.items() if value is not None}
+
+
+def _of_sweep(named: dict[str, Any]) -> dict[str, Any] | None:
+    """What the sweep chose, if this run is one of a sweep; then `named` goes without what the sweep calls it."""
     if not os.environ.get("WANDB_SWEEP_ID", "").strip():
         return None
-    if given := [name for name, value in names.items() if value]:
+    if given := [name for name in ("project", "entity", "id") if named.pop(name, None)]:
         _notices.once("sweep", f"init({', '.join(given)}): the run is one of a sweep, whose names count")
     try:
         return configs.of_sweep(os.environ)

@@ -143,7 +143,7 @@ class Delivery:
     def start(self, run: RunFacts, opened: Callable[[Mapping[str, Any]], None]) -> None:
         """Open the run, say so, and go on where the last life ended."""
         bookmark = self.rowlog.meta("bookmark", {})
-        held = patiently(lambda: self.sink.open(run, bookmark), beat=self.beat, kept=self._keep)
+        held = patiently(lambda: self.sink.open(run, bookmark), beat=self.beat, kept=self.keep)
         self._tell_trouble(None)
         self.telling.about = lambda: opened({**self.sink.about(), "base": self.rowlog.meta("base", -1)})
         resume(self, held, lambda _: self.telling.about())
@@ -189,7 +189,7 @@ class Delivery:
         self.telling.tell_config()
         self.telling.tell_summary(self.totals())
         logger.info("finishing the run with exit code %s", self.exit_code)
-        patiently(lambda: self.sink.close(self.exit_code or 0), beat=self.beat, kept=self._keep)
+        patiently(lambda: self.sink.close(self.exit_code or 0), beat=self.beat, kept=self.keep)
         deadline = time.monotonic() + CLOSE_DEADLINE_S
         self._confirm()
         while self.settlement.unconfirmed and time.monotonic() < deadline:
@@ -315,7 +315,7 @@ class Delivery:
     def write(self, rows: Sequence[Row]) -> None:
         """Hand rows that are written down to the sink; what it refuses for good is settled."""
         self.wait_for_room()
-        for rejected in write_all(self.sink, self.media.shown(rows), beat=self.beat, kept=self._keep):
+        for rejected in write_all(self.sink, self.media.shown(rows), beat=self.beat, kept=self.keep):
             logger.warning("row %d was rejected: %s", rejected.row.step, rejected.reason)
             self.settlement.reject(rejected.row.step, rejected.reason)
             self.media.settle([rejected.row.step], rejected=True)
@@ -351,7 +351,8 @@ class Delivery:
         elif now - self._progress_at > stall_s:
             raise Fatal(f"none of {self.settlement.unconfirmed} rows was confirmed within {stall_s:.0f} s")
 
-    def _keep(self, later: Retry) -> None:
+    def keep(self, later: Retry) -> None:
+        """Something has to be tried again: say what is waited for."""
         self._tell_trouble(later.trouble)
 
     def _tell_trouble(self, trouble: Trouble | None) -> None:

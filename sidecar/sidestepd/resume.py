@@ -17,7 +17,7 @@ from sidestepd.entries import Entry, EntryKind
 from sidestepd.recovery import Recovery, settled_before
 from sidestepd.rowlog import SENT
 from sidestepd.rows import Row
-from sidestepd.sinks import Confirmed
+from sidestepd.sinks import Confirmed, patiently
 from sidestepd.spool import SALVAGE_STRIDE, StoredSession
 
 if TYPE_CHECKING:
@@ -91,7 +91,9 @@ def _knows_less_than(line: Delivery, held: Confirmed, base: int) -> bool:
 
 def _learn_from_the_run(line: Delivery, held: Confirmed) -> None:
     known = {row.step for row, _ in line.rowlog.rows()}
-    line.recovery = Recovery(row for row in line.sink.history() if row[0] not in known)
+    base = line.rowlog.meta("base", -1)  # up to there it is none of ours
+    rows = patiently(lambda: list(line.sink.history()), beat=line.beat, kept=line.keep)
+    line.recovery = Recovery(row for row in rows if row[0] > base and row[0] not in known)
     logger.error(
         "%s lost something: %d rows of the run are not in it; the run and the spool are taken as the truth",
         line.rowlog.path,

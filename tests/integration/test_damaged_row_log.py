@@ -15,6 +15,7 @@ from sidestepd.errors import ExitCode
 from sidestepd.rowlog import RowLog
 from tests.support.daemons import DEADLINE_S, Serve, ServedRun
 from tests.support.waiting import eventually
+from tests.support.wandb_server import KEY, StandIn
 
 
 def truncated(path: Path) -> None:
@@ -121,6 +122,40 @@ def test_a_damaged_row_log_costs_nothing_and_doubles_nothing(
     ledger = served.ledger()
     assert (2 * at + 1 + 20, {}, 0) == (ledger.delivered, dict(ledger.dropped), ledger.pending)
     assert ledger.balances
+
+
+@pytest.mark.parametrize(
+    "damage", [emptied, *(pytest.param(one, marks=pytest.mark.nightly) for one in DAMAGES if one is not emptied)]
+)
+def test_of_an_online_run_sends_the_server_nothing_twice(
+    serve: Serve, damage: Callable[[Path], None], tmp_path: Path
+):
+    """What the server holds is in the run, also where nothing here says so any more."""
+    with StandIn(tmp_path / "server") as server:
+        key = {"WANDB_API_KEY": KEY}
+        where = {"run__mode": "online", "run__project": "p", "sink__ask_every_s": 0.3}
+        served = serve(sink="wandb", environment={**server.environment, **key}, **where)
+        at = interrupted(served)
+        held = server.steps("tested")
+        assert len(held) >= at - 10
+
+        damage(served.run_dir / "delivery.db")
+        served.start()
+        workers = [served.worker(rank, world=2, launch="after") for rank in range(2)]
+        for worker in workers:
+            worker.hello()
+            worker.log(*range(at + 1, at + 11))
+            worker.bye()
+
+        assert served.finish() == ExitCode.COMPLETE
+        assert "lost something" in served.log() or "damaged" in served.log()
+        rows = server.rows("tested")
+        assert held == [row["_step"] for row in rows][: len(held)]
+        assert list(range(at + 11)) == sorted(row["global_step"] for row in rows)
+        assert [] == server.breaches()
+        ledger = served.ledger()
+        assert (2 * at + 1 + 20, {}, 0) == (ledger.delivered, dict(ledger.dropped), ledger.pending)
+        assert ledger.balances
 
 
 def test_killed_while_it_learns_from_the_run_learns_it_again(serve: Serve):

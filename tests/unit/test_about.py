@@ -253,7 +253,10 @@ class TestSweep:
             path.write_text("wandb_version: 1\nlr: {value: 0.5}\nnet:\n  value:\n    depth: 4\n")
             monkeypatch.setenv("WANDB_SWEEP_PARAM_PATH", str(path))
 
-        run = sidestep.init(project="mine", config={"lr": 0.1, "batch": 8, "net": {"depth": 1, "width": 2}})
+        run = sidestep.init(
+            project="mine", settings={"project": "mine", "run_id": "mine"},
+            config={"lr": 0.1, "batch": 8, "net": {"depth": 1, "width": 2}},
+        )  # fmt: skip
         run.config.update({"lr": 0.9}, allow_val_change=True)
         run.config.lr = 0.7
 
@@ -264,7 +267,7 @@ class TestSweep:
         (seen,) = daemon.sessions.values()
         assert {"project": "the sweep's", "sweep_id": "abc"} == seen.hello.settings
         assert 1 == times(caplog, "'lr' is the sweep's")
-        assert 1 == times(caplog, "init(project): the run is one of a sweep")
+        assert 1 == times(caplog, "init(project, id): the run is one of a sweep")
 
     def test_values_that_can_not_be_read_are_said_and_the_run_goes_on(
         self, daemon: FakeDaemon, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

@@ -198,8 +198,17 @@ class TestSurface:
 
         assert set() == inspect.signature(wandb.init).parameters.keys() - taken
 
+    def test_what_init_takes_by_its_place_is_in_wandbs_places(self):
+        ours = [
+            it.name
+            for it in inspect.signature(sidestep.init).parameters.values()
+            if it.kind is it.POSITIONAL_OR_KEYWORD
+        ]
+
+        assert list(inspect.signature(wandb.init).parameters)[: len(ours)] == ours
+
     def test_calls_take_what_wandbs_take(self):
-        """Every parameter of wandb's can be given by its name, or by its place, to ours."""
+        """Every parameter of wandb's can be given to ours by its name."""
         lacking = {}
         for name in sorted(set(run_names()) & set(dir(sidestep.Run))):
             theirs, ours = getattr(wandb.Run, name, None), inspect.getattr_static(sidestep.Run, name)

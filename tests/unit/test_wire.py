@@ -92,7 +92,6 @@ RECORDS = [
     Record(
         kind=Kind.PROGRAM, time=1700000008.0, step=None, data={"facts": {"python": "3.11", "args": ["--lr", "1"]}}
     ),
-    Record(kind=Kind.NAMED, time=1700000010.0, step=None, data={"name": "second", "tags": ["a", "best"]}),
     Record(kind=Kind.PROGRAM, time=1700000009.0, step=None, data={"file": "requirements.txt", "text": "torch==2"}),
 ]
 BODY = b"".join(map(encode_record, RECORDS))

@@ -120,7 +120,10 @@ class Sink(Protocol):
         ...
 
     def history(self) -> Iterator[tuple[int, Mapping[str, Any]]]:
-        """`_step` and values of every row that the run holds, over all its lives; for when our memory is lost."""
+        """`_step` and values of every row that the run holds, over all its lives; for when our memory is lost.
+
+        Raises Retry.
+        """
         ...
 
     def close(self, exit_code: int) -> None:

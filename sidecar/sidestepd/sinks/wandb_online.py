@@ -14,7 +14,7 @@ import os
 import re
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -53,6 +53,8 @@ class OnlineSink(WandbSink):
         """What the server held when the run was opened."""
         self.ask: Callable[[], Held | None] = lambda: None
         """What it holds now. Raises Retry."""
+        self.tell: Callable[[range], Iterable[tuple[int, Mapping[str, Any]]]] = lambda _: ()
+        """The rows that it holds of these steps. Raises Retry."""
         self._asker: Asker | None = None
         self._written: deque[int] = deque()
         self._confirmed: list[int] = []
@@ -79,6 +81,7 @@ class OnlineSink(WandbSink):
         if opened.starting_step != held.last_step + 1:
             raise Fatal(f"wandb goes on at step {opened.starting_step}, the server holds {held.last_step}")
         self.ask = partial(server.held, run.id, opened.project, opened.entity)
+        self.tell = partial(server.rows, run.id, opened.project, opened.entity)
         self._asker = Asker(self.ask, every_s=run.ask_every_s, last_step=held.last_step)
         self._through = held.last_step
         known = int(bookmark.get("through", -1))
@@ -107,8 +110,14 @@ class OnlineSink(WandbSink):
         return Confirmed(steps=steps, bookmark={"through": through}, trouble=asker.trouble, watched=True)
 
     def history(self) -> Iterator[tuple[int, Mapping[str, Any]]]:
-        """Those rows of our files that the server held when the run was opened, each step as it was sent last."""
+        """The rows that the server held when the run was opened, each step as it was sent last.
+
+        Our files say most of them; the server tells of what a wandb-core sent and died before it wrote it.
+        """
         rows = {step: values for step, values in super().history() if step <= self.held.last_step}
+        behind = range(max(rows, default=-1) + 1, self.held.last_step + 1)
+        if behind:
+            rows.update(self.tell(behind))
         yield from sorted(rows.items())
 
     def close(self, exit_code: int) -> None:

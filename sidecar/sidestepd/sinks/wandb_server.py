@@ -14,7 +14,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +41,17 @@ query RunResumeStatus($project: String, $entity: String, $name: String!) {
   }
 }
 """
+_HISTORY = """
+query HistoryPage(
+  $entity: String!, $project: String!, $run: String!, $minStep: Int64!, $maxStep: Int64!, $pageSize: Int!
+) {
+  project(name: $project, entityName: $entity) {
+    run(name: $run) { history(minStep: $minStep, maxStep: $maxStep, samples: $pageSize) }
+  }
+}
+"""
+_PAGE = 500
+"""Rows that are asked for at once."""
 _FORGET_SUMMARY = """
 mutation UpsertBucket($name: String, $project: String, $entity: String, $summaryMetrics: JSONString) {
   upsertBucket(
@@ -78,6 +89,19 @@ class Server:
             return None if bucket is None else _held(bucket)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise Retry(f"{self.url} answers what can not be understood: {error!r}") from error
+
+    def rows(
+        self, run: str, project: str | None, entity: str | None, steps: range
+    ) -> Iterator[tuple[int, Mapping[str, Any]]]:
+        """The rows that it holds of these steps, in their order, with `_step` and values. Raises Retry."""
+        for first in range(steps.start, steps.stop, _PAGE):
+            page = {"minStep": first, "maxStep": min(first + _PAGE, steps.stop), "pageSize": _PAGE}
+            data = self._ask("HistoryPage", _HISTORY, run=run, project=project, entity=entity, **page)
+            try:
+                rows = [json.loads(line) for line in data["project"]["run"]["history"]]
+                yield from ((int(row["_step"]), row) for row in rows)
+            except (ValueError, TypeError, KeyError, AttributeError) as error:
+                raise Retry(f"{self.url} answers what can not be understood: {error!r}") from error
 
     def forget_summary(self, run: str, project: str | None, entity: str | None) -> None:
         """Empty the summary of a run that holds no row."""

@@ -34,6 +34,7 @@ class Answers:
             "Viewer": self._viewer,
             "ServerFeaturesQuery": self._features,
             "RunResumeStatus": self._resume_status,
+            "HistoryPage": self._history,
             "UpsertBucket": self._upsert,
             "CreateRunFiles": self._create_files,
             "NotifyScriptableRunAlert": self._alert,
@@ -76,6 +77,12 @@ class Answers:
             }
         model = {"id": _id(project), "name": project, "entity": {"id": _id(entity), "name": entity}}
         return {"model": {**model, "bucket": bucket}}
+
+    def _history(self, variables: Mapping[str, Any]) -> dict[str, Any]:
+        lines = self._store.lines(path_of(*self._place(variables), variables["run"]), HISTORY)
+        steps = range(variables["minStep"], variables["maxStep"])
+        found = [line for line in lines if json.loads(line)["_step"] in steps][: variables["pageSize"]]
+        return {"project": {"run": {"history": found}}}
 
     def _upsert(self, variables: Mapping[str, Any]) -> dict[str, Any]:
         entity, project = self._place(variables)
