@@ -200,7 +200,8 @@ def _new_run(settings: WorkerSettings, keywords: Mapping[str, Any]) -> Run:
         _notices.once(
             "id", f"init(id={keywords['id']!r}): this process joins the run {settings.run_id!r} of its command"
         )
-    session.on_finish = exits.watch(session.ends_with)
+    forget = exits.watch(session.ends_with)
+    session.on_finish = lambda _: forget()
     return Run(session, keywords)
 
 

@@ -10,12 +10,15 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from functools import partial
+from time import monotonic
 from typing import Any
 
 from sidestep._run import Run
 
 KEYWORDS = frozenset({"sync_tensorboard", "save_code"})
 """Keywords of `init()` that have their effect here."""
+Stop = Callable[[float], None]
+"""Ends a companion, in so many seconds at most."""
 
 
 def accompany(run: Run, keywords: Mapping[str, Any], environ: Mapping[str, str] = os.environ) -> None:
@@ -49,7 +52,7 @@ def _is_on(variable: str | None) -> bool:
     return (variable or "").lower() in ("1", "true")
 
 
-def _start(run: Run, name: str, make: Callable[[Run], Callable[[], None]]) -> None:
+def _start(run: Run, name: str, make: Callable[[Run], Stop]) -> None:
     session = run._session
     before = session.on_finish
     try:
@@ -60,30 +63,31 @@ def _start(run: Run, name: str, make: Callable[[Run], Callable[[], None]]) -> No
         session.notices.once(("companion", name), f"init({name}=...): without effect: {error!r}")
         return
 
-    def on_finish() -> None:
-        stop()
-        before()
+    def on_finish(seconds: float) -> None:
+        ends = monotonic() + seconds
+        stop(seconds)
+        before(max(ends - monotonic(), 0.0))
 
     session.on_finish = on_finish
 
 
-def _tensorboard(run: Run) -> Callable[[], None]:
+def _tensorboard(run: Run) -> Stop:
     from sidestep.tensorboard.sync import Sync  # only who asks for it needs it
 
     sync = Sync(run)
     sync.start()
-    return sync.stop
+    return lambda _: sync.stop()
 
 
-def _console(run: Run) -> Callable[[], None]:
+def _console(run: Run) -> Stop:
     from sidestep.console import Console  # likewise
 
     console = Console(run)
     console.start()
-    return console.stop
+    return lambda _: console.stop()
 
 
-def _program(run: Run, options: Mapping[str, bool]) -> Callable[[], None]:
+def _program(run: Run, options: Mapping[str, bool]) -> Stop:
     from sidestep.program import describe  # likewise
 
     return describe(run, options)

@@ -39,7 +39,7 @@ REQUIREMENTS, PATCH, CODE = "requirements.txt", "diff.patch", "code"
 # In the worker
 
 
-def describe(run: Run, options: Mapping[str, Any]) -> Callable[[], None]:
+def describe(run: Run, options: Mapping[str, Any]) -> Callable[[float], None]:
     """Have it looked up in the background, and told to the run; returns what stops that."""
     started: list[subprocess.Popen[bytes]] = []
     question = json.dumps({**_known_here(), **options}).encode()
@@ -50,10 +50,10 @@ def describe(run: Run, options: Mapping[str, Any]) -> Callable[[], None]:
 
     owner = os.getpid()
 
-    def stop() -> None:
+    def stop(seconds: float) -> None:
         if os.getpid() != owner:
             return  # a forked child: it has neither the thread nor the process
-        thread.join(LAST_WORD_S)
+        thread.join(min(LAST_WORD_S, seconds / 4))
         for process in started:
             if process.poll() is None:
                 process.kill()
@@ -82,7 +82,7 @@ def _ask(session: Session, question: bytes, started: list[subprocess.Popen[bytes
         started.append(process)
         answer, _ = process.communicate(question, timeout=PATIENCE_S)
         if process.returncode < 0:
-            raise InterruptedError("the run ended before it was")
+            return  # the run ended before its facts were known
         for said in json.loads(answer):
             session.send(Kind.PROGRAM, said)
     except Exception as error:  # noqa: BLE001 - a thread's head: the training is none the worse for it

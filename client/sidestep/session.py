@@ -163,7 +163,7 @@ class Session:
         self._carried = carrier
         self.packers: list[Packer]
         self.names: set[str] = set()  # that log() has looked at and found good
-        self.on_finish: Callable[[], None] = lambda: None
+        self.on_finish: Callable[[float], None] = lambda _: None  # is given the seconds there are
         self.exit_code: int | None = None  # of the process, as soon as it is known
         self.steps: dict[str | None, Steps] = {}
         self.watcher: Watcher | None = None
@@ -345,12 +345,13 @@ class Session:
         if self.finished:
             return
         self.finished = True
-        self.on_finish()  # which may have last words
+        deadline = monotonic() + timeout
+        self.on_finish(timeout)  # which may have last words
         self.outbox.close(DropReason.AFTER_FINISH)
         atexit.unregister(self.at_exit)
         if self.dormant:
             return
-        deadline = monotonic() + timeout
+        timeout = max(deadline - monotonic(), 0.0)
         if self.lane.pending:
             timeout -= LANE_SHARE * timeout
             self.lane.hurry(deadline - LANE_SHARE / 2 * timeout)

@@ -36,6 +36,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("SIDESTEP_SINK_KIND", "jsonl")
     monkeypatch.setenv("SIDESTEP_SAMPLERS_ENABLED", "off")  # their records and sessions would be counted
+    monkeypatch.setenv("SIDESTEP_PROGRAM", "0")
+    monkeypatch.setenv("SIDESTEP_CONSOLE", "0")
     monkeypatch.setenv("SIDESTEP_LAUNCH_ID", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     with tempfile.TemporaryDirectory(dir="/tmp") as sockets:  # a socket's path has to be short

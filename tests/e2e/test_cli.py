@@ -93,6 +93,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("SIDESTEP_SINK_KIND", "jsonl")
     monkeypatch.setenv("SIDESTEP_SAMPLERS_ENABLED", "off")  # they have tests of their own
+    monkeypatch.setenv("SIDESTEP_PROGRAM", "0")
+    monkeypatch.setenv("SIDESTEP_CONSOLE", "0")
     monkeypatch.chdir(tmp_path)
     with tempfile.TemporaryDirectory(dir="/tmp") as sockets:  # a socket's path has to be short
         monkeypatch.setenv("XDG_RUNTIME_DIR", sockets)
