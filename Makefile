@@ -4,12 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo test test-nightly lint bench bench-throughput format clean
+.PHONY: help demo test test-nightly lint bench bench-media bench-throughput format clean
 help:
 	@echo "make demo          train on handwritten digits with two processes, into one offline wandb run"
 	@echo "make test          all tests but the long forms of the fault tests"
 	@echo "make test-nightly  the long forms of the fault tests too"
 	@echo "make bench         the cost of log(), beside wandb.log, SummaryWriter and no logging"
+	@echo "make bench-media   the cost of logging an image, beside wandb.log"
 	@echo "make bench-throughput  how much the daemon takes, and how fast it hands it on"
 	@echo "make lint          ruff, mypy --strict, import-linter"
 
@@ -35,6 +36,9 @@ test-nightly: $(VENV)/.test
 
 bench: $(VENV)/.test
 	$(BIN)/python -m tests.benchmarks.hot_path
+
+bench-media: $(VENV)/.test
+	$(BIN)/python -m tests.benchmarks.media_cost
 
 bench-throughput: $(VENV)/.test
 	$(BIN)/python -m tests.benchmarks.throughput

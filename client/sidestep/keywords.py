@@ -32,9 +32,9 @@ QUIET_SETTINGS = frozenset(
         "_disable_meta", "_disable_stats", "allow_val_change", "anonymous", "api_key", "autostart", "console",
         "disable_code", "disable_git", "disable_job_creation", "email", "finish_timeout",
         "finish_timeout_raises", "host", "init_timeout", "job_name", "label_disable", "login_timeout",
-        "program", "program_relpath", "quiet", "show_errors", "show_info", "show_warnings", "silent",
-        "start_method", "sweep_id", "username", "x_disable_meta", "x_disable_stats", "x_label", "x_primary",
-        "x_save_requirements", "x_update_finish_state",
+        "program", "program_relpath", "quiet", "save_code", "show_errors", "show_info", "show_warnings", "silent",
+        "start_method", "sync_tensorboard", "sweep_id", "username", "x_disable_meta", "x_disable_stats", "x_label",
+        "x_primary", "x_save_requirements", "x_stats_sampling_interval", "x_update_finish_state",
     }
 )  # fmt: skip
 """Settings that change how wandb goes about it, which is the daemon's business and not missed in a worker."""

@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from sidestep.watching import Watcher
 
 EXIT_S = 5.0
-LANE_SHARE = 0.3
+LANE_SHARE = 0.2
 """Of the time that `finish` has, kept for media where there are some."""
 LARGE_BYTES = 64 * 1024
 """A packer that made a larger record is not used again: it keeps its buffer."""

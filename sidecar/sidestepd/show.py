@@ -83,15 +83,18 @@ class Shower:
             shutil.rmtree(self._scratch, ignore_errors=True)  # of the last life
         self._pool = ThreadPoolExecutor(threads, "show")
         self._jobs: dict[bytes, Future[Any]] = {}
-        self._told: set[bytes] = set()
+        self._untold: set[bytes] = set()
         self._folders: dict[bytes, Path] = {}
         self._by_step: dict[int, list[Path]] = {}
         self._number = count()
         self._done = threading.Event()
 
     def submit(self, job: Job) -> None:
-        """Begin."""
-        if job.key not in self._jobs:
+        """Begin, or where a value of the same content is shown already, have that told once more."""
+        self._untold.add(job.key)
+        if job.key in self._jobs:
+            self._done.set()
+        else:
             scratch = self._folders[job.key] = self._scratch / str(next(self._number))
             files = BlobFiles(self.folder, scratch, job.blobs)
             future = self._jobs[job.key] = self._pool.submit(self._make, job.value, files)
@@ -100,9 +103,11 @@ class Shower:
     def poll(self) -> list[tuple[bytes, str]]:
         """What was shown since this was asked last, and why not, in a word, where that is so."""
         self._done.clear()
-        finished = [key for key, job in self._jobs.items() if job.done() and key not in self._told]
-        self._told.update(finished)
-        return [(key, self._why(key)) for key in finished]
+        finished = [key for key in self._untold if key not in self._jobs or self._jobs[key].done()]
+        self._untold.difference_update(finished)
+        return [
+            (key, self._why(key) if key in self._jobs else "") for key in finished
+        ]  # one that is gone was shown
 
     def wait(self) -> None:
         """A moment, or until something is shown."""
@@ -120,7 +125,6 @@ class Shower:
 
     def _drop(self, key: bytes) -> None:
         self._jobs.pop(key, None)
-        self._told.discard(key)
         if (scratch := self._folders.pop(key, None)) is not None:
             shutil.rmtree(scratch, ignore_errors=True)
 
@@ -134,6 +138,7 @@ class Shower:
         values = dict(row.values)
         for name, value in media.items():
             key = key_of(value)
+            asked = key in self._untold
             self.submit(Job(key=key, value=value, blobs={}))
             while not self._jobs[key].done():
                 beat()
@@ -146,7 +151,8 @@ class Shower:
             if (scratch := self._folders.pop(key, None)) is not None:
                 self._by_step.setdefault(row.step, []).append(scratch)
             self._jobs.pop(key)
-            self._told.discard(key)
+            if not asked:
+                self._untold.discard(key)
         return replace(row, values=values)
 
     def settle(self, step: int) -> None:

@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,12 @@ import pytest
 from PIL import Image as Pillow
 
 from sidestep.media import KINDS
+from sidestepd import status
 from sidestepd.sinks import wandb_log
 
 NAMES = {"artifact_path", "_latest_artifact_path", "sha256", "size", "path"}
 """What depends on how a file was written, and not on what is in it."""
+GROWING = "table/growing"
 PICTURES = {".png", ".jpg", ".bmp"}
 
 
@@ -27,19 +28,32 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     """Two runs with the same media; the heavy ones take torch and scikit-learn."""
     made = tmp_path_factory.mktemp("media")
     environ = {**os.environ, "WANDB_DATA_DIR": str(made), "WANDB_CACHE_DIR": str(made), "MPLCONFIGDIR": str(made)}
-    subprocess.run(
-        [sys.executable, "-m", "tests.support.media_runs", made, request.param],
-        env=environ,
-        check=True,
-        timeout=220,
-    )
+    python = sys.executable
+    worker = [python, "-m", "tests.support.media_runs", "worker", made, request.param]
+    served = [
+        python,
+        "-m",
+        "sidestep",
+        "run",
+        "--mode",
+        "offline",
+        "--samplers",
+        "off",
+        "--dir",
+        made,
+        "--",
+        *worker,
+    ]
+    for command in (served, [python, "-m", "tests.support.media_runs", "wandb", made, request.param]):
+        subprocess.run(command, env=environ, check=True, timeout=200)
     return made
 
 
 @pytest.fixture(scope="module")
-def told(folder: Path) -> Mapping[str, Any]:
-    found: dict[str, Any] = json.loads((folder / "told.json").read_text())
-    return found
+def ours(folder: Path) -> Path:
+    """The run that the daemon wrote."""
+    (run,) = (folder / "sidestep-runs").glob("2*")
+    return run
 
 
 def history(run: Path) -> dict[str, Any]:
@@ -49,7 +63,7 @@ def history(run: Path) -> dict[str, Any]:
         name: with_content(value, segment.parent / "files")
         for row in wandb_log.nested_history(segment)
         for name, value in row.values.items()
-        if not name.startswith("_")
+        if not name.startswith("_") and name not in (GROWING, "global_step")
     }
 
 
@@ -76,6 +90,16 @@ def content(path: Path) -> Any:
     return suffix, path.read_bytes()
 
 
+def increments(run: Path) -> list[dict[str, Any]]:
+    """What was logged of the table that grows."""
+    (segment,) = wandb_log.segments(run / "wandb")
+    return [
+        with_content(row.values[GROWING], segment.parent / "files")
+        for row in wandb_log.nested_history(segment)
+        if GROWING in row.values
+    ]
+
+
 def drawings(run: Path) -> Any:
     """What the run's charts are drawn by."""
     (segment,) = wandb_log.segments(run / "wandb")
@@ -95,21 +119,38 @@ def kind_of(name: str) -> str:
 
 
 class TestAgainstWandb:
-    def test_packing_loads_nothing_that_a_worker_goes_without(self, told: Mapping[str, Any]):
-        assert [] == told["loaded_to_pack"]
+    def test_packing_loads_nothing_that_a_worker_goes_without(self, folder: Path):
+        assert [] == json.loads((folder / "loaded.json").read_text())
 
-    def test_nothing_is_refused_by_either(self, told: Mapping[str, Any]):
-        assert {} == told["wrong"]
+    def test_nothing_is_left_out(self, ours: Path):
+        ledger = status.report(ours).ledger
+
+        assert ledger.offered == ledger.delivered
+        assert 0 == ledger.values_refused
+        assert not status.report(ours).media.get("left_out")
 
     @pytest.mark.parametrize("kind", KINDS)
-    def test_what_is_logged_is_the_same(self, folder: Path, kind: str):
-        ours, theirs = history(folder / "ours"), history(folder / "theirs")
+    def test_what_is_in_the_run_is_the_same(self, folder: Path, ours: Path, kind: str):
+        found, expected = history(ours), history(folder)
 
-        names = {name for name in theirs if kind_of(name) == kind}
-        assert names == {name for name in ours if kind_of(name) == kind}
+        names = {name for name in expected if kind_of(name) == kind}
+        assert names == {name for name in found if kind_of(name) == kind}
         assert names
-        assert {name: theirs[name] for name in names} == {name: ours[name] for name in names}
+        assert {name: expected[name] for name in names} == {name: found[name] for name in names}
 
-    def test_charts_are_drawn_the_same(self, folder: Path):
-        assert drawings(folder / "theirs") == drawings(folder / "ours")
-        assert drawings(folder / "ours")
+    def test_what_is_an_image_without_being_called_so_is_one(self, folder: Path, ours: Path):
+        found, expected = history(ours), history(folder)
+
+        assert expected["image/pil"] == found["implied/pil"]
+        assert expected["image/figure"] == found["implied/figure"]
+
+    def test_a_table_that_grows_tells_of_what_was_before(self, folder: Path, ours: Path):
+        found, expected = increments(ours), increments(folder)
+
+        assert [0, 1, 2] == [len(told.pop("previous_increments_paths")) for told in expected]
+        assert [0, 1, 2] == [len(told.pop("previous_increments_paths")) for told in found]
+        assert expected == found
+
+    def test_charts_are_drawn_the_same(self, folder: Path, ours: Path):
+        assert drawings(folder) == drawings(ours)
+        assert drawings(ours)

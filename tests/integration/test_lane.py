@@ -216,7 +216,7 @@ class TestForkAndExit:
         content = os.urandom(2 * MB)
         run.log({"loss": 1.0, "a": Thing(content)})
 
-        run.finish(timeout=2.0)
+        run.finish(timeout=5.0)
 
         daemon.thaw()
         assert 2 == len(list(tmp_path.rglob("*.spill")))

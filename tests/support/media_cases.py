@@ -7,6 +7,7 @@ packs has loaded what a training has: numpy, PIL, matplotlib, pandas, plotly, bu
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ NUMBERS = RNG.normal(size=1000)
 PROBABILITIES = RNG.dirichlet(np.ones(3), 200).round(2)
 TRUE = RNG.integers(0, 3, 200)
 NAMES = ["cat", "dog", "bird"]
+GROWING = "table/growing"
 PDB = "HEADER    WATER\nATOM      1  O   HOH A   1       0.000   0.000   0.000  1.00  0.00           O\nEND\n"
 
 BOXES = {
@@ -123,6 +125,7 @@ def tables(m: Any, folder: Path) -> dict[str, Any]:
         "table/default": m.Table(data=[["in", "out", "wanted"]]),
         "table/array": m.Table(columns=["x", "y", "z"], data=POINTS[:4]),
         "table/frame": m.Table(dataframe=frame),
+        "table/implied": frame,
         "table/by_row": by_row,
         "table/media": with_media,
     }
@@ -191,6 +194,19 @@ def charts(m: Any, folder: Path) -> dict[str, Any]:
         ),
         "plot/confusion_by_probability": m.plot.confusion_matrix(probs=PROBABILITIES, y_true=TRUE.tolist()),
     }
+
+
+def implied() -> dict[str, Any]:
+    """What becomes an image without being one; wandb refuses the first and makes another thing of the second."""
+    return {"implied/pil": Pillow.fromarray(PIXELS), "implied/figure": figure()}
+
+
+def growing(m: Any) -> Iterator[Any]:
+    """One incremental table, each time with a row more."""
+    table = m.Table(columns=["n", "word"], log_mode="INCREMENTAL")
+    for at in range(3):
+        table.add_data(at, f"row {at}")
+        yield table
 
 
 def heavy(m: Any, folder: Path) -> dict[str, Any]:

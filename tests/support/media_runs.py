@@ -1,77 +1,69 @@
-"""The same media in two offline runs: packed here and shown, and as wandb itself does it.
+"""The same media in two offline runs: through the daemon, and by wandb itself.
 
-    python -m tests.support.media_runs FOLDER [heavy]
+    sidestep run --mode offline --dir FOLDER -- python -m tests.support.media_runs worker FOLDER [heavy]
+    python -m tests.support.media_runs wandb FOLDER [heavy]
 
-- all is packed before wandb is loaded, in a process that never heard of the daemon
-- writes `FOLDER/ours` and `FOLDER/theirs`, one row for each name, and what went wrong into `FOLDER/told.json`
+- one row for each name, in the same order
+- the worker raises for what it refuses, and writes down what it has loaded to pack all of it
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-from sidestep import media, plot
-from sidestep.media.implicit import media_of
-from sidestep.testing import BlobFolder
 from tests.support import media_cases
 
 
-def main(folder: Path, *, heavy: bool) -> None:
-    """Pack, show, log, and log again as wandb does."""
-    blobs, made = BlobFolder(_made(folder / "blobs")), _made(folder / "made")
-    ours = SimpleNamespace(**{name: getattr(media, name) for name in media.NAMES}, plot=plot)
-    wrong: dict[str, str] = {}
-    packed = _each(media_cases.values(ours, made, with_heavy=heavy), lambda value: pack(value, blobs), wrong)
-    loaded = sorted({"wandb", "sidestepd", "pydantic"} & set(sys.modules))
-    shown = _each(packed, lambda value: media.shown(value, blobs), wrong)
-    _log(shown, folder / "ours", wrong)
+def worker(folder: Path, *, heavy: bool) -> None:
+    """As a training does it."""
+    import sidestep
 
-    import wandb
-
-    _log(media_cases.values(wandb, made, with_heavy=heavy), folder / "theirs", wrong)
-    (folder / "told.json").write_text(json.dumps({"wrong": wrong, "loaded_to_pack": loaded}))
+    with sidestep.init(strict=True) as run:
+        _log(sidestep, run.log, folder, heavy=heavy)
+        run.log(media_cases.implied(), step=1000)
+        loaded = sorted({"wandb", "sidestepd", "pydantic", "click"} & set(sys.modules))
+        (folder / "loaded.json").write_text(json.dumps(loaded))
+        _wait_until_all_are_in_the_run(run)
 
 
-def pack(value: Any, blobs: BlobFolder) -> Any:
-    """What stands in a record for a value that has media in it."""
-    if (medium := media_of(value)) is not None:
-        return media.packed(medium, blobs)
-    if isinstance(value, dict):
-        return {name: pack(item, blobs) for name, item in value.items()}
-    return [pack(item, blobs) for item in value] if isinstance(value, list) else value
+def _wait_until_all_are_in_the_run(run: Any) -> None:
+    """A run that ends does not wait for what takes long to encode on a slow machine: this one ends later."""
+    from sidestepd import status
+    from tests.support.waiting import eventually
+
+    directory, said = Path(os.environ["SIDESTEP_RUN_DIR"]), run.stats().offered
+    run.flush(60.0)
+
+    def all_there() -> bool:
+        found = status.report(directory)
+        return not found.media.get("waiting") and found.ledger.delivered >= said
+
+    eventually(all_there, 150.0, lambda: f"{status.report(directory)}")
 
 
-def _each(values: Mapping[str, Any], make: Callable[[Any], Any], wrong: dict[str, str]) -> dict[str, Any]:
-    made = {}
-    for name, value in values.items():
-        try:
-            made[name] = make(value)
-        except (TypeError, ValueError) as error:
-            wrong[name] = repr(error)
-    return made
-
-
-def _log(values: Mapping[str, Any], folder: Path, wrong: dict[str, str]) -> None:
+def reference(folder: Path, *, heavy: bool) -> None:
+    """With the settings of the daemon's sink."""
     import wandb
 
     settings = wandb.Settings(silent=True, console="off", x_disable_stats=True, x_disable_meta=True)
-    with wandb.init(mode="offline", dir=_made(folder), reinit="create_new", id="same", settings=settings) as run:
-        for step, (name, value) in enumerate(sorted(values.items())):
-            try:
-                run.log({name: value}, step=step, commit=True)
-            except (TypeError, ValueError, wandb.Error) as error:
-                wrong[name] = f"{folder.name}: {error!r}"
+    with wandb.init(mode="offline", dir=folder, id="same", settings=settings) as run:
+        _log(wandb, lambda values, step: run.log(values, step=step, commit=True), folder, heavy=heavy)
 
 
-def _made(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+def _log(module: Any, log: Callable[[dict[str, Any], int], object], folder: Path, *, heavy: bool) -> None:
+    made = folder / "made"
+    made.mkdir(exist_ok=True)
+    values = media_cases.values(module, made, with_heavy=heavy)
+    for step, name in enumerate(sorted(values)):
+        log({name: values[name]}, step)
+    for step, table in enumerate(media_cases.growing(module), start=len(values)):
+        log({media_cases.GROWING: table}, step)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), heavy="heavy" in sys.argv)
+    {"worker": worker, "wandb": reference}[sys.argv[1]](Path(sys.argv[2]), heavy="heavy" in sys.argv)

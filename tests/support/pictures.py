@@ -78,7 +78,7 @@ def _lines(run_dir: Path) -> Iterator[tuple[dict[str, Any], int]]:
     for line in (run_dir / "rows.jsonl").read_bytes().splitlines():
         values = json.loads(line)
         if "img" in values:
-            kept = run_dir / values["img"]["pixels"]["file"]
+            kept = run_dir / values["img"]["pixels"]["data"]["file"]
             yield values, _step(np.frombuffer(kept.read_bytes(), np.uint8).reshape(SIDE, SIDE, 3))
 
 

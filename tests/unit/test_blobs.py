@@ -155,6 +155,23 @@ class TestShowing:
         it.settle(7)
         assert [] == list(tmp_path.rglob("*.made"))
 
+    def test_values_of_the_same_content_are_each_told(self, tmp_path: Path):
+        """What has no blobs is told from others by its content alone, and may be the same at every step."""
+        put(tmp_path, 3, b"abc")
+        it, value = shower(tmp_path), picture(3, b"abc")
+
+        told = []
+        for _ in range(2):
+            it.submit(job(value, b"abc"))
+            told += finished(it)
+        it.submit(job(value, b"abc"))
+        it.into(row(img=value), beat=lambda: None)  # the row of the first goes before the third was told
+        told += finished(it)
+
+        assert [(key_of(value), "")] * 3 == told
+        assert {"img": b"abc"} == it.into(row(img=value), beat=lambda: None).values
+        assert [] == it.poll()
+
     def test_a_row_of_an_earlier_life_is_made_anew(self, tmp_path: Path):
         put(tmp_path, 3, b"abc")
 

@@ -7,6 +7,7 @@ import io
 import os
 import sys
 import threading
+import uuid
 from collections.abc import Iterator
 
 import pytest
@@ -21,7 +22,7 @@ from tests.support.waiting import eventually
 
 @pytest.fixture
 def daemon(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeDaemon]:
-    with FakeDaemon() as served:
+    with FakeDaemon(run={"id": uuid.uuid4().hex, "mode": "offline"}) as served:
         for name, value in environment(served, {}).items():
             monkeypatch.setenv(name, value)
         yield served

@@ -7,6 +7,7 @@ import datetime
 import json
 import logging
 import re
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -44,7 +45,7 @@ def logged() -> Iterator[Recorder]:
 
 @pytest.fixture
 def daemon(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeDaemon]:
-    with FakeDaemon() as served:
+    with FakeDaemon(run={"id": uuid.uuid4().hex, "mode": "offline"}) as served:
         for name, value in environment(served, {}).items():
             monkeypatch.setenv(name, value)
         yield served
@@ -353,7 +354,7 @@ class TestPipeline:
             assert loaded.run.flush()
 
         assert [{"loss": 0.5}] == [it.data for it in daemon.records]
-        assert "fake" == loaded.run.id
+        assert daemon.run["id"] == loaded.run.id
 
     def test_a_run_whose_daemon_has_ended_is_gone_on_with(self, logged: Recorder, tmp_path: Path):
         where = tmp_path / "context.json"

@@ -109,7 +109,6 @@ class TestArrays:
             np.array(3.0),
             [np.float32(1), np.float32(2)],
         ],
-        ids=repr,
     )
     def test_are_the_same_again(self, value: Any, tmp_path: Path):
         facts = arrays.taken(value)
@@ -147,7 +146,6 @@ class TestArrays:
             (object(), "no array that can be logged"),
             (SimpleNamespace(__cuda_array_interface__={}), "on a device"),
         ],
-        ids=repr,
     )
     def test_of_other_things_are_refused_in_words(self, value: Any, why: str):
         with pytest.raises(UnsupportedValue, match=why):
@@ -163,7 +161,6 @@ class TestArrays:
             {"dtype": "<U9", "shape": [1], "data": b"1" * 36},
             {"dtype": ["<f4"], "shape": [1], "data": b"1234"},
         ],
-        ids=repr,
     )
     def test_that_are_none_are_bad_content(self, facts: dict[str, Any], tmp_path: Path):
         with pytest.raises(ValueError, match="no array"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from tests.support.waiting import eventually
 
 @pytest.fixture
 def daemon(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeDaemon]:
-    with FakeDaemon() as served:
+    with FakeDaemon(run={"id": uuid.uuid4().hex, "mode": "offline"}) as served:
         for name, value in environment(served, {}).items():
             monkeypatch.setenv(name, value)
         yield served

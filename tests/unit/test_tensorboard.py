@@ -9,7 +9,9 @@ import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 import torch.utils.tensorboard as theirs
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -177,3 +179,30 @@ class TestSync:
 
         assert 0 == done.returncode, done.stderr
         assert [[0.5], [3]] == json.loads(done.stdout)
+
+
+class TestMedia:
+    """Each is what `sidestep`'s own media make of it."""
+
+    def test_each_kind_is_logged_at_its_step(self, logged: Recorder):
+        picture = np.zeros((3, 4, 5), np.uint8)
+        with sidestep.init() as run:
+            writer = SummaryWriter(places=Places())
+            writer.add_histogram("histogram", torch.randn(10, 10), 7, bins=16)
+            writer.add_image("chw", picture, 7)
+            writer.add_image("tensor", torch.zeros(4, 5, 3), 7, dataformats="HWC")
+            writer.add_images("images", torch.zeros(2, 3, 4, 5), 7)
+            writer.add_audio("audio", torch.zeros(1, 100), 7, sample_rate=8000)
+            writer.add_video("video", torch.zeros(1, 2, 3, 16, 16), 7, fps=4)
+            assert 0 == run.stats().values_refused
+
+        kinds = {name: logged[name][0] for name in logged.names}
+        assert {
+            "audio": "audio",
+            "chw": "image",
+            "histogram": "histogram",
+            "tensor": "image",
+            "video": "video",
+        } == {name: value["_sidestep"] for name, value in kinds.items() if "_sidestep" in value}
+        assert {7} == {step for name in logged.names for step in logged.steps(name)}
+        assert "images" in kinds

@@ -58,7 +58,7 @@ class WandbConfig:
     """The installed packages are listed with the run."""
 
     log_model: bool = True
-    """`log_model` uploads; off, it does nothing."""
+    """Off, `log_model` does nothing."""
     log_checkpoints: bool = True
     """Also models that are neither the latest nor the best."""
     checkpoint_prefix: str = "checkpoint"
@@ -107,5 +107,5 @@ class WandbConfig:
         }
 
     def is_wanted(self, aliases: Sequence[str]) -> bool:
-        """Whether a model of these aliases is to be logged; without any it is the latest."""
-        return self.log_model and (self.log_checkpoints or not aliases or not FINAL.isdisjoint(aliases))
+        """Whether a model of these aliases is to be logged."""
+        return self.log_model and (self.log_checkpoints or not FINAL.isdisjoint(aliases))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice, zip_longest
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -81,6 +82,39 @@ class WandbLogger:
             self._once("images", f"log_images: of one call the first {most} are logged (max_images_to_log)")
         if made:
             self.run.log({name: made}, step)
+
+    def log_model(
+        self,
+        path: str | os.PathLike[str],
+        metadata: Mapping[str, Any] | None = None,
+        aliases: Sequence[str] | None = None,
+        name: str | None = None,
+    ) -> None:
+        """Note in the run where a model lies, what is known of it and what it is called: in the summary.
+
+        It is `models/PREFIX-FILE`, and there once for each file: the newest call counts. The model itself stays
+        where it is.
+        """
+        path, given = Path(path), [aliases] if isinstance(aliases, str) else list(aliases or ("latest",))
+        if not self.config.is_wanted(given):
+            option = "log_model" if not self.config.log_model else "log_checkpoints"
+            self._once(option, f"log_model: {path.name} is not logged ({option} is off)")
+            return
+        try:
+            found = path.stat()
+        except OSError as error:
+            self._refuse(f"log_model({path.name})", path, f"{error}")
+            return
+        said = {
+            "path": str(path.absolute()),
+            "bytes": found.st_size,
+            "written_at": found.st_mtime,
+            "aliases": given,
+        }
+        self.run.summary[f"models/{name or f'{self.config.checkpoint_prefix}-{path.stem}'}"] = {
+            **said, "metadata": dict(metadata or {}),
+        }  # fmt: skip
+        self._say(f"logs the model {path}")
 
     def log_config(self, config: Any) -> None:
         """What the training is configured with; nested as you like, beside what was said before."""

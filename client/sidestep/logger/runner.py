@@ -1,6 +1,6 @@
 """`Runner`: an experiment's metrics and results: `runner.log_metrics`, `runner.results.save_artifact`.
 
-- a result is a file here, whose path is returned, and an artifact of the run
+- a result is a file here, whose path is returned, and noted in the run's summary; the file itself stays here
 - files appear whole or not at all; those of other ranks than 0 are in a directory of their own
 - a disk that takes no file is said once and counted; the path that is returned is where it would be
 """
@@ -60,7 +60,7 @@ class Results:
         self.directory = Path(directory) / (f"rank{run.rank}" if run.rank else "")
 
     def save_artifact(self, name: str, data: bytes | str) -> Path:
-        """Keep bytes or text under a name, in a file and with the run; returns the file's path."""
+        """Keep bytes or text in a file of this name, noted in the run as `results/NAME`; returns its path."""
         content = data.encode() if isinstance(data, str) else bytes(data)
         path = self.directory.joinpath(*_parts(name))
         try:
@@ -70,6 +70,9 @@ class Results:
             beside.replace(path)
         except OSError as error:
             self._run._session.refuse_value(f"save_artifact({name})", type(data), f"{path}: {error}")
+        else:
+            noted = {"path": str(path.absolute()), "bytes": len(content)}
+            self._run.summary[f"results/{path.relative_to(self.directory).as_posix()}"] = noted
         return path
 
     def save_json_artifact(self, name: str, value: Any) -> Path:
