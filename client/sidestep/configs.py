@@ -25,7 +25,7 @@ def read(path: str) -> dict[str, Any]:
     try:
         text = Path(path).read_text()
     except (OSError, ValueError) as error:
-        raise UnsupportedValue(f"{path} can not be read: {error}") from None
+        raise UnsupportedValue(f"{path!r:.200} can not be read: {error}") from None
     loaded = _load(path, text)
     if loaded is None:
         return {}

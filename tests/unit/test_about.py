@@ -224,7 +224,7 @@ class TestConfig:
         run = sidestep.init(config="nowhere.yaml")
 
         assert {} == dict(run.config)
-        assert 1 == times(caplog, "nowhere.yaml can not be read")
+        assert 1 == times(caplog, "'nowhere.yaml' can not be read")
 
     def test_what_is_set_inside_a_dict_of_the_summary_is_set_in_the_run(self, daemon: FakeDaemon):
         run = sidestep.init()
@@ -276,7 +276,7 @@ class TestSweep:
         monkeypatch.setenv("WANDB_SWEEP_PARAM_PATH", "gone.yaml")
 
         assert {"lr": 0.1} == dict(sidestep.init(config={"lr": 0.1}).config)
-        assert 1 == times(caplog, "the values of the sweep are not known: gone.yaml")
+        assert 1 == times(caplog, "the values of the sweep are not known: 'gone.yaml'")
 
 
 class TestKeywords:

@@ -22,6 +22,8 @@ SAME, BETTER, OTHER, REFUSED, WANDBS, NOT_YET = "same", "better", "different", "
 
 MODULE: Mapping[str, tuple[str, str]] = {
     "AlertLevel": (SAME, ""),
+    "Audio": (BETTER, "samples need no other package; encoded by the daemon"),
+    "Image": (BETTER, "floats in [0, 1] are not black; encoded by the daemon, from any rank"),
     "Config": (BETTER, "entries may always be changed; nothing raises but a missing one"),
     "__version__": (OTHER, "sidestep's own version"),
     "alert": (BETTER, "from any rank; told at most once, also across crashes"),
