@@ -266,6 +266,7 @@ class Session:
     def hide_from_compiler(self) -> None:
         """As soon as something was compiled in this process, see that nothing of this package is."""
         if not self._hidden:
+            self._hidden = True  # so that a signal handler that logs meanwhile does not do it too
             self._hidden = hide_from_compiler()
 
     def _refuse_later(self, name: str, why: str) -> None:
