@@ -303,7 +303,9 @@ class UnsafeOptions(Section):
     """Guards that a control experiment switches off to show that tests would notice; never for real runs."""
 
     duplicate_gate: bool = Field(default=True, description="A frame that was stored is not stored again.")
-    row_log: bool = Field(default=True, description="Rows are written down before they are sent.")
+    row_log: bool = Field(
+        default=True, description="Rows are written down before they are sent; what is lost is read from the run."
+    )
 
 
 def _known_operations(value: str | list[str]) -> str | list[str]:

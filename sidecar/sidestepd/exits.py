@@ -82,6 +82,15 @@ class Exits:
         elif not lifeline.is_alive():
             self._loop.call_soon(self._tell, what)
 
+    def look(self) -> None:
+        """Tell now of those that have ended; the loop would come to it later."""
+        poll = select.poll()
+        followed = {it.descriptor: what for what, it in self._followed.items() if it.descriptor is not None}
+        for descriptor in followed:
+            poll.register(descriptor, select.POLLIN)
+        for descriptor, _ in poll.poll(0):
+            self._ended(followed[descriptor])
+
     def forget(self, what: bytes) -> None:
         """It ended as it should, or is of no more interest."""
         lifeline = self._followed.pop(what, None)

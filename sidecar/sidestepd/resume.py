@@ -33,7 +33,7 @@ def resume(line: Delivery, held: Confirmed, opened: Callable[[int], None]) -> No
     """
     base = _base(line, held)
     opened(base)
-    if _knows_less_than(line, held, base):
+    if line.config.unsafe.row_log and _knows_less_than(line, held, base):
         _learn_from_the_run(line, held)
     line.media.recall(line.rowlog, line.marks)
     if line.checkpoint.fold:

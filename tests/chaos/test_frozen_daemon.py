@@ -18,7 +18,13 @@ pytestmark = pytest.mark.chaos
 PAUSE_S = 2 * QUICK["order.patience_s"]
 
 
-@pytest.mark.parametrize("frozen", [("intake",), ("intake", "delivery", "core")], ids=["intake", "all of it"])
+@pytest.mark.parametrize(
+    "frozen",
+    [
+        pytest.param(("intake",), marks=pytest.mark.nightly, id="intake"),
+        pytest.param(("intake", "delivery", "core"), id="all of it"),
+    ],
+)
 def test_makes_nothing_late(tmp_path: Path, frozen: tuple[str, ...]):
     """Ranks that send what piled up do not send it at once; until each was heard, rows wait for it."""
     until = tmp_path / "until"

@@ -23,6 +23,7 @@ def held_sessions(control: Control) -> int:
     return int(answer["room"]["held"]) if answer else 0
 
 
+@pytest.mark.nightly
 def test_a_training_outlives_a_full_spool_and_loses_nothing(tmp_path: Path):
     options = {"spool.max_bytes": 4 << 20, "delivery.stall_s": 600.0}
     command = training(ranks=RANKS, steps=STEPS, rate=12_000.0)

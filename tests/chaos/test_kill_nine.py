@@ -42,6 +42,7 @@ class TestKillNine:
     def test_every_step_is_there_after_a_long_night(self, tmp_path: Path):
         self.kill_and_look(tmp_path, steps=LONG_STEPS, kills=LONG_KILLS)
 
+    @pytest.mark.nightly
     @pytest.mark.timeout(900)
     def test_every_step_is_on_the_server_exactly_once(self, tmp_path: Path):
         with StandIn(tmp_path / "server") as server:

@@ -119,6 +119,7 @@ class TestOneProcess:
         (run,) = finished(here)
         assert (1, 10, "lost") == (run.run.exit_code, run.rows, run.sessions[0].state)
 
+    @pytest.mark.nightly
     def test_each_init_after_a_finish_is_a_run(self, here: Path):
         again = LOG_TEN + "run.finish()\n"
 
@@ -128,6 +129,7 @@ class TestOneProcess:
         assert [list(range(10))] * 3 == [steps(run) for run in found]
         assert 3 == len({run.run.id for run in found})
 
+    @pytest.mark.nightly
     def test_an_id_names_the_run(self, here: Path):
         ended(python(LOG_TEN, WANDB_RUN_ID="mine"))
 
@@ -202,6 +204,7 @@ class TestNone:
 
         assert (0, 1) == (code, errors.count("pip install 'sidestep[daemon]'"))
 
+    @pytest.mark.nightly
     def test_one_that_can_not_start_says_why_in_the_training(self, here: Path):
         quick = LOG_TEN.replace("flush(60)", "flush(5)")
 

@@ -271,6 +271,7 @@ class TestWhatIsSaid:
         assert "sidestep: writing the last rows" in shown
         assert "0/10 " in re.sub(r"\x1b\[[0-9;]*m", "", shown)
 
+    @pytest.mark.nightly
     def test_a_drain_that_takes_its_time_is_quiet_in_a_pipe(self, here):
         ended = sidestep("run", "--", *python(SLOW_DRAIN))
 
@@ -300,6 +301,7 @@ class TestRun:
         assert "outer\nouter\n" == shown.stdout
         assert "outer" == only_run(here).run.id
 
+    @pytest.mark.nightly
     def test_an_address_where_nobody_answers_is_said_and_replaced(self, here):
         gone = f"ipc://{here}/gone.sock"
 
@@ -435,6 +437,7 @@ class TestServe:
         assert 73 == second.returncode
         assert f"another daemon serves {address}" in second.stderr
 
+    @pytest.mark.nightly
     def test_stopped_while_a_worker_is_there_it_can_be_taken_up_again(self, here):
         address = f"ipc://{here}/daemon.sock"
         with (
@@ -467,6 +470,7 @@ class TestServe:
         assert 0 == ended.returncode
         assert "finished" == only_run(here).state
 
+    @pytest.mark.nightly
     def test_a_run_whose_spool_was_damaged_meanwhile_is_salvaged_by_taking_it_up(self, here):
         address = f"ipc://{here}/daemon.sock"
         with serving(address, "--id", "mine") as process, Control(address) as control:

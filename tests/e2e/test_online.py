@@ -86,6 +86,7 @@ class TestRun:
         assert f"url {server.url}/tester/p/runs/first" in done.stdout
         assert whole(tmp_path).run.url == f"{server.url}/tester/p/runs/first"
 
+    @pytest.mark.nightly
     def test_the_key_is_in_no_file(self, server: StandIn, tmp_path: Path):
         run_online(server, tmp_path, LOG_TEN)
 
@@ -108,7 +109,10 @@ class TestRun:
         assert [*range(20), *range(5)] == [row["global_step"] for row in rows]
         whole(tmp_path)
 
-    @pytest.mark.parametrize(("resume", "why"), [("must", "is not there"), ("never", "is there already")])
+    @pytest.mark.parametrize(
+        ("resume", "why"),
+        [pytest.param("must", "is not there", marks=pytest.mark.nightly), ("never", "is there already")],
+    )
     def test_resume_is_held_to(self, server: StandIn, tmp_path: Path, resume: str, why: str):
         if resume == "never":
             run_online(server, tmp_path, LOG_TEN, "--id", "same")
@@ -147,12 +151,14 @@ class TestRefused:
         assert list(range(10)) == server.steps("kept")
         whole(tmp_path)
 
+    @pytest.mark.nightly
     def test_no_key_is_told(self, server: StandIn, tmp_path: Path):
         done = run_online(server, tmp_path, LOG_TEN, key="")
 
         assert done.returncode == ExitCode.INTERRUPTED
         assert "there is no API key for" in done.stderr
 
+    @pytest.mark.nightly
     def test_an_entity_that_is_not_there_is_told_and_sync_takes_another(self, server: StandIn, tmp_path: Path):
         done = run_online(server, tmp_path, LOG_TEN, "--entity", "nobody", "--id", "kept")
         assert done.returncode == ExitCode.INTERRUPTED
@@ -227,6 +233,7 @@ class TestDisturbed:
             server.lift()
             self.assert_whole(run, "fault hang")
 
+    @pytest.mark.nightly
     def test_the_spool_of_a_living_run_is_emptied(self, server: StandIn, tmp_path: Path):
         with Training(tmp_path, training(ranks=1, steps=100_000, rate=500.0), server=server) as run:
             run.wait_for_progress()

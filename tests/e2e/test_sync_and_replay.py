@@ -99,6 +99,7 @@ class TestTheSameIdAgain:
         assert list(range(20)) == held_steps(first)
         assert list(range(20, 40)) == held_steps(newest(tmp_path))
 
+    @pytest.mark.nightly
     def test_is_refused_where_it_must_not_be_there(self, tmp_path: Path):
         first = run_offline(tmp_path)
 
@@ -159,6 +160,7 @@ class TestSync:
         assert (0, before) == (again.returncode, server.tallies()["file_stream"])
         assert "already there: 20 rows" in again.stderr
 
+    @pytest.mark.nightly
     def test_may_call_it_otherwise(self, server: StandIn, tmp_path: Path):
         made = run_offline(tmp_path)
         words = ["--project", "other", "--entity", "crew", "--id", "new"]
@@ -236,6 +238,7 @@ class TestSync:
         assert process.wait(60.0) == 0
         assert list(range(20)) == server.steps("made")
 
+    @pytest.mark.nightly
     def test_a_wrong_key_is_told_at_once(self, server: StandIn, tmp_path: Path):
         made = run_offline(tmp_path)
 
@@ -283,6 +286,7 @@ class TestReplay:
         assert all(list(range(len(steps))) == steps for steps in found.values())
         assert sum(map(len, found.values())) == acknowledged - 2 * 2  # each rank said a config and a definition
 
+    @pytest.mark.nightly
     def test_of_a_living_run_is_what_it_is_now(self, tmp_path: Path):
         with Training(tmp_path, training(ranks=1, steps=100_000), sink="jsonl") as run:
             run.wait_for_progress()
@@ -307,6 +311,7 @@ class TestReplay:
         assert sorted(set(steps)) == steps
         assert len(steps) >= report(run.run_dir).rows
 
+    @pytest.mark.nightly
     def test_of_an_online_run_says_what_only_the_server_has(self, server: StandIn, tmp_path: Path):
         with Training(tmp_path, training(ranks=1, steps=500), server=server) as run:
             assert run.wait() == 0, run.log()

@@ -51,6 +51,7 @@ def same(ours: Any, theirs: Any) -> bool:
 
 
 class TestOneProcess:
+    @pytest.mark.nightly
     def test_the_run_holds_what_numpy_and_wandb_count(self, tmp_path: Path):
         file, theirs = tmp_path / "arrays.npz", tmp_path / "wandb-itself"
         theirs.mkdir()

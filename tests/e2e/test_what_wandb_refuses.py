@@ -41,9 +41,15 @@ SLIPS = {
     "a name of no characters": "run = sidestep.init()\nrun.log({'': 1}, step=0, commit=False)",
 }
 
+OFTEN = ("a project with a slash", "a name of no characters")
+
 
 class TestSlips:
-    @pytest.mark.parametrize("slip", SLIPS.values(), ids=SLIPS)
+    @pytest.mark.parametrize(
+        "slip",
+        [slip if what in OFTEN else pytest.param(slip, marks=pytest.mark.nightly) for what, slip in SLIPS.items()],
+        ids=SLIPS,
+    )
     def test_cost_what_they_name_and_no_row(self, tmp_path: Path, slip: str):
         rows = "for step in range(3): run.log({'ok': step}, step=step)"
 

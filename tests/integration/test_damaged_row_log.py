@@ -94,7 +94,7 @@ def interrupted(served: ServedRun, steps: int = 60) -> int:
     return steps
 
 
-@pytest.mark.parametrize("sink", ["jsonl", "wandb"])
+@pytest.mark.parametrize("sink", ["jsonl", pytest.param("wandb", marks=pytest.mark.nightly)])
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_row_log_costs_nothing_and_doubles_nothing(
     serve: Serve, damage: Callable[[Path], None], sink: str

@@ -98,6 +98,7 @@ class TestDelivery:
         assert served.finish() == ExitCode.COMPLETE
         assert_run_whole(served, steps)
 
+    @pytest.mark.nightly
     def test_whose_wandb_core_stands_still_is_started_again_with_another(self, serve: Serve):
         """wandb takes rows until a buffer is full, which may be never: it is the file that does not grow."""
         served = serve(sink="wandb", delivery__stall_s=5.0)

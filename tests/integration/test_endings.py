@@ -255,6 +255,7 @@ class TestForks:
         assert [-1] == child
         assert list(range(len(parent))) == parent
 
+    @pytest.mark.nightly
     def test_with_a_spill_each_leaves_its_own(self, daemon: FakeDaemon, tmp_path: Path):
         daemon.stop()
         code, _, _ = run(

@@ -59,6 +59,7 @@ class TestSamplers:
 
         return eventually(found, DEADLINE_S, served.log)
 
+    @pytest.mark.nightly
     def test_are_in_the_run_that_started_them_and_open_none(self, service: Make):
         served = self.serve(service)
         workers = [served.worker(launch="A", pid=10), served.worker(launch="B", pid=20, run="mine")]
@@ -79,6 +80,7 @@ class TestSamplers:
             assert (0, 0, True) == (report.ledger.pending, report.ledger.unknown, report.ledger.balances)
         eventually(lambda: not any(psutil.pid_exists(pid) for pid in pids), DEADLINE_S, "samplers stay")
 
+    @pytest.mark.nightly
     def test_are_there_again_when_the_daemon_is(self, service: Make):
         """The session of those that were killed is no worker's: it names no launch, and ends nothing."""
         served = self.serve(service, serve__linger_s=1.0)
@@ -252,6 +254,7 @@ class TestBounds:
         first.bye()
         assert "second" == second.ask(Hello(session=second.session, run="second"), Welcome).run["id"]
 
+    @pytest.mark.nightly
     def test_of_runs_that_are_over_nothing_is_left_open(self, service: Make):
         served = service(serve__linger_s=0.0)
         assert served.process is not None
@@ -301,6 +304,7 @@ class TestWhatSurvives:
             assert [0, 1, 2] == steps(served.run_dir(run))
             assert_balanced(status.report(served.run_dir(run)), 3)
 
+    @pytest.mark.nightly
     def test_the_next_init_of_a_process_is_a_new_run_after_a_kill_too(self, service: Make):
         served = service(serve__linger_s=30.0)
         first = run_of(served.worker(launch="A", pid=7))

@@ -332,6 +332,7 @@ class TestCollecting:
         assert done.records <= seen.hello.offered <= 3000
         assert [] == list(folder.iterdir())
 
+    @pytest.mark.nightly
     def test_what_had_arrived_already_does_not_arrive_twice(self, daemon: FakeDaemon, folder: Path):
         """Killed while the daemon was taking what had been spilled."""
         daemon.stop()
@@ -432,6 +433,7 @@ class TestCollecting:
         assert "the daemon does not answer" == done.why
         assert 1 == len(spill.waiting(folder))
 
+    @pytest.mark.nightly
     def test_a_forked_child_neither_keeps_the_file_locked_nor_spills_into_it(
         self, daemon: FakeDaemon, folder: Path, tmp_path: Path
     ):

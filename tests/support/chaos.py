@@ -28,6 +28,7 @@ DEADLINE_S = 120.0
 ROOT = Path(__file__).resolve().parents[2]
 QUICK = {"order.patience_s": 2.0, "delivery.confirm_interval_s": 0.5, "delivery.backoff_s": 0.5}
 QUICK["samplers.enabled"] = False  # what is sampled has tests of its own
+QUIET = {"SIDESTEP_PROGRAM": "0", "SIDESTEP_CONSOLE": "0"}  # likewise what is printed: records are counted here
 ONLINE = {"run.mode": "online", "sink.ask_every_s": 0.5}
 
 
@@ -58,6 +59,7 @@ class Training:
         chosen = {**QUICK, "sink.kind": self.sink, **(ONLINE if self.server else {}), **self.options}
         settings = [f"{name}={value}" for name, value in chosen.items()]
         own = {k: v for k, v in os.environ.items() if not k.startswith(("SIDESTEP_", "WANDB_"))}
+        own |= QUIET
         self._supervisor = psutil.Popen(
             [sys.executable, "-m", "sidestep", "run", "--dir", str(self.base)]
             + [word for setting in settings for word in ("--set", setting)]

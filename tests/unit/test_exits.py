@@ -50,6 +50,24 @@ class TestAnEnd:
 
         assert [b"\x00"] == asyncio.run(told_of(process, kill=[0]))
 
+    def test_is_told_to_who_looks_before_the_loop_comes_to_it(self):
+        async def scene() -> list[bytes]:
+            dead, alive, told = sleeper(), sleeper(), list[bytes]()
+            exits = Exits(asyncio.get_running_loop(), told.append)
+            exits.follow(b"dead", dead.pid)
+            exits.follow(b"alive", alive.pid)
+            dead.kill()
+            dead.wait()
+            exits.look()
+            exits.look()
+            found = list(told)
+            exits.forget(b"alive")
+            alive.kill()
+            alive.wait()
+            return found
+
+        assert [b"dead"] == asyncio.run(scene())
+
     def test_of_who_was_forgotten_is_not_told(self):
         async def scene() -> None:
             process, told = sleeper(), []

@@ -359,6 +359,8 @@ class Intake:
                     self._send(then[0], RunInfo(info=self.facts()))
                 return
             self.closing = True
+            if self.exits is not None:
+                self.exits.look()
             for entry in self.listener.close(self.roster.live, self._now()):
                 self._write(entry)
             for entry in self.roster.end_all(self._now()):
