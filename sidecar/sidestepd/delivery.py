@@ -218,12 +218,13 @@ class Delivery:
             self.settlement.read(entry)
         if entry.kind is not EntryKind.BOOT:  # before which nobody listened
             self.watch.poll(self._now)
-        self.read(entry)
+        logged = self.read(entry)
         session = self.resolver.sessions.get(entry.session)
-        self.watch.read(entry, session.launch if session else "")
+        self.watch.read(entry, session.launch if session else "", logged=logged)
 
-    def read(self, entry: Entry) -> None:
-        """Have the stages hear what stands in an entry."""
+    def read(self, entry: Entry) -> bool:
+        """Have the stages hear what stands in an entry; whether there is a call of `log()` in it."""
+        logged = False
         for said in self.resolver.read(entry, self.settlement.places_of):
             match said:
                 case Lost():
@@ -245,7 +246,9 @@ class Delivery:
                     self.samples.alert(said)
                     self.settlement.settle(said.position.entry)
                 case _:
+                    logged = True
                     self.hear(self.matcher.hear(said, self._now))
+        return logged
 
     def hear(self, events: Iterable[Event]) -> None:
         """Put what is matched in order, with its media."""

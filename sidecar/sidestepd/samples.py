@@ -235,7 +235,9 @@ class Samples:
         if step is None:
             return derived
         spent = sum(it.energy_j - it.told_j for it in meters)
-        if self._row_at is not None and step > self._row_at and spent > 0:
+        if self._row_at is not None and step > self._row_at:
+            if spent <= 0:  # what is new was read of something else; these steps count with the next reading
+                return derived | self._per_sample(meters)
             derived["system/energy_per_step_j"] = spent / (step - self._row_at)
         for meter in self._every_meter():
             meter.told_j = meter.energy_j
@@ -248,10 +250,12 @@ class Samples:
         if count is None or count == before:
             return {}
         spent = sum(it.energy_j - it.counted_j for it in meters)
+        if before is not None and count > before and spent <= 0:
+            return {}
         self._counted = count
         for meter in self._every_meter():
             meter.counted_j = meter.energy_j
-        if before is None or count < before or spent <= 0:  # fewer: a checkpoint was loaded
+        if before is None or count < before:  # fewer: a checkpoint was loaded
             return {}
         return {"system/energy_per_sample_j": spent / (count - before)}
 

@@ -142,11 +142,15 @@ class Watch:
 
     # What is heard
 
-    def read(self, entry: Entry, launch: str) -> None:
-        """Take in an entry, after its parts; `launch` is the one that its session belongs to."""
+    def read(self, entry: Entry, launch: str, *, logged: bool) -> None:
+        """Take in an entry, after its parts; `launch` is the one that its session belongs to.
+
+        `logged`: there is a call of `log()` in it. What a process says by itself, samples of its GPUs for
+        instance, does not show that its training goes on.
+        """
         self._read, now = entry.id, entry.received
         match entry.kind:
-            case EntryKind.FRAME:
+            case EntryKind.FRAME if logged:
                 self._speak(entry.session, now)
             case EntryKind.HELLO:
                 self._join(entry, launch)

@@ -245,6 +245,21 @@ class TestEnergy:
         assert 30 == values["system/energy_per_step_j"]
         assert 5 == values["system/energy_per_sample_j"]
 
+    @pytest.mark.parametrize("offset", [1, 25, 49])
+    def test_is_the_same_whenever_something_else_is_read_of_the_machine(self, offset: int) -> None:
+        """30 J a step and 3.75 a sample, GPUs and CPU read every 50 steps, at other moments."""
+        samples = Samples(samples_metric="seen")
+        told = []
+        for step in range(301):
+            if step % 50 == 0:
+                self.hear(samples, 2 * step, joules=30.0 * step)
+            if step % 50 == offset:
+                samples.hear(said(2 * step + 1, {"system/cpu/percent": 1.0}))
+            told += samples.into([row(step, {"seen": 8 * step}, places={"global_step": step})])
+
+        for name, expected in (("system/energy_per_step_j", 30.0), ("system/energy_per_sample_j", 3.75)):
+            assert [expected] * 6 == [it.values[name] for it in told if name in it.values]
+
     def test_of_a_sample_is_known_where_their_number_stands_in_other_rows(self) -> None:
         samples = Samples(samples_metric="seen")
         told = []

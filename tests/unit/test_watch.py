@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sidestep.wire import SAMPLER
+from sidestep.wire import SAMPLER, Kind, Record, encode_record
 from sidestepd.config import WatchOptions
 from sidestepd.entries import Entry, EntryKind
 from sidestepd.resolve import Resolver
@@ -21,6 +21,10 @@ from sidestepd.watch import MOST_NAMES, REGULAR, Watch
 from tests.support.builders import Tape, bundle, log, part, session_id
 
 OPTIONS = WatchOptions(silent_s=10.0, stalled_s=40.0, start_s=700.0, straggler_s=12.0)
+
+
+ALLOCATED = {"values": {"memory_allocated": 1.0}, "ordinal": 0}
+SAMPLED = encode_record(Record(kind=Kind.SAMPLES, time=0.0, step=None, data=ALLOCATED))
 
 
 class Listening:
@@ -50,11 +54,11 @@ class Listening:
         self.read, self.now = entry.id, max(self.now, entry.received)
         if entry.kind is not EntryKind.BOOT:
             self.watch.poll(self.now)
-        for said in self.resolver.read(entry):
-            if isinstance(said, Part):
-                self.watch.hear(said, self.now)
+        parts = [said for said in self.resolver.read(entry) if isinstance(said, Part)]
+        for one in parts:
+            self.watch.hear(one, self.now)
         session = self.resolver.sessions.get(entry.session)
-        self.watch.read(entry, session.launch if session else "")
+        self.watch.read(entry, session.launch if session else "", logged=bool(parts))
 
     def tell(self) -> None:
         self.watch.poll(self.now)
@@ -101,6 +105,33 @@ class TestSamplers:
         ranks.wait(60.0)
 
         assert ["no word from any rank"] == ranks.titles()
+
+
+class TestWhatProcessesSayByThemselves:
+    """Samples of torch's allocator go on in a training that hangs, every few seconds and for ever."""
+
+    def wait(self, ranks: Listening, seconds: int, *of: int) -> None:
+        for _ in range(seconds):
+            ranks.tape.now += 1.0
+            for rank in of:
+                ranks.tape.say(rank, SAMPLED)
+            ranks.listen(ranks.tape.now)
+
+    def test_does_not_make_a_stalled_training_a_living_one(self, ranks):
+        ranks.train(0, 1, 2, steps=range(20))
+
+        self.wait(ranks, 70, 0, 1, 2)
+
+        assert ["no word from any rank"] == ranks.titles()
+
+    def test_does_not_hide_a_rank_that_is_silent_while_others_go_on(self, ranks):
+        ranks.train(0, 1, 2, steps=range(20))
+
+        for step in range(20, 90):
+            ranks.tape.say(1, SAMPLED)
+            ranks.train(0, 2, steps=[step])
+
+        assert ["rank 1 is silent"] == ranks.titles()
 
 
 class TestTheBeginning:
