@@ -29,7 +29,7 @@ demo: $(VENV)/.demo
 	$(BIN)/python client/examples/demo.py
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -n 3 --dist loadscope -m "not gpu and not nightly"
+	$(BIN)/python -m pytest -n 4 --dist loadscope -m "not gpu and not nightly"
 
 test-nightly: $(VENV)/.test
 	$(BIN)/python -m pytest -m "not gpu"

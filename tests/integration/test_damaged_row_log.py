@@ -76,6 +76,7 @@ def without_log(path: Path) -> None:
 DAMAGES = [
     truncated, emptied, gone, a_directory, rubbish, without_its_log, with_a_row_flipped, with_its_cursor_flipped,
 ]  # fmt: skip
+OFTEN = (gone, rubbish, with_a_row_flipped)
 
 
 def interrupted(served: ServedRun, steps: int = 60) -> int:
@@ -95,7 +96,9 @@ def interrupted(served: ServedRun, steps: int = 60) -> int:
 
 
 @pytest.mark.parametrize("sink", ["jsonl", pytest.param("wandb", marks=pytest.mark.nightly)])
-@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize(
+    "damage", [it if it in OFTEN else pytest.param(it, marks=pytest.mark.nightly) for it in DAMAGES]
+)
 def test_a_damaged_row_log_costs_nothing_and_doubles_nothing(
     serve: Serve, damage: Callable[[Path], None], sink: str
 ):

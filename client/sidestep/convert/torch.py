@@ -79,19 +79,26 @@ def local(torch: Any, value: Any) -> Any:
     return value
 
 
+_told: list[Any] = []
+"""The rules of the compiler that were told."""
+
+
 def hide_from_compiler() -> bool:
     """Have torch.compile leave what `log()` runs alone: in a compiled function it is called as it is.
 
     Whether that is done; where nothing was compiled so far there is nobody to tell. `watching` is not among it:
     its hooks may be inside of a model that has to be compiled whole.
     """
-    rules = sys.modules.get("torch._dynamo.trace_rules")
+    rules: Any = sys.modules.get("torch._dynamo.trace_rules")
+    if rules is None or rules in _told:
+        return rules is not None
+    _told.append(rules)  # once in a process: what is added twice is there twice, and looked through each time
     try:
-        for name in () if rules is None else COMPILED_NEVER:
-            rules.add(f"sidestep.{name}")  # type: ignore[union-attr]
+        for name in COMPILED_NEVER:
+            rules.add(f"sidestep.{name}")
     except (AttributeError, ImportError, AssertionError):
-        return True  # another torch: it compiles what it can of us, and breaks its graph where it can not
-    return rules is not None
+        pass  # another torch: it compiles what it can of us, and breaks its graph where it can not
+    return True
 
 
 def _staged(torch: Any, value: Any, device: Device, call: Call) -> Any:
