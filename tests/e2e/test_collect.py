@@ -123,6 +123,7 @@ class TestValuesLeftOut:
 
 
 class TestADaemonThatIsGone:
+    @pytest.mark.nightly
     def test_a_run_that_is_taken_up_collects_what_its_workers_left(self, here: Path):
         """All of the daemon is killed; the worker goes on, and ends."""
         command = [*SIDESTEP, "run", "--", "sh", "-c", 'exec "$0" -c "$1"', sys.executable, LOG_WHEN_TOLD]

@@ -109,9 +109,10 @@ class TestRun:
         assert [*range(20), *range(5)] == [row["global_step"] for row in rows]
         whole(tmp_path)
 
+    @pytest.mark.nightly
     @pytest.mark.parametrize(
         ("resume", "why"),
-        [pytest.param("must", "is not there", marks=pytest.mark.nightly), ("never", "is there already")],
+        [("must", "is not there"), ("never", "is there already")],
     )
     def test_resume_is_held_to(self, server: StandIn, tmp_path: Path, resume: str, why: str):
         if resume == "never":
@@ -130,6 +131,7 @@ class TestRun:
 
 
 class TestRefused:
+    @pytest.mark.nightly
     def test_a_wrong_key_is_told_and_the_rows_are_kept_for_sync(self, server: StandIn, tmp_path: Path):
         done = run_online(server, tmp_path, LOG_TEN, "--id", "kept", key=WRONG_KEY)
 

@@ -90,6 +90,7 @@ class TestTheSameIdAgain:
         words = ["run", "--id", "made", *options, "--", sys.executable, "-c", LOG]
         return sidestep(*words, server=None, cwd=base)
 
+    @pytest.mark.nightly
     def test_goes_on_behind_the_first_offline_too(self, tmp_path: Path):
         first = run_offline(tmp_path)
 
@@ -186,6 +187,7 @@ class TestSync:
         assert "run made is there already" in sent.stderr
         assert [0] == server.steps("made")
 
+    @pytest.mark.nightly
     def test_killed_again_and_again_sends_each_row_once(self, server: StandIn, tmp_path: Path):
         with Training(tmp_path, training(ranks=1, steps=3000, rate=3000.0), options={"run.id": "made"}) as run:
             assert run.wait() == 0, run.log()

@@ -75,6 +75,7 @@ sys.stdin.readline()
 run.log({"acc": 2, "junk": 9, "loss": -9}, step=5)
 """
 
+    @pytest.mark.nightly
     def test_is_what_it_is_without_one(self, tmp_path: Path):
         plain, killed = (self.run(tmp_path / name, kill=name == "killed") for name in ("plain", "killed"))
 

@@ -127,9 +127,8 @@ def test_a_damaged_row_log_costs_nothing_and_doubles_nothing(
     assert ledger.balances
 
 
-@pytest.mark.parametrize(
-    "damage", [emptied, *(pytest.param(one, marks=pytest.mark.nightly) for one in DAMAGES if one is not emptied)]
-)
+@pytest.mark.nightly
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_of_an_online_run_sends_the_server_nothing_twice(
     serve: Serve, damage: Callable[[Path], None], tmp_path: Path
 ):

@@ -114,6 +114,7 @@ class TestDelivery:
         assert served.finish() == ExitCode.COMPLETE
         assert_run_whole(served, steps)
 
+    @pytest.mark.nightly
     def test_whose_wandb_core_is_killed_is_started_again_with_another(self, serve: Serve):
         served = serve(sink="wandb")
         with self.under_load(served) as steps:

@@ -146,8 +146,9 @@ class TestLife:
         worker.hello()
         worker.log(0)
         with served.tool() as tool:
-            for code in (3, 4):
-                tool.ask(RunInfo(close=code), RunInfo)
+            for code in (3, 4):  # until it is done: there may be something to wait for first
+                close = RunInfo(close=code)
+                eventually(lambda close=close: tool.ask(close, RunInfo).close is not None, DEADLINE_S, served.log)
 
         assert served.wait() == ExitCode.COMPLETE
         assert [3] == served.exit_codes()

@@ -82,6 +82,7 @@ class TestSilence:
         text = (served.run_dir / "rows.jsonl").read_text()
         assert text.count('"alert"') == 2
 
+    @pytest.mark.nightly
     def test_is_told_once_by_a_delivery_that_is_killed_again_and_again(self, serve: Serve):
         """It reads the entries again that led to what it told, since nothing of them is settled."""
         served = serve(delivery__confirm_interval_s=600.0, **QUICK)
