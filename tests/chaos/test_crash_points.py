@@ -57,6 +57,7 @@ def test_a_daemon_that_dies_there_again_and_again_writes_every_row_once(place: s
     assert_whole(run, ranks=2, steps=steps_taken(tmp_path / "enough"))
 
 
+@pytest.mark.nightly
 def test_so_does_wandb_behind_a_delivery_that_dies_with_rows_on_their_way(tmp_path: Path):
     """What wandb-core had not written yet is sent again; what it had is not."""
     run = die_at("delivery.written", tmp_path, passes=12, sink="wandb")

@@ -197,6 +197,7 @@ class TestNone:
         assert (0, 1) == (ended_with, errors.count("autostart is off"))
         assert [] == daemons() == runs(here)
 
+    @pytest.mark.nightly
     def test_where_it_is_not_installed(self, here: Path):
         without = "import sidestep.autostart as it; it.NEEDED = ('no_such_module',)\n"
 

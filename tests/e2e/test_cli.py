@@ -264,6 +264,7 @@ class TestWhatIsSaid:
         assert re.search(r"^sidestep: run run4you in sidestep-runs/\d{8}-\d{6}-run4you\r$", shown, re.MULTILINE)
         assert "sidestep: 10 rows of 1 rank: 0 late, 0 dropped, 0 rejected\r\n" in shown
 
+    @pytest.mark.nightly
     def test_a_drain_that_takes_its_time_shows_how_far_it_is_in_a_terminal(self, here):
         code, shown = in_terminal("run", "--", *python(SLOW_DRAIN))
 
@@ -429,6 +430,7 @@ class TestServe:
         assert 0 == process.returncode
         assert list(range(10)) == logged_steps(here)
 
+    @pytest.mark.nightly
     def test_a_second_one_at_the_same_address_is_refused(self, here):
         address = f"ipc://{here}/daemon.sock"
         with serving(address):
@@ -459,6 +461,7 @@ class TestServe:
         assert (0, "finished") == (process.returncode, only_run(here).state)
         assert 10 == len(logged_steps(here))
 
+    @pytest.mark.nightly
     def test_a_run_that_was_told_to_finish_is_finished_by_taking_it_up(self, here):
         address = f"ipc://{here}/daemon.sock"
         with serving(address, "--id", "mine") as process, Control(address) as control:
@@ -489,6 +492,7 @@ class TestServe:
         assert list(range(10)) == logged_steps(here)
         assert list((run_dir / "quarantine").iterdir())
 
+    @pytest.mark.nightly
     def test_a_run_that_is_finished_is_left_as_it_is(self, here):
         sidestep("run", "--", *python(LOG_TEN))
 
@@ -499,12 +503,14 @@ class TestServe:
 
 
 class TestStatus:
+    @pytest.mark.nightly
     def test_it_shows_the_newest_run_unless_told(self, here):
         sidestep("run", "--id", "first", "--", "true")
         sidestep("run", "--id", "second", "--", "true")
 
         assert sidestep("status").stdout.startswith("run       second, finished\n")
 
+    @pytest.mark.nightly
     def test_it_knows_the_run_it_is_called_in(self, here):
         shown = sidestep("run", "--id", "mine", "--", *SIDESTEP, "status")
 

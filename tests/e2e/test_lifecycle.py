@@ -246,6 +246,7 @@ class TestService:
 
 
 class TestStopAndDrain:
+    @pytest.mark.nightly
     def test_stop_ends_a_service_and_waits_for_it(self, here: Path):
         with serving() as (process, address):
             ended = sidestep("stop", "--address", address)
@@ -265,6 +266,7 @@ class TestStopAndDrain:
             (found := reports(here)["mine"]).state, found.run.exit_code, found.ledger.delivered
         )  # fmt: skip
 
+    @pytest.mark.nightly
     def test_where_nobody_is_there_is_nothing_to_stop(self, here: Path):
         sidestep("run", "--", "true")
 

@@ -208,6 +208,7 @@ class TestSync:
         assert {0: list(range(3000))} == steps_of_ranks(rows)
         assert server.tallies()["lines said otherwise"] == 0
 
+    @pytest.mark.nightly
     def test_finishes_and_sends_what_was_interrupted(self, server: StandIn, tmp_path: Path):
         """In several segments, with rows in the row log and records in the spool."""
         run = killed_run(tmp_path)

@@ -160,6 +160,7 @@ def test_of_an_online_run_sends_the_server_nothing_twice(
         assert ledger.balances
 
 
+@pytest.mark.nightly
 def test_killed_while_it_learns_from_the_run_learns_it_again(serve: Serve):
     served = serve()
     at = interrupted(served)
@@ -179,6 +180,7 @@ def test_killed_while_it_learns_from_the_run_learns_it_again(serve: Serve):
     assert ledger.balances
 
 
+@pytest.mark.nightly
 def test_of_arbitrary_damage_always_opens(serve: Serve, tmp_path: Path):
     """Bits flipped, pages zeroed, the end cut off, of the file and of its log."""
     served = serve()

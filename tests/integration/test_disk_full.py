@@ -98,6 +98,7 @@ class TestQuota:
         assert_run_whole(served, range(taken + 1))
         assert not status.report(served.run_dir).full
 
+    @pytest.mark.nightly
     def test_is_neared_with_ever_less_credit(self, serve: Serve):
         served = self.served(serve)
         worker = Filler(served.worker())

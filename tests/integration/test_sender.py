@@ -355,6 +355,7 @@ class TestMessagesAreLost:
         assert run.flush()
         assert_whole(run, daemon, 20)
 
+    @pytest.mark.nightly
     def test_the_last_acknowledgement_lost_is_asked_for_by_hello(self, run: Run, daemon: FakeDaemon):
         run.flush()
         daemon.drop_acks(1)
@@ -429,6 +430,7 @@ class TestExit:
         assert list(range(1000)) == numbers(daemon)
         assert [None] == [seen.bye.exit_code for seen in daemon.sessions.values() if seen.bye]
 
+    @pytest.mark.nightly
     def test_a_daemon_that_stands_still_holds_nobody_up(self, daemon: FakeDaemon):
         daemon.freeze()
         started = monotonic()

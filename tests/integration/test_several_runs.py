@@ -243,6 +243,7 @@ class TestEnd:
 
 
 class TestBounds:
+    @pytest.mark.nightly
     def test_more_runs_than_are_allowed_wait_for_their_turn(self, service: Make):
         served = service(serve__max_runs=1)
         first, second = served.worker(run="first"), served.worker(run="second")
@@ -329,6 +330,7 @@ class TestWhatSurvives:
         assert ExitCode.COMPLETE == served.wait()
         assert_balanced(status.report(served.run_dir("mine")), 1)
 
+    @pytest.mark.nightly
     def test_a_run_that_somebody_deleted_does_not_harm_the_others(self, service: Make):
         served = service(serve__linger_s=30.0)
         mine, other = served.worker(run="mine"), served.worker(run="other")
