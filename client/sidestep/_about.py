@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from sidestep import convert
 from sidestep.alerts import AlertLevel, Alerts
@@ -309,10 +309,21 @@ class About:
             time.sleep(min(ASK_AGAIN_S, left))
         return None
 
-    def __getattr__(self, name: str) -> Any:
-        if instead := NOT_HERE.get(name):
-            raise NeedsWandb(f"run.{name}: {instead}")
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+class _NotHere:
+    """A name of wandb's that a run refuses. A `__getattr__` would slow down every look at `run.log`."""
+
+    def __init__(self, name: str, instead: str) -> None:
+        self._name, self._instead = name, instead
+
+    def __get__(self, run: object, owner: type) -> NoReturn:
+        if run is None:
+            raise AttributeError(self._name)
+        raise NeedsWandb(f"run.{self._name}: {self._instead}")
+
+
+for _name, _instead in NOT_HERE.items():
+    setattr(About, _name, _NotHere(_name, _instead))
 
 
 def _comes_later(name: str, told: Mapping[str, Any]) -> bool:
