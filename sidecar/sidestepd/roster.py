@@ -128,13 +128,17 @@ class Roster:
         """What a session shall send from: what is committed. Without the gate nobody remembers."""
         return session.stored if self._gate else session.next
 
-    def hello(self, hello: Hello, now: float) -> Entry:
-        """A session begins or comes back. A first unacknowledged record above what is stored moves it up."""
+    def hello(self, hello: Hello, now: float, *, peer: str = "") -> Entry:
+        """A session begins or comes back. A first unacknowledged record above what is stored moves it up.
+
+        It belongs to `peer`, who it proved to be, from the first time on.
+        """
         session = self.sessions.setdefault(hello.session, Session(id=hello.session, began=now))
         session.next = max(session.next, hello.first) if self._gate else hello.first
         session.stored = max(session.stored, hello.first)
         session.state, session.heard, session.more = "live", now, hello.more
-        session.hello = {
+        owner = session.hello.get("peer", "") or (peer if not session.hello else "")
+        session.hello = ({"peer": owner} if owner else {}) | {
             name: getattr(hello, name)
             for name in (
                 "rank",
