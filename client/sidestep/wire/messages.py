@@ -38,8 +38,10 @@ from sidestep.wire.limits import (
 )
 from sidestep.wire.plain import dump, ends, is_plain, load
 
-WORKER, SAMPLER, BLOBS = "worker", "sampler", "blobs"
+WORKER, SAMPLER, BLOBS, FILES = "worker", "sampler", "blobs", "files"
 """What a session is."""
+LANES = frozenset({BLOBS, FILES})
+"""The sessions that send bytes, and say nothing else."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,8 +73,8 @@ class Hello:
     `first` is its first unacknowledged sequence. `settings` are wandb's keywords of `init()`. `offered`,
     `dropped` and `values_refused` are the worker's counters so far: records, records by reason, and values that
     were left out of records. `role` is WORKER; or SAMPLER for one that reads the machine and is no rank: nothing
-    waits for it; or BLOBS for the one with which a worker sends the bytes of its media, `beside` its own session,
-    which is named in hexadecimal.
+    waits for it; or BLOBS for the one with which a worker sends the bytes of its media, and FILES for that of the
+    process which sends its files, `beside` its own session, which is named in hexadecimal.
     """
 
     session: bytes
