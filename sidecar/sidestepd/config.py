@@ -273,6 +273,10 @@ class WatchOptions(Section):
     metrics: bool = Field(
         default=True, description="Rows of several ranks say how long their step took and who was slowest."
     )
+    ranks_reported: bool = Field(
+        default=True,
+        description="They say how many ranks spoke; a run whose row log was lost is told by it what it holds.",
+    )
     per_rank: int = Field(
         default=16, ge=0, description="With at most so many ranks, each one's straggler score is in the rows."
     )
@@ -294,7 +298,14 @@ class WatchOptions(Section):
         default=300.0, gt=0, description="So long may all ranks say nothing while their processes live; likewise."
     )
     start_s: float = Field(
-        default=1800.0, gt=0, description="So long instead while they have hardly begun: loading, compiling."
+        default=1800.0,
+        gt=0,
+        description="So long instead while they have hardly begun, all or one of them: loading, compiling.",
+    )
+    longest_s: float = Field(
+        default=1800.0,
+        gt=0,
+        description="However long they paused before, a checkpoint for instance, they are silent after this.",
     )
     stragglers: bool = Field(default=True, description="Tell of ranks that hold up the others.")
     straggler_share: float = Field(
@@ -303,7 +314,7 @@ class WatchOptions(Section):
     straggler_s: float = Field(default=30.0, ge=0, description="And has done so for this long.")
     not_finite: tuple[str, ...] = Field(
         default=("*loss*",),
-        description="Tell when a metric of these names or patterns is NaN or infinite, once for each name.",
+        description="Tell when a metric of these names or patterns, in capitals or not, is NaN or infinite, once.",
     )
 
     @field_validator("not_finite", mode="before")

@@ -106,7 +106,11 @@ class Delivery:
         )
         self.order = self.new_buffer()
         self.assembler = Assembler(
-            rules, patience=order.patience_s, max_wait=order.max_wait_s, window=order.late_window_rows
+            rules,
+            patience=order.patience_s,
+            max_wait=order.max_wait_s,
+            window=order.late_window_rows,
+            ranks_reported=config.watch.ranks_reported,
         )
         self.beside = Beside(told=rowlog.meta("beside", None))
         self.samples = Samples(
