@@ -32,10 +32,12 @@ from sidestepd.entries import SAID
 from sidestepd.errors import ExitCode, SpoolDamaged, SpoolFull
 from sidestepd.exits import Exits, Lifeline, is_here
 from sidestepd.intake.blobs import CREDIT_BYTES, BlobStore
-from sidestepd.intake.told import facts_of
+from sidestepd.intake.facts import facts_of, intervals_of
+from sidestepd.intake.frames import FrameStore
 from sidestepd.keeper import DeliveryKeeper
 from sidestepd.listen import Listener
 from sidestepd.processes import Lock
+from sidestepd.relays import Relays
 from sidestepd.room import RETRY_S, Ballast, Room, open_spool
 from sidestepd.roster import Roster, Session, Verdict
 from sidestepd.rowlog import RowLogReader
@@ -103,6 +105,7 @@ class Intake:
         self._awake_at = clock()
         self._cursor = 0
         self.listener = Listener(heartbeat_s=config.intake.heartbeat_s)
+        self.relays = Relays(roster, heartbeat_s=config.intake.heartbeat_s, patience_s=config.order.patience_s)
         self.exits: Exits | None = None
         self._samplers_are_asked = False
 
@@ -120,13 +123,18 @@ class Intake:
         roster = Roster(
             spool.sessions(),
             lease=config.order.lease_s,
+            relay_lease=config.order.relay_lease_s,
             now=clock(),
             duplicate_gate=config.unsafe.duplicate_gate,
         )
-        keeper = DeliveryKeeper(run_dir, stall_s=config.delivery.stall_s, backoff_s=config.delivery.backoff_s)
+        module = "sidestepd.upstream" if config.is_relay else "sidestepd.delivery"
+        keeper = DeliveryKeeper(
+            run_dir, module, stall_s=config.delivery.stall_s, backoff_s=config.delivery.backoff_s
+        )
         samplers = SamplersKeeper(run_dir, enabled=config.samplers.enabled, backoff_s=config.delivery.backoff_s)
         run = run.at(run_dir, run.address)
-        blobs = BlobStore(run_dir / BLOBS, quota=config.spool.blob_quota_bytes, reserve=config.spool.reserve_bytes)
+        store = FrameStore if config.is_relay else BlobStore
+        blobs = store(run_dir / BLOBS, quota=config.spool.blob_quota_bytes, reserve=config.spool.reserve_bytes)
         return cls(
             spool, roster, keeper, samplers,
             config=config, run=run, clock=clock, room=room, blobs=blobs, lock=lock, send=send,
@@ -200,7 +208,7 @@ class Intake:
         self._routes[hello.session] = route
         self._touched.add(hello.session)
         session = self.roster.sessions[hello.session]
-        if session.is_worker:
+        if session.is_worker and not session.relay:
             self._ask_samplers(hello)
             self.samplers.stay()
             self._follow(session)
@@ -209,9 +217,8 @@ class Intake:
             first=self.roster.wanted(session),
             boot=self.boot,
             credit=self._credit(session),
-            flush_interval_s=self.config.intake.flush_interval_s,
-            heartbeat_s=self.config.intake.heartbeat_s,
-            sample_interval_s=self.config.samplers.torch_interval_s,
+            heartbeat_s=self.relays.heartbeat_s if session.is_relay else self.config.intake.heartbeat_s,
+            **intervals_of(self.config, self.run_dir),
             run=self.facts(),
         )
         self._replies.append((route, welcome))
@@ -325,10 +332,10 @@ class Intake:
         if not self._is_stranger(route, status.session):
             if status.session in self._held:
                 status = replace(status, more=False)
-            entry = self.roster.heartbeat(status, self._now())
+            entries = [self.roster.heartbeat(status, self._now()), *self.relays.hear(status, self._now())]
             self._touched.add(status.session)
             self._something.set()
-            if entry is not None:
+            for entry in filter(None, entries):
                 self._write(entry)
 
     def _on_bye(self, route: bytes, bye: Bye) -> None:
@@ -358,12 +365,8 @@ class Intake:
         and asks again.
         """
         if not self.closing:
-            couriers = self._couriers_at_work()
-            if (
-                couriers
-                or self.collector.anything_left(time.monotonic())
-                or not self.samplers.ended(time.monotonic())
-            ):
+            couriers, now = self._couriers_at_work(), time.monotonic()
+            if couriers or self.collector.anything_left(now) or not self.samplers.ended(now):
                 if then is not None:
                     files = {"couriers": couriers, "bytes": self.blobs.sent_by_couriers}
                     self._send(then[0], RunInfo(info={**self.facts(), "files": files}))
@@ -383,13 +386,11 @@ class Intake:
 
     def _couriers_at_work(self) -> int:
         """How many processes still send files of workers; one that died is not waited for."""
-        living = 0
-        for session in [it for it in self.roster.awaited if it.is_courier]:
-            if is_here(session.hello.get("node", "")) and not Lifeline(session.hello.get("pid", 0)).is_alive():
-                self.lose(session.id)
-            else:
-                living += 1
-        return living
+        couriers = [it for it in self.roster.awaited if it.is_courier]
+        for one in couriers:
+            if is_here(one.hello.get("node", "")) and not Lifeline(one.hello.get("pid", 0)).is_alive():
+                self.lose(one.id)
+        return sum(it.state == "live" for it in couriers)
 
     def lose(self, session: bytes) -> None:
         """The process of this session is gone: its lease ends now."""
@@ -530,9 +531,9 @@ class Intake:
             if damage_mark(self.spool.path).exists():
                 raise SpoolDamaged(self.spool.path, "delivery can not read it")
             self.keeper.tend(time.monotonic())
-            if self.roster.workers and not self.closing:
+            if not self.closing and any(not worker.relay for worker in self.roster.workers):
                 self.samplers.tend(time.monotonic())
-            for entry in self.listener.look(self.roster.live, self._now()):
+            for entry in (*self.listener.look(self.roster.live, self._now()), *self.relays.look(self._now())):
                 self._write(entry)
             for entry in self.roster.expire(self._now()):
                 logger.warning("session %s was not heard of for its lease", entry.session.hex()[:8])
@@ -564,7 +565,7 @@ class Intake:
 
     def facts(self) -> dict[str, Any]:
         """What a worker may know of the run."""
-        return facts_of(self.run, self.run_dir)
+        return facts_of(self.run, self.run_dir, is_relay=self.config.is_relay)
 
     def report(self) -> dict[str, Any]:
         """How this run is, for a tool that asks."""
@@ -574,6 +575,7 @@ class Intake:
             "closing": self.closing,
             "sessions": len(self.roster.workers),
             "live": len(self.roster.live),
+            "relays": self.relays.report(),
             "duplicates": self.roster.duplicates,
             "gaps": self.roster.gaps,
             "salvaged": self.spool.salvaged,
