@@ -27,12 +27,12 @@ from sidestep.endpoint import Endpoint
 from sidestep.errors import RemoteProtocolError
 from sidestep.notices import Notices
 from sidestep.outbox import DropReason, Outbox
-from sidestep.sender.link import Bell, Failure, Link, connect, require_curve
+from sidestep.sender.link import OPTIONS, Bell, Failure, Link, connect, require_curve
 from sidestep.spill import Spill
 from sidestep.whereabouts import Whereabouts
 from sidestep.wire import Bye, Frame, Hello, Refuse, VersionError, decode, encode
 
-__all__ = ["Sender", "connect", "require_curve"]
+__all__ = ["OPTIONS", "Sender", "connect", "require_curve"]
 
 LULL_S = 1.0
 """After this long without a record the sender sleeps. A shorter pause does not cost `log()` a wake-up call."""

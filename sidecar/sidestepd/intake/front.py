@@ -4,6 +4,7 @@
 - an answer that can not be sent is forgotten: whoever is gone asks again
 - what comes from no worker is a tool's question, answered here for the whole process
 - a session belongs to who said HELLO first: what is said for it with another key is refused (clients.py)
+- who wraps messages is answered likewise: all that is said to it in one turn is one message
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import asyncio
 import logging
 import os
 import re
+from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,7 +22,7 @@ import zmq
 
 from sidestep.errors import ProtocolError, SettingsError
 from sidestep.wire import (
-    MAX_FRAME_BYTES,
+    MAX_ENVELOPE_BYTES,
     NO_SESSION,
     Hello,
     Message,
@@ -28,9 +30,12 @@ from sidestep.wire import (
     RunInfo,
     Status,
     VersionError,
+    Wrapper,
     decode,
     encode,
+    is_envelope,
     session_of,
+    unwrap,
 )
 from sidestepd import addresses
 from sidestepd.clients import LOCAL, may_speak
@@ -41,6 +46,8 @@ logger = logging.getLogger("sidestepd.intake")
 
 MOST_AT_ONCE = 256
 """Messages taken from the socket before others get their turn."""
+MOST_WRAPPING = 16_384
+"""Routes of relays that are remembered; a connection more is a route more."""
 
 
 class Runs(Protocol):
@@ -96,6 +103,9 @@ class Front:
         self._supervisor = supervisor
         self._inbox = asyncio.Event()
         self._inbox.set()
+        self._wrapping: OrderedDict[bytes, Wrapper] = OrderedDict()
+        """By route, what is to be said to who wraps its messages."""
+        self._to_post: list[bytes] = []
 
     async def serve(self) -> int:
         """Until its runs are complete, or this process is told to stop; returns its exit code."""
@@ -112,8 +122,29 @@ class Front:
 
     def send(self, route: bytes, message: Message) -> None:
         """Answer, or forget it."""
+        parts, wrapper = encode(message), self._wrapping.get(route)
+        if wrapper is None:
+            self._post(route, parts)
+            return
+        if not wrapper.fits(parts):
+            self._post(route, wrapper.close())
+        if not len(wrapper):
+            self._to_post.append(route)
+            if len(self._to_post) == 1:
+                asyncio.get_running_loop().call_soon(self._post_wrapped)
+        wrapper.add(parts)
+
+    def _post_wrapped(self) -> None:
+        """What was said to relays in this turn."""
+        routes, self._to_post = self._to_post, []
+        for route in routes:
+            wrapper = self._wrapping.get(route)
+            if wrapper is not None and len(wrapper):
+                self._post(route, wrapper.close())
+
+    def _post(self, route: bytes, parts: Sequence[bytes]) -> None:
         try:
-            self.socket.send_multipart([route, *encode(message)], zmq.DONTWAIT)
+            self.socket.send_multipart([route, *parts], zmq.DONTWAIT)
         except zmq.ZMQError:
             logger.debug("a peer is gone before its answer")
         self._inbox.set()  # the descriptor tells of changes only, and sending may have taken the last one
@@ -136,22 +167,44 @@ class Front:
         """Raises zmq.Again if nothing is there."""
         if self._gate is None:
             route, *parts = self.socket.recv_multipart(zmq.DONTWAIT)
-            return self._handle(route, parts, LOCAL)
-        frame = self.socket.recv(zmq.DONTWAIT, copy=False)  # with what the handshake said of who sent it
-        return self._handle(frame.bytes, self.socket.recv_multipart(), self._gate.who(frame))
-
-    def _handle(self, route: bytes, parts: Sequence[bytes], peer: str | None) -> None:
-        if peer is None:
-            gone = "this key is no longer on the daemon's list of clients"
-            self.send(route, Refuse(session=session_of(parts), code="key", message=gone))
+            self._take(route, parts, LOCAL)
             return
+        frame = self.socket.recv(zmq.DONTWAIT, copy=False)  # with what the handshake said of who sent it
+        route, parts = frame.bytes, self.socket.recv_multipart()
+        if (peer := self._gate.who(frame)) is not None:
+            self._take(route, parts, peer)
+            return
+        gone = "this key is no longer on the daemon's list of clients"
+        self.send(route, Refuse(session=session_of(parts), code="key", message=gone))
+
+    def _take(self, route: bytes, parts: Sequence[bytes], peer: str) -> None:
+        if is_envelope(parts):
+            self._unwrap(route, parts, peer)
+        else:
+            self._handle(route, parts, peer)
+
+    def _unwrap(self, route: bytes, parts: Sequence[bytes], peer: str) -> None:
+        """Each of the messages in it is as if it had come by itself."""
+        self._wrapping.setdefault(route, Wrapper())
+        if len(self._wrapping) > MOST_WRAPPING:
+            self._wrapping.popitem(last=False)
+        try:
+            for inner in unwrap(parts):
+                self._handle(route, inner, peer)
+        except ProtocolError as error:
+            self._refuse(route, parts, error)
+
+    def _refuse(self, route: bytes, parts: Sequence[bytes], error: ProtocolError) -> None:
+        self.malformed += 1
+        other = isinstance(error, VersionError)
+        code = "version" if other else "malformed"
+        self.send(route, Refuse(session=session_of(parts), code=code, message=str(error), final=other))
+
+    def _handle(self, route: bytes, parts: Sequence[bytes], peer: str) -> None:
         try:
             message = decode(parts)
         except ProtocolError as error:
-            self.malformed += 1
-            other = isinstance(error, VersionError)
-            code = "version" if other else "malformed"
-            self.send(route, Refuse(session=session_of(parts), code=code, message=str(error), final=other))
+            self._refuse(route, parts, error)
             return
         if isinstance(message, Hello):
             self._greet(route, message, peer)
@@ -198,7 +251,7 @@ def bind(socket: zmq.Socket[bytes], address: str) -> None:
     socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
     socket.setsockopt(zmq.RCVHWM, 64)
     socket.setsockopt(zmq.SNDHWM, 64)
-    socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES + 4096)
+    socket.setsockopt(zmq.MAXMSGSIZE, MAX_ENVELOPE_BYTES + 4096)
     socket.setsockopt(zmq.HANDSHAKE_IVL, 5000)
     socket.setsockopt(zmq.HEARTBEAT_IVL, 2000)
     socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 6000)

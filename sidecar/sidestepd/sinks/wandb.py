@@ -24,9 +24,9 @@ from wandb.proto import wandb_internal_pb2 as pb
 from sidestep import media
 from sidestep.media.base import Files
 from sidestepd.errors import Fatal, Reject, Retry
-from sidestepd.rows import Definition, Described, Printed, Row, Sample
+from sidestepd.rows import Definition, Described, Printed, Row, Sample, Version
 from sidestepd.samplers.names import look_up
-from sidestepd.sinks import wandb_log
+from sidestepd.sinks import wandb_artifacts, wandb_log
 from sidestepd.sinks.base import Confirmed, RunFacts
 
 logger = logging.getLogger(__name__)
@@ -51,6 +51,7 @@ class WandbSink:
 
     def __init__(self) -> None:
         self._run: wandb.Run | None = None
+        self._ahead: Ahead | None = None
         self._defined: set[str] = set()
 
     def define(self, definitions: Iterable[Definition]) -> None:
@@ -122,6 +123,31 @@ class WandbSink:
         except (wandb.errors.Error, TypeError, KeyError, IndexError) as error:
             raise ValueError(f"wandb does not take it: {error!r}") from error
 
+    def prepare(self, version: Version) -> Any:
+        """wandb's own artifact, with its files where they are."""
+        if version.facts is None:
+            return None
+        try:
+            return wandb_artifacts.made(version, self._open_run.id, self.show)
+        except wandb.errors.Error as error:
+            raise ValueError(f"wandb does not take it: {error!r}") from error
+
+    def keep(self, version: Version, prepared: Any) -> None:
+        """`run.log_artifact`, or `run.save`."""
+        try:
+            if version.facts is None:
+                wandb_artifacts.save(self._open_run, version)
+            else:
+                self._log_artifact(version, prepared)
+        except BROKEN as error:
+            raise Fatal(f"wandb-core is gone: {error!r}") from error
+        except REFUSED as error:
+            raise Reject("unloggable", str(error)) from error
+
+    def _log_artifact(self, version: Version, prepared: Any) -> None:
+        facts = version.facts or {}
+        self._open_run.log_artifact(prepared, aliases=facts.get("aliases"), tags=facts.get("tags") or None)
+
     def sample(self, sample: Sample) -> None:
         """One record of system metrics, as wandb's own monitor writes them; that one is off."""
         stats = pb.StatsRecord(stats_type=pb.StatsRecord.StatsType.SYSTEM)  # type: ignore[attr-defined]
@@ -169,6 +195,18 @@ class WandbSink:
         except (TypeError, ValueError) as error:
             self._open_run.log(_loggable(values, error), step=row.step, commit=True)
 
+    def _opened(self, run: wandb.Run) -> wandb.Run:
+        self._run, self._ahead = run, Ahead(run)
+        return run
+
+    def _pass_on(self) -> None:
+        """Wait until wandb-core was given all that was written. Raises Fatal if the way to it is broken."""
+        if self._ahead is not None:
+            try:
+                self._ahead.wait()
+            except BROKEN as error:
+                raise Fatal(f"wandb-core is gone: {error!r}") from error
+
     def history(self) -> Iterator[tuple[int, Mapping[str, Any]]]:
         """From the files of all segments."""
         for segment in wandb_log.segments(Path(self._open_run.settings.sync_file).parents[1]):
@@ -211,6 +249,8 @@ class OfflineSink(WandbSink):
         self._file = Path()
         self._reader = wandb_log.LogReader(self._file)
         self._offsets: dict[str, int] = {}
+        self._saved: dict[str, frozenset[str]] = {}
+        """The paths of files that were saved and were not read back, by their ids."""
 
     def open(self, run: RunFacts, bookmark: Mapping[str, Any]) -> Confirmed:
         """Read what earlier segments hold, then begin a new one."""
@@ -220,30 +260,80 @@ class OfflineSink(WandbSink):
             there = f"run {run.id} is there already, in {run.earlier[-1]}; another id makes another run"
             raise Retry(there, after_s=5.0, lasting=True)
         self._offsets = dict(bookmark.get("offsets", {}))
-        steps = [step for segment in wandb_log.segments(folder) for step in self._read(segment)]
+        told = [self._read(segment) for segment in wandb_log.segments(folder)]
         wait_for_free_name(folder)
-        self._run = _init_offline(run)
-        self._file = Path(self._run.settings.sync_file)
+        self._file = Path(self._opened(_init_offline(run)).settings.sync_file)
         self._reader = wandb_log.LogReader(self._file)
-        return Confirmed(steps=tuple(steps), bookmark={"offsets": self._offsets})
+        return Confirmed(
+            steps=tuple(step for it in told for step in it.steps),
+            bookmark={"offsets": self._offsets},
+            kept=tuple(id_ for it in told for id_ in it.artifacts),
+        )
+
+    def keep(self, version: Version, prepared: Any) -> None:
+        """As any; files count once their names are read back."""
+        super().keep(version, prepared)
+        if version.facts is None:
+            self._saved[version.id] = frozenset(content.path for content in version.contents)
 
     def confirm(self) -> Confirmed:
         """Read what the file has got since the last time, then sync it: so what was read is on the disk."""
-        steps = tuple(wandb_log.steps_of(self._reader))
+        self._pass_on()
+        told = wandb_log.told_in(self._reader)
         _sync(self._file)
         self._offsets[self._file.parent.name] = self._reader.offset
-        return Confirmed(steps=steps, bookmark={"offsets": self._offsets})
+        kept = [*told.artifacts]
+        for id_, paths in list(self._saved.items()):
+            self._saved[id_] = paths - told.files
+            if not self._saved[id_]:
+                del self._saved[id_]
+                kept.append(id_)
+        return Confirmed(steps=told.steps, bookmark={"offsets": self._offsets}, kept=kept)
 
     def close(self, exit_code: int) -> None:
         """Finish the run and wait for wandb-core to end: only then is its file complete."""
+        self._pass_on()
+        self._ahead = None
         self._open_run.finish(exit_code=exit_code)
         wandb.teardown(exit_code)
 
-    def _read(self, segment: Path) -> list[int]:
+    def _read(self, segment: Path) -> wandb_log.Told:
         reader = wandb_log.LogReader(segment, self._offsets.get(segment.parent.name, 0))
-        steps = list(wandb_log.steps_of(reader))
+        told = wandb_log.told_in(reader)
         self._offsets[segment.parent.name] = reader.offset
-        return steps
+        return told
+
+
+class Ahead:
+    """A run whose calls go on while wandb's own thread passes records to wandb-core.
+
+    - `run.log` waits for that thread each time, which is half of what it takes; here one record in `MOST` waits
+    - their order stays, and a way to wandb-core that broke is raised by the next that waits
+    """
+
+    MOST = 64
+    """Records under way to that thread: a core that takes nothing is soon felt, and memory stays bounded."""
+
+    def __init__(self, run: wandb.Run) -> None:
+        interface: Any = run._interface
+        self._interface = interface
+        self._publish = interface._publish
+        self._under_way = 0
+        interface._publish = self._go_on
+
+    def wait(self) -> None:
+        """Until nothing is under way any more."""
+        if self._under_way:
+            self._under_way = self.MOST
+            self._interface.publish_keepalive()  # it only has to be the last
+
+    def _go_on(self, record: Any, *, nowait: bool = False) -> None:
+        self._under_way += 1
+        if self._under_way < self.MOST:
+            self._publish(record, nowait=True)
+        else:
+            self._publish(record, nowait=nowait)
+            self._under_way = 0
 
 
 def init(
