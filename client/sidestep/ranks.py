@@ -93,6 +93,14 @@ def is_on_one_node(environ: Mapping[str, str], world: int) -> bool:
     return _is_on_one_node(said, launcher, world)
 
 
+def pid_namespace() -> str:
+    """Of which pid namespace our pids are numbers, where the kernel tells: each container of a pod has its own."""
+    try:
+        return str(Path("/proc/self/ns/pid").readlink())
+    except OSError:
+        return ""
+
+
 def start_of(pid: int) -> str:
     """When a process started, in ticks since boot: with its pid it is unique, where /proc exists."""
     try:

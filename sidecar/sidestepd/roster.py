@@ -147,6 +147,7 @@ class Roster:
                 "client",
                 "role",
                 "beside",
+                "pids",
             )
         }
         self._count(session, hello)

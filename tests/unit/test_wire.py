@@ -116,6 +116,7 @@ MESSAGES: dict[str, Message] = {
         settings={"project": "digits", "tags": ["a", "b"]},
         role=BLOBS,
         beside="0f" * 16,
+        pids="pid:[4026531836]",
     ),
     "welcome": Welcome(
         session=SESSION,

@@ -72,7 +72,7 @@ class Hello:
     `dropped` and `values_refused` are the worker's counters so far: records, records by reason, and values that
     were left out of records. `role` is WORKER; or SAMPLER for one that reads the machine and is no rank: nothing
     waits for it; or BLOBS for the one with which a worker sends the bytes of its media, `beside` its own session,
-    which is named in hexadecimal.
+    which is named in hexadecimal. `pids` names the pid namespace that `pid` is a number of.
     """
 
     session: bytes
@@ -93,6 +93,7 @@ class Hello:
     settings: Mapping[str, Any] = field(default_factory=dict)
     role: str = WORKER
     beside: str = ""
+    pids: str = ""
 
     TYPE: ClassVar = MessageType.HELLO
 
@@ -362,7 +363,7 @@ _COUNTERS = {"offered": _is_count, "dropped": _is_counts, "values_refused": _is_
 _CHECKS: Mapping[type[Control], Mapping[str, Callable[[Any], bool]]] = {
     Hello: {
         **dict.fromkeys(("rank", "world", "local_rank", "pid", "attempt"), _is_count),
-        **dict.fromkeys(("node", "launch", "client", "role", "beside"), _is_name),
+        **dict.fromkeys(("node", "launch", "client", "role", "beside", "pids"), _is_name),
         "run": _is_name_or_none,
         "settings": _is_map,
         **_COUNTERS,

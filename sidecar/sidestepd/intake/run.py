@@ -103,6 +103,7 @@ class Intake:
         self._horizon = Horizon(self.run_dir / "horizon")
         self._committing = False
         self._awake_at = clock()
+        self._went_round_at = time.monotonic()
         self._cursor = 0
         self.listener = Listener(heartbeat_s=config.intake.heartbeat_s)
         self.exits: Exits | None = None
@@ -380,7 +381,7 @@ class Intake:
 
     def _follow(self, session: Session) -> None:
         """See the end of a worker's process, if it is on this node."""
-        if self.exits is not None and is_here(session.hello.get("node", "")):
+        if self.exits is not None and is_here(session.hello.get("node", ""), pids=session.hello.get("pids", "")):
             self.exits.follow(session.id, session.hello.get("pid", 0))
 
     def _on_exit(self, id_: bytes) -> None:
@@ -520,6 +521,7 @@ class Intake:
             self.collector.tend(time.monotonic())
             if time.monotonic() >= next_look:
                 await self._make_room()
+                self._went_round_at = time.monotonic()
                 next_look = time.monotonic() + LOOK_INTERVAL_S
             await asyncio.sleep(WATCH_INTERVAL_S)
 
@@ -545,12 +547,18 @@ class Intake:
         facts = {name: getattr(self.run, name) for name in TOLD}
         return _sayable({**facts, "tags": list(self.run.tags), **_known(about), "dir": str(self.run_dir)})
 
+    @property
+    def silent_s(self) -> float:
+        """For how long the loop has not come back from the threads that write; about a second if all is well."""
+        return round(time.monotonic() - self._went_round_at, 3)
+
     def report(self) -> dict[str, Any]:
         """How this run is, for a tool that asks."""
         return {
             "run": self.facts(),
             "boot": self.boot,
             "closing": self.closing,
+            "silent_s": self.silent_s,
             "sessions": len(self.roster.workers),
             "live": len(self.roster.live),
             "duplicates": self.roster.duplicates,
