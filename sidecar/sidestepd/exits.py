@@ -15,12 +15,12 @@ from collections.abc import Callable, Mapping
 
 import psutil
 
-from sidestep.ranks import pid_namespace
+from sidestep.ranks import NODE, pid_namespace
 
 
 def is_here(node: str, environ: Mapping[str, str] = os.environ, *, pids: str = "") -> bool:
     """Whether a worker's name of its node is this node's, and its pid means the same here as there."""
-    names = (environ.get("SLURMD_NODENAME"), os.uname().nodename, environ.get("HOSTNAME"))
+    names = (environ.get(NODE), environ.get("SLURMD_NODENAME"), os.uname().nodename, environ.get("HOSTNAME"))
     return bool(node) and node in names and (not pids or pids == pid_namespace())
 
 

@@ -101,6 +101,7 @@ class TestHere:
     def test_is_what_this_node_calls_itself(self):
         assert is_here(os.uname().nodename, {})
         assert is_here("cn042", {"SLURMD_NODENAME": "cn042"})
+        assert is_here("cn042", {"SIDESTEP_NODE": "cn042"})
 
     def test_is_no_other_node(self):
         assert not is_here("cn043", {"SLURMD_NODENAME": "cn042"})

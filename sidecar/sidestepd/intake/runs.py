@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import re
 import sqlite3
 import time
@@ -249,7 +248,7 @@ class SeveralRuns:
 
     def _watch_process(self, run: OpenRun, who: dict[str, Any]) -> None:
         """Only where it is sure that the pid means the same here as there."""
-        here = who["node"] == os.uname().nodename and is_here(who["node"], pids=who.get("pids", ""))
+        here = is_here(who["node"], pids=who.get("pids", ""))
         if self._file.until_idle and here and who["pid"] not in run.processes:
             known = self._processes.get(who["pid"])
             lifeline = known if known is not None and known.is_alive() else Lifeline(who["pid"])
