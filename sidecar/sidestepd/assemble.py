@@ -48,8 +48,11 @@ class _Draft:
 class Assembler:
     """Bundles in, rows out, in the order in which they must be written."""
 
-    def __init__(self, rules: Rules, *, patience: float, max_wait: float, window: int) -> None:
+    def __init__(
+        self, rules: Rules, *, patience: float, max_wait: float, window: int, ranks_reported: bool = True
+    ) -> None:
         self.rules = rules
+        self._ranks_reported = ranks_reported
         self.last = -1
         """The `_step` given last."""
         self.shift = 0
@@ -153,7 +156,7 @@ class Assembler:
     def _own(self, draft: _Draft, world: int) -> dict[str, Any]:
         """What sidestep says of a main row."""
         own: dict[str, Any] = dict(draft.own)
-        if world > 1:
+        if world > 1 and self._ranks_reported:
             own[f"{OWN_PREFIX}ranks_reported"] = draft.ranks
         if self.shift or self._shift_told:
             own[f"{OWN_PREFIX}step_shift"] = self._shift_told = self.shift

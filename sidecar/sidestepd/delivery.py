@@ -20,7 +20,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ from sidestepd.room import Ballast, Patience
 from sidestepd.rowlog import RowLog
 from sidestepd.rows import Blob, Bundle, Definition, Described, Part, Printed, Raised, Row, Sampled
 from sidestepd.rules import Rule, Rules, Source, operations
-from sidestepd.rundir import BLOBS, TROUBLE
+from sidestepd.rundir import BLOBS, tell_trouble
 from sidestepd.samples import Samples, first_ranks
 from sidestepd.settlement import Settlement
 from sidestepd.show import Shower
@@ -106,7 +106,11 @@ class Delivery:
         )
         self.order = self.new_buffer()
         self.assembler = Assembler(
-            rules, patience=order.patience_s, max_wait=order.max_wait_s, window=order.late_window_rows
+            rules,
+            patience=order.patience_s,
+            max_wait=order.max_wait_s,
+            window=order.late_window_rows,
+            ranks_reported=config.watch.ranks_reported,
         )
         self.beside = Beside(told=rowlog.meta("beside", None))
         self.samples = Samples(
@@ -218,6 +222,7 @@ class Delivery:
             self.settlement.read(entry)
         if entry.kind is not EntryKind.BOOT:  # before which nobody listened
             self.watch.poll(self._now)
+        self.watch.prompt = not entry.more
         logged = self.read(entry)
         session = self.resolver.sessions.get(entry.session)
         self.watch.read(entry, session.launch if session else "", logged=logged)
@@ -448,14 +453,6 @@ class Delivery:
 def _source(given: str) -> Source:
     """Where a reduction was given: an option, or a file."""
     return Source.COMMAND_LINE if given.startswith("-") else Source.FILE
-
-
-def tell_trouble(directory: Path, trouble: Trouble | None) -> None:
-    """Write down what keeps rows from the run, for `sidestep status`; intake forgets it when it starts."""
-    if trouble:
-        write_json(directory / TROUBLE, asdict(trouble))
-    else:
-        (directory / TROUBLE).unlink(missing_ok=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

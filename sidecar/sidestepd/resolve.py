@@ -322,7 +322,7 @@ class Resolver:
             case Kind.SAMPLES:
                 said = sampled_from(record, position, id_, session.node)
             case _:
-                said = alert_from(record, position, id_, session.node)
+                said = alert_from(record, position, "" if session.is_worker else session.node)
         if said is None:
             return self._lose(position, 1, record.kind.name.lower())
         self.folded += 1

@@ -54,12 +54,13 @@ def sampled_from(record: Record, position: Position, session: bytes, node: str) 
     )
 
 
-def alert_from(record: Record, position: Position, session: bytes, node: str) -> Raised | None:  # noqa: ARG001
-    """What a record of an alert says, likewise."""
+def alert_from(record: Record, position: Position, node: str) -> Raised | None:
+    """What a record of an alert says, likewise; and where, if `node` is given."""
     title, text, level = (record.data.get(name) for name in ("title", "text", "level"))
     if not isinstance(title, str) or not isinstance(text, str) or level not in LEVELS:
         return None
-    return Raised(position=position, title=title, text=text, level=level)
+    where = f" On {repr(node[:100])[1:-1]}." if node else ""  # a name from outside, for people
+    return Raised(position=position, title=title, text=text + where, level=level)
 
 
 def _is_table(values: Any) -> bool:
@@ -150,8 +151,9 @@ class Samples:
         values = {name: value for name, value in values.items() if look_up(name) is not None}
         if not values:
             return
-        if said.position > self.streamed:
-            self._stream.append(Sample(time=said.time, node=said.node, values=values))
+        streamed = {name: value for name, value in values.items() if _is_streamed(name)}
+        if streamed and said.position > self.streamed:
+            self._stream.append(Sample(time=said.time, node=said.node, values=streamed))
         new = said.position > self._merged
         for name, value in values.items():
             if _is_short(name):
@@ -367,6 +369,11 @@ _ENERGY, _UTILIZATION = "system/gpu{i}/energy_j", "system/gpu{i}/utilization"
 def _is_short(name: str) -> bool:
     known = look_up(name)
     return known is not None and known.metric.history
+
+
+def _is_streamed(name: str) -> bool:
+    known = look_up(name)
+    return known is not None and known.metric.is_streamed
 
 
 def first_ranks(sessions: Iterable[Any]) -> dict[str, int]:

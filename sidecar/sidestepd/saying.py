@@ -99,7 +99,9 @@ def sum_up(run_dir: Path, exit_code: int, *, complete: bool) -> int:
 
 
 def _tell(found: status.Report, run_dir: Path, *, complete: bool) -> None:
-    if complete:
+    if complete and found.upstream:
+        say_in_terminal(f"{_many(found.ledger.delivered, 'record')} handed on to {found.upstream['address']}")
+    elif complete:
         say_in_terminal(
             f"{found.rows} rows of {_many(found.ranks, 'rank')}: {found.late_rows} late, "
             f"{sum(found.ledger.dropped.values())} dropped, {sum(found.ledger.rejected.values())} rejected"
@@ -118,12 +120,12 @@ def _tell(found: status.Report, run_dir: Path, *, complete: bool) -> None:
 def table(found: status.Report) -> str:
     """How a run stands, for people."""
     run, ledger = found.run, found.ledger
+    rows = f"rows      {found.rows}" + ("" if found.last_step is None else f", the last at step {found.last_step}")
     lines = [
         f"run       {run.id}" + (f" ({run.name})" if run.name else "") + f", {found.state}",
         f"in        {short(Path(run.dir))}",
         *([f"at        {run.url}"] if run.url else []),
-        f"rows      {found.rows}" + ("" if found.last_step is None else f", the last at step {found.last_step}"),
-        f"late      {found.late_rows}, forced {found.forced}",
+        *([_upstream(found)] if found.upstream else [rows, f"late      {found.late_rows}, forced {found.forced}"]),
         f"records   {_equation(ledger)}",
         f"spool     {found.spool_bytes / 1e6:.1f} MB"
         + (", FULL: workers keep what they have" if found.full else ""),
@@ -148,6 +150,14 @@ def table(found: status.Report) -> str:
     if len(found.alerts) > _MOST_ALERTS:
         lines.append(f"          {len(found.alerts)} alerts in all; --json has them")
     return "\n".join(lines)
+
+
+def _upstream(found: status.Report) -> str:
+    """Of a relay: where its records go, and how many are still here."""
+    above = found.upstream
+    how = "connected" if above.get("connected") else "done" if found.state == "finished" else "NOT CONNECTED"
+    waiting = found.ledger.pending
+    return f"upstream  {above.get('address', '')}, {how}, {_many(waiting, 'record')} still to go there"
 
 
 def _who(session: status.SessionReport) -> str:

@@ -21,7 +21,7 @@ from sidestepd.processes import Lock, read_json
 from sidestepd.room import CLOSED_MARK
 from sidestepd.rowlog import RowLogReader
 from sidestepd.rows import Alert
-from sidestepd.rundir import BLOBS, DEATHS, TROUBLE, RunFile
+from sidestepd.rundir import BLOBS, DEATHS, TROUBLE, UPSTREAM, RunFile
 from sidestepd.spool import SpoolReader, StoredSession
 
 _TRIES = 20
@@ -97,6 +97,8 @@ class Report:
     """Whether the trouble takes a person to heal it."""
     alerts: tuple[Alert, ...] = ()
     """What people were told, in this order."""
+    upstream: Mapping[str, Any] = field(default_factory=dict)
+    """Of a relay: the `address` of the daemon above, whether it is `connected`, how much is to go there."""
 
     @property
     def troubles(self) -> list[Alert]:
@@ -158,6 +160,7 @@ def report(run_dir: Path) -> Report:
         full=state == "running" and (home / CLOSED_MARK).exists(),
         alerts=tuple(rowlog.alerts()),
         spool_damaged=damaged,
+        upstream=_upstream(run_dir, state),
         trouble=str(trouble.get("what", "")),
         lasting=bool(trouble.get("lasting", False)),
     )
@@ -189,6 +192,11 @@ def _media(told: Mapping[str, Any], run_dir: Path) -> dict[str, Any]:
         **told.get("media", {}),
         "bytes": _sum_while_there(sizes),
     }
+
+
+def _upstream(run_dir: Path, state: str) -> dict[str, Any]:
+    found = read_json(run_dir / UPSTREAM)
+    return found and found | {"connected": found.get("connected", False) and state == "running"}
 
 
 def _sum_while_there(sizes: Iterable[int]) -> int:

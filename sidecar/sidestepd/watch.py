@@ -3,8 +3,9 @@
 - a rank is *silent* when nothing is heard of its process, not even heartbeats, for `silent_s`; or when it says
   nothing for that long while the others go on, though it spoke regularly before
 - a launch has *stalled* when all its ranks say nothing for `stalled_s`, and none of them is silent or gone
-- both wait longer for who has paused longer before without harm: three times the longest pause. A launch that has
-  spoken a few times only, or not yet, may say nothing for `start_s`
+- both wait longer for who has paused longer before without harm: three times the longest pause, up to `longest_s`,
+  and three times the usual one in any case. A launch that has spoken a few times only, or not yet, may say nothing
+  for `start_s`; so may a rank, and one that made a call or two is missed then only if most ranks go on
 - a worker is *gone* when its process ended and it said no BYE; only the first is named of those that a launcher
   takes down with it
 - each cause is told once while it lasts, and once more when it is over; what is open is kept by the row log, and
@@ -34,6 +35,8 @@ REGULAR = 8
 """So many pauses make a rank one that speaks regularly."""
 PATIENCE = 3
 """A pause is a silence when it is longer than so many times the longest one before."""
+FEW = 3
+"""Who made so many calls on the main axis is expected to make more."""
 MOST_NAMES = 50
 """Metrics that an alert is raised for when they are no number."""
 MOST_ALERTS = 500
@@ -49,6 +52,11 @@ class _Voice:
     spoke: float
     pauses: int = 0
     longest: float = 0.0
+    """Of the pauses that did no harm, but for those of the beginning."""
+    paused: float = 0.0
+    """These together."""
+    first: float = 0.0
+    """The longest of the beginning."""
     excused: bool = False
     """Nobody listened since it spoke: whether it is silent is not known."""
 
@@ -57,17 +65,34 @@ class _Voice:
         pause = now - self.spoke
         if pause > 0:
             self.pauses += 1
-            if harmless and not self.excused and self.pauses > WARM_UP:
-                self.longest = max(self.longest, pause)
+            if harmless and not self.excused:
+                if self.pauses > WARM_UP:
+                    self.longest, self.paused = max(self.longest, pause), self.paused + pause
+                else:
+                    self.first = max(self.first, pause)
         self.spoke, self.excused = now, False
 
     def excuse(self, now: float) -> None:
         """Whatever it said until now was not heard."""
         self.spoke, self.excused = now, True
 
-    def silent_for(self, now: float, at_least: float) -> bool:
-        """Whether this pause is longer than any that may be expected."""
-        return now - self.spoke >= max(at_least, PATIENCE * self.longest)
+    def silent_for(self, now: float, at_least: float, at_most: float) -> bool:
+        """Whether this pause is longer than any that may be expected.
+
+        `at_most` is how long the longest one may make us wait: it may have been a checkpoint, made once in hours.
+        The usual one is what it is.
+        """
+        usual = self.paused / max(self.pauses - WARM_UP, 1)
+        return now - self.spoke >= max(at_least, PATIENCE * usual, min(PATIENCE * self.longest, at_most))
+
+    def silent_from_the_start(self, now: float, at_least: float) -> bool:
+        """The same of one that has hardly spoken: its first pauses are all that is known of it."""
+        return now - self.spoke >= max(at_least, PATIENCE * self.first, PATIENCE * self.longest)
+
+    @property
+    def is_regular(self) -> bool:
+        """Whether enough was heard to tell how often it speaks."""
+        return self.pauses >= REGULAR
 
 
 @dataclass(slots=True, kw_only=True)
@@ -85,6 +110,8 @@ class _Worker:
     joined: float = 0.0
     voice: _Voice
     step: int = -1
+    calls: int = 0
+    """On the main axis."""
     quiet_since: float | None = None
     gone_at: float | None = None
     ended: bool = False
@@ -135,6 +162,8 @@ class Watch:
         self._alerts: list[Alert] = []
         self._read = 0
         """The entry that was heard last."""
+        self.prompt = True
+        """Whether what is read now came when it was said: else the time it took tells nothing of clocks."""
         self._due = 0.0
         self._stride = min(1.0, options.silent_s / 8)
         self._watched: dict[str, bool] = {}
@@ -169,7 +198,7 @@ class Watch:
         worker = self._workers.get(part.session)
         if worker is None:
             return
-        if len(self._nodes) > 1:
+        if len(self._nodes) > 1 and self.prompt:
             self.pace.clocks.hear(worker.node, part.time, now)
         if part.used and part.axis == MAIN_AXIS:
             self.pace.note(part, worker)
@@ -218,6 +247,7 @@ class Watch:
             launch.voice.spoke = now
         if worker.step < 0:
             worker.voice.spoke = now
+        worker.calls += 1
         worker.step, launch.step = max(worker.step, part.step), max(launch.step, part.step)
 
     def _boot(self, now: float) -> None:
@@ -261,7 +291,8 @@ class Watch:
     def _is_watched(self, name: str) -> bool:
         answer = self._watched.get(name)
         if answer is None:
-            answer = any(fnmatchcase(name, pattern) for pattern in self.options.not_finite)
+            lower = name.lower()
+            answer = any(fnmatchcase(lower, pattern.lower()) for pattern in self.options.not_finite)
             if len(self._watched) < 65_536:
                 self._watched[name] = answer
         return answer
@@ -286,7 +317,7 @@ class Watch:
             worker.step
             for worker in self._workers.values()
             if worker.launch == self.pace.launch and worker.main and worker.lives
-            if worker.voice.pauses >= REGULAR
+            if worker.voice.is_regular
         ]
         return max(steps) - min(steps) if len(steps) > 1 else None
 
@@ -341,12 +372,7 @@ class Watch:
                 return
             for_s = now - worker.quiet_since
             why = "not even its heartbeats came: it is stopped, swapped out, or cut off"
-        elif (
-            worker.voice.pauses >= REGULAR
-            and worker.voice.silent_for(now, silent_s)
-            and launch.step > worker.step + 1
-            and launch.voice.spoke >= worker.voice.spoke + silent_s / 2
-        ):
+        elif self._is_missed(worker, now) and self._is_ahead(launch, worker):
             for_s = now - worker.voice.spoke
             why = f"its process lives; the others are at step {launch.step}"
         else:
@@ -360,12 +386,27 @@ class Watch:
             now,
         )
 
+    def _is_missed(self, worker: _Worker, now: float) -> bool:
+        """Whether it says nothing for longer than it may; who never spoke is not expected to."""
+        voice = worker.voice
+        if voice.is_regular:
+            return voice.silent_for(now, self.options.silent_s, self.options.longest_s)
+        if not worker.calls or not voice.silent_from_the_start(now, self.options.start_s):
+            return False
+        ranks = [it for it in self._of(worker.launch) if it.main and it.lives]
+        return worker.calls >= FEW or 2 * sum(self._is_ahead(it, worker) for it in ranks) > len(ranks)
+
+    def _is_ahead(self, other: _Launch | _Worker, worker: _Worker) -> bool:
+        """Whether another, or the launch, goes on with the training while this one says nothing."""
+        later = worker.voice.spoke + self.options.silent_s / 2
+        return other.step > worker.step + 1 and other.voice.spoke >= later
+
     def _see_stalled(self, name: str, launch: _Launch, workers: Mapping[bytes, _Worker], now: float) -> None:
         cause = f"stalled/{name}"
         if launch.voice.excused:
             return
-        begun = launch.voice.pauses >= REGULAR
-        if not launch.voice.silent_for(now, self.options.stalled_s if begun else self.options.start_s):
+        at_least = self.options.stalled_s if launch.voice.is_regular else self.options.start_s
+        if not launch.voice.silent_for(now, at_least, self.options.longest_s):
             self._clear(cause, "the training goes on", f"It is at step {launch.step}.", now)
             return
         there = {id_: it for id_, it in workers.items() if it.lives}

@@ -177,6 +177,9 @@ class TestGpus:
         served, gpus, before, begun = life.served, life.gpus, len(life.served.alerts()), time.time()
         gpus.reset(3).error(2, NOT_SUPPORTED, "nvmlDeviceGetPowerUsage").field(2, 82, UNKNOWN)
         life.wait_for(lambda: life.sampled(2, begun), "no GPUs")
+        missing = ("powerWatts", "powerPercent", "memory_temperature_c")
+        assert [True] * 3 == [bool(streamed(served, f"gpu.0.{it}", after=begun)) for it in missing]
+        assert [[]] * 3 == [streamed(served, f"gpu.2.{it}", after=begun) for it in missing]
 
         gpus.error(1, LOST)
         life.wait_for(lambda: life.told("GPU 1 is lost", before), "no loss")
@@ -190,22 +193,41 @@ class TestGpus:
             lambda: life.told("XID 79 on GPU 0", before) and life.told("XID 31 on GPU 2", before), "no XIDs"
         )
 
+        gpus.error(2, 0, "nvmlDeviceGetPowerUsage").field(2, 82, 0)
+        life.wait_for(lambda: streamed(served, "gpu.2.memory_temperature_c", after=begun), "not asked again")
+        assert not streamed(served, "gpu.2.powerWatts", after=begun), "what is not supported is not asked again"
         assert streamed(served, "gpu.1.powerWatts", after=begun)
         assert 79 in streamed(served, "gpu.0.xid")
         life.wait_for(lambda: 79 in read_from_rows(served, "system/gpu0/xid"))
 
-    def test_that_a_container_loses_are_a_gap(self, life: Life) -> None:
-        """All answer "unknown error", and so does a start of NVML; then they are there again, but for one."""
+    @pytest.mark.parametrize("code", [UNKNOWN, NOT_LOADED], ids=["a container loses", "lose their driver"])
+    def test_that_are_gone_together_are_a_gap(self, life: Life, code: int) -> None:
+        """All answer with an error, and so does a start of NVML; then they are there again, but for one."""
         gpus, before = life.gpus, len(life.served.alerts())
         gpus.reset(3)
         life.see_sampled(2)
-        gpus.error("*", UNKNOWN).set(init=UNKNOWN)
+        gpus.error("*", code).set(init=code)
         life.wait_for(lambda: life.told("NVML does not answer", before), "no gap")
         gap_at = time.time()
         gpus.error("*", 0).set(init=0, count=2)
         life.wait_for(lambda: life.told("NVML answers again", before), "no answer")
         life.wait_for(lambda: life.told("The number of GPUs changed", before), "no change of number")
         life.wait_for(lambda: life.sampled(1, gap_at), "nothing after the gap")
+
+    def test_that_are_divided_are_told_by_their_instances(self, life: Life) -> None:
+        """MIG, where NVML knows no utilization."""
+        gpus, begun = life.gpus, time.time()
+        gpus.reset(2).gpu(0, mig=2, mig_used=3 << 30, mig_gpm_2=17)
+        gpus.error(0, NOT_SUPPORTED, "nvmlDeviceGetUtilizationRates").process(0, os.getpid(), 1 << 30)
+        wanted = {
+            "gpu.0.mig_instances": 2, "gpu.0.mig1.memory_used_bytes": 3 << 30, "gpu.0.mig2.sm_active_percent": 17,
+            "gpu.0.rank0.memory_bytes": 2 << 30,
+        }  # fmt: skip
+        life.wait_for(lambda: wanted.items() <= newest(life.served, after=begun).items(), f"not {wanted}")
+
+        since = time.time()
+        life.see_sampled(1)
+        assert not life.sampled(0, since)
 
     def test_whose_driver_is_replaced_are_read_by_a_new_process(self, life: Life) -> None:
         """The library that the old one has loaded is of no use for the new driver, ever."""
@@ -237,11 +259,21 @@ class TestTorchAllocators:
 
 
 class TestSamplers:
-    def test_that_are_killed_come_back(self, life: Life) -> None:
-        life.gpus.reset(1)
+    def test_that_are_killed_come_back_and_tell_nothing_again(self, life: Life) -> None:
+        """A GPU that was lost before is lost still; people hear next that it is back."""
+        gpus, before = life.gpus, len(life.served.alerts())
+        gpus.reset(2)
+        life.see_sampled(1)
+        gpus.error(1, LOST)
+        life.wait_for(lambda: life.told("GPU 1 is lost", before), "no loss")
         first = killed(life.served.samplers())
         successor = life.served.samplers(other_than=first.pid)
         life.wait_for(lambda: life.sampled(0, successor.create_time()))
+        gpus.error(1, 0)
+        life.wait_for(lambda: life.told("GPU 1 is back", before), "no return")
+
+        told = [it for it in life.served.alerts()[before:] if it.startswith("GPU 1")]
+        assert ["GPU 1 is lost", "GPU 1 is back"] == told
 
     def test_are_in_the_stream_once_though_delivery_is_killed(self, life: Life) -> None:
         """What it had read is read again; that nothing is there twice, the end tells."""
@@ -264,6 +296,7 @@ class TestSamplers:
         assert served.finish() == 0
 
         assert time.monotonic() - before < FOR_EVER_US / 1e6 - 5
+        assert ["begun"] == gpus.hung(), "a call of NVML's hung, and was not over when all else was"
         assert served.failures_of_samplers() == 0
         assert_samples_are_extra(life)
         assert_rows_have_the_short_list(served)

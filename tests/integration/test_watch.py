@@ -212,8 +212,9 @@ class TestRows:
         assert all(row.values["sidestep/slowest_rank"] in (0, 1) for row in rows[1:])
         assert {2} == {row.values["sidestep/ranks_reported"] for row in rows}
 
-    def test_say_none_of_it_when_it_is_switched_off(self, serve: Serve):
-        served = serve(watch__metrics=False, **QUICK)
+    @pytest.mark.parametrize("switched", ["metrics", "metrics and ranks_reported"])
+    def test_say_none_of_it_when_it_is_switched_off(self, serve: Serve, switched: str):
+        served = serve(**{f"watch__{name}": False for name in switched.split(" and ")}, **QUICK)
         workers = [served.worker(rank, world=2) for rank in range(2)]
         for worker in workers:
             worker.hello()
@@ -221,7 +222,7 @@ class TestRows:
 
         finish(served, *workers)
 
-        assert {"sidestep/ranks_reported"} == {
+        assert ({"sidestep/ranks_reported"} if switched == "metrics" else set()) == {
             name for row in served.rows() for name in row.values if name.startswith("sidestep/")
         }
 

@@ -94,6 +94,11 @@ class StubGpus:
         """Something befalls a GPU."""
         return self._put({(number, "xid"): f"gpu {number} xid {code} {time.time_ns()}"})
 
+    def hung(self) -> list[str]:
+        """Of calls that take a second or more: "begun" for each, and "over" for each that is."""
+        path = self.path.with_name(f"{self.path.name}.hung")
+        return path.read_text().split() if path.exists() else []
+
     def uuid(self, number: int) -> str:
         """The stub's own."""
         return f"GPU-{number + 0xA0:08x}-1111-2222-3333-444444444444"

@@ -7,7 +7,8 @@
  *     init CODE                  what nvmlInit answers
  *     counting CODE              what nvmlDeviceGetCount answers
  *     waiting CODE               what nvmlEventSetWait answers
- *     delay_us N                 how long each call about a GPU takes
+ *     delay_us N                 how long each call about a GPU takes; one of a second or more leaves a line in the file
+ *                                $NVML_STUB.hung when it begins and when it is over
  *     replaced NS                the driver was replaced at this time: a library that was loaded before is of no use
  *     gpu I KEY VALUE            a figure of GPU I, or of all with *: util mem_util mem_used mem_total mem_reserved temp
  *                                mem_temp power_mw limit_mw energy_mj sm memclk reasons fan pstate pcie_gen pcie_width
@@ -93,13 +94,28 @@ __attribute__((constructor)) static void load(void) {
 }
 static int is_stale(void) { return loaded < global("replaced", 0); }
 
+static void note(const char *what) {
+    const char *path = getenv("NVML_STUB");
+    char name[4096];
+    snprintf(name, sizeof name, "%s.hung", path ? path : "");
+    FILE *file = path ? fopen(name, "a") : NULL;
+    if (!file) return;
+    fprintf(file, "%s\n", what);
+    fclose(file);
+}
+static void take(u64 delay_us) {
+    if (delay_us >= 1000000) note("begun");
+    usleep(delay_us);
+    if (delay_us >= 1000000) note("over");
+}
+
 static int fault(const Device *it, const char *function) {
     char name[80];
     u64 code;
     if (!refs) return UNINITIALIZED;
     if (is_stale()) return UNKNOWN;
     u64 delay = global("delay_us", 0);
-    if (delay) usleep(delay);
+    if (delay) take(delay);
     if (it->index >= (int)global("count", 0)) return INVALID;
     if ((code = figure(it, "error *", 0))) return (int)code;
     snprintf(name, sizeof name, "error %s", function);

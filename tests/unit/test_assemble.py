@@ -77,6 +77,13 @@ class TestMainRows:
         assert [2, 1] == [row.values["sidestep/ranks_reported"] for row in rows]
         assert 2.0 == rows[0].values["a"]
 
+    def test_it_does_not_say_so_where_that_is_switched_off(self):
+        it = Assembler(Rules(()), patience=PATIENCE, max_wait=60.0, window=100, ranks_reported=False)
+
+        [row] = add(it, bundle(5, {"a": 1}, {"a": 3}), world=2)
+
+        assert {MAIN_AXIS: 5, "a": 2.0} == row.values
+
     def test_a_step_behind_the_last_one_takes_the_next_and_says_by_how_much(self):
         it = assembler()
         add(it, main(5), evaluation(0))

@@ -14,6 +14,7 @@ from sidestepd.samplers.gpu import GpuSampler
 from sidestepd.samplers.names import GPU_METRICS, look_up
 from sidestepd.samplers.nvml import BACKOFF_S, of_field
 from sidestepd.samplers.owners import MACHINE, Owners
+from sidestepd.samplers.told import Told
 from tests.support.gpus import COMPILER, NO_COMPILER, StubGpus
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason=NO_COMPILER)
@@ -55,7 +56,7 @@ class TestReading:
 
         assert [[0, 1]] * 3 == [numbers(it, "utilization") for it in (first, second, third)]
         assert [[0, 1]] * 3 == [numbers(it, "fan_percent") for it in (first, second, third)]
-        assert [[0, 1], [], [0, 1]] == [numbers(it, "pcie_width") for it in (first, second, third)]
+        assert [[0, 1], [], [0, 1]] == [numbers(it, "pcie_width_lanes") for it in (first, second, third)]
         assert 7 == second.values["system/gpu1/utilization"]
         assert (350, 50) == (second.values["system/gpu1/power_w"], second.values["system/gpu1/power_percent"])
         assert (1, 1, 0) == tuple(
@@ -232,6 +233,51 @@ class TestLostGpus:
         sampler.read(0.0)
         gpus.error(0, LOST)
         assert [["GPU 0 is lost"], []] == [titles(sampler.read(now)) for now in (1.0, 1.5)]
+
+
+class TestAnotherProcess:
+    """The samplers were killed and come back: what people were told before is not told again, but its end is."""
+
+    def successor(self, tmp_path: Path) -> GpuSampler:
+        return GpuSampler(slow_interval_s=30, told=Told(tmp_path / "told"), works_elsewhere=lambda: False)
+
+    @pytest.mark.parametrize("known", [True, False])
+    def test_tells_of_a_lost_gpu_only_that_it_is_back(self, gpus: StubGpus, tmp_path: Path, known: bool) -> None:
+        """Whether or not the GPU says its UUID while it is lost."""
+        gpus.set(count=2).error(1, LOST, "*" if not known else "nvmlDeviceGetUtilizationRates")
+        told = [titles(self.successor(tmp_path).read(0.0)) for _ in range(2)]
+        assert [["GPU 1 is lost"], []] == told
+
+        gpus.reset(2)
+        last = self.successor(tmp_path)
+
+        assert [["GPU 1 is back"], []] == [titles(last.read(now)) for now in (0.0, 5.0)]
+        assert [] == titles(self.successor(tmp_path).read(0.0))
+
+    def test_tells_of_another_gpu_with_that_number(self, gpus: StubGpus, tmp_path: Path) -> None:
+        told = Told(tmp_path / "told")
+        told.lose(1, "GPU-of-before")
+        gpus.set(count=2).error(1, LOST, "nvmlDeviceGetUtilizationRates")
+        assert ["GPU 1 is lost"] == titles(self.successor(tmp_path).read(0.0))
+
+    def test_tells_that_nvml_answers_again_and_not_again_that_it_does_not(
+        self, gpus: StubGpus, tmp_path: Path
+    ) -> None:
+        gpus.set(count=2)
+        first = self.successor(tmp_path)
+        first.read(0.0)
+        gpus.error("*", NOT_LOADED).set(init=NOT_LOADED)
+        assert ["NVML does not answer"] == titles(first.read(1.0))
+
+        assert [] == titles(self.successor(tmp_path).read(0.0))
+        gpus.reset(1)
+        assert ["NVML answers again", "The number of GPUs changed"] == titles(self.successor(tmp_path).read(0.0))
+
+    @pytest.mark.parametrize("torn", ["", "{", "[]", '{"lost": 3}', '{"lost": {}, "nvml": "x", "count": []}'])
+    def test_forgets_what_it_can_not_read(self, gpus: StubGpus, tmp_path: Path, torn: str) -> None:
+        (tmp_path / "told").write_text(torn)
+        gpus.set(count=1).error(0, LOST)
+        assert ["GPU 0 is lost"] == titles(self.successor(tmp_path).read(0.0))
 
 
 class TestNvml:

@@ -209,7 +209,11 @@ class TestRates:
 
         values = read(sampler, 3.0)
 
-        assert (200 * 256, 400 * 256) == (values["disk/read_bytes_per_s"], values["disk/written_bytes_per_s"])
+        for disk in ("nvme0n1", "nvme1n1"):
+            told = {name: values[f"disk/{disk}/{name}"] for name in ("read_bytes_per_s", "written_bytes_per_s")}
+            assert {"read_bytes_per_s": 100 * 256, "written_bytes_per_s": 200 * 256} == told
+            assert (200 * 256, 400 * 256) == tuple(values[f"disk/{disk}/{it}_bytes"] for it in ("read", "written"))
+        assert not [name for name in values if "dm-0" in name or "loop" in name]
         assert (1500, 2500) == (values["network/received_bytes_per_s"], values["network/sent_bytes_per_s"])
         assert (3000, 5000) == (values["network/received_bytes"], values["network/sent_bytes"])
 
@@ -232,7 +236,19 @@ class TestRates:
         sampler = machine.sampler()
         read(sampler, 1.0)
         machine.network(received=10, sent=20)
-        assert "network/sent_bytes_per_s" not in read(sampler, 3.0)
+        values = read(sampler, 3.0)
+        assert "network/sent_bytes_per_s" not in values
+        assert 0 == values["network/sent_bytes"]
+        machine.network(received=10, sent=25)
+        assert 5 == read(sampler, 4.0)["network/sent_bytes"]
+
+    def test_of_tcp_are_the_segments_that_were_sent_again(self, machine: Machine) -> None:
+        names = "Ip: A\nIp: 1\nTcp: RtoMin RetransSegs InErrs\nTcp: 200 {} 3\nUdp: A\nUdp: 2\n"
+        machine.write("proc/net/snmp", names.format(40))
+        sampler = machine.sampler()
+        read(sampler, 1.0)
+        machine.write("proc/net/snmp", names.format(47))
+        assert 7 == read(sampler, 2.0)["network/tcp_retransmits"]
 
     def test_of_infiniband_count_words_over_all_ports(self, machine: Machine) -> None:
         def counters(words: int) -> None:
@@ -250,12 +266,12 @@ class TestRates:
 class TestTheRest:
     def test_disks_are_the_runs_and_those_that_were_asked_for(self, machine: Machine) -> None:
         values = read(machine.sampler(paths=[machine.home, Path("/nowhere")]))
-        word = str(machine.home).strip("/").replace("/", "_")
-        assert (
-            values["disk/percent"]
-            == values[f"disk/{word}/percent"]
-            == psutil.disk_usage(str(machine.home)).percent
-        )
+        mount = next(it for it in (machine.home, *machine.home.parents) if it.is_mount())
+        usage = psutil.disk_usage(str(machine.home))
+        for place in (mount, machine.home):
+            told = [values[f"disk/{place}/{it}"] for it in ("percent", "used_bytes", "free_bytes")]
+            assert [usage.percent, usage.used, usage.free] == pytest.approx(told, rel=0.01)
+        assert values["disk/percent"] == values[f"disk/{mount}/percent"]
         assert not [name for name in values if "nowhere" in name]
 
     def test_pressure_is_there_where_the_kernel_tells_it(self, machine: Machine) -> None:
@@ -280,7 +296,7 @@ class TestTheRest:
         assert "files/open" in values
         assert "disk/percent" in values
         assert "memory/percent" not in values
-        assert "disk/read_bytes_per_s" not in values
+        assert not [name for name in values if name.endswith("read_bytes_per_s")]
 
 
 class TestThisMachine:
@@ -304,6 +320,7 @@ class TestThisMachine:
             machine.write(f"proc/pressure/{name}", "some avg10=1 x=0\nfull avg10=1 x=0\n")
         for name in ("port_xmit_data", "port_rcv_data"):
             machine.write(f"sys/class/infiniband/mlx5_0/ports/1/counters/{name}", "1\n")
+        machine.write("proc/net/snmp", "Tcp: RetransSegs\nTcp: 5\n")
         machine.write("proc/self/cgroup", "0::/\n")
         for name, text in (("current", "2"), ("max", "4"), ("stat", "inactive_file 1\n")):
             machine.write(f"sys/fs/cgroup/memory.{name}", text)

@@ -15,6 +15,12 @@ PAGE = Path(sidestepd.samplers.__file__).with_name("NAMES.md")
 BEGIN, END = "<!-- the table -->\n", "<!-- its end -->\n"
 WHEN = {"fast": "`interval_s`", "slow": "`slow_interval_s`", "event": "as it happens", "row": "with a row"}
 
+ENDINGS = {
+    "%": "percent", "bytes": "bytes", "bytes/s": "_bytes_per_s", "s": "_s", "W": "_w", "J": "_j", "°C": "_c",
+    "MHz": "_mhz", "cores": "_cores", "lanes": "_lanes",
+}  # fmt: skip
+"""How a name ends that is told in a unit."""
+
 
 def table() -> str:
     """All names as they should stand in the page."""
@@ -27,7 +33,7 @@ def table() -> str:
 
 def _line(it: Metric) -> str:
     unit = it.unit + (f"; there in {1 / it.scale:,.0f} of them" if it.scale != 1 else "")
-    stream = "" if it.cadence == "row" else f"`{it.stream_name}`"
+    stream = f"`{it.stream_name}`" if it.is_streamed else ""
     rows = "yes" if it.history or it.cadence == "row" else ""
     if it.over_nodes:
         rows += f"; {', '.join(it.over_nodes)}"
@@ -40,7 +46,7 @@ class TestNames:
 
     def test_are_each_there_once(self) -> None:
         assert len({metric.name for metric in METRICS}) == len(METRICS)
-        streamed = [metric.stream_name for metric in METRICS if metric.cadence != "row"]
+        streamed = [metric.stream_name for metric in METRICS if metric.is_streamed]
         assert len(set(streamed)) == len(streamed)
 
     @pytest.mark.parametrize(
@@ -59,6 +65,13 @@ class TestNames:
         assert known is not None
         assert known.metric.history
 
+    @pytest.mark.parametrize("metric", METRICS, ids=lambda it: it.name)
+    def test_have_their_units_in_them(self, metric: Metric) -> None:
+        """But for three that users know as they are, and what is counted in things."""
+        unit = metric.unit.replace(",", " ").replace(";", " ").partition(" ")[0]
+        known = {f"system/gpu{{i}}/{it}" for it in ("utilization", "memory_allocated", "memory_reserved")}
+        assert metric.name in known or unit not in ENDINGS or metric.name.endswith(ENDINGS[unit])
+
     @pytest.mark.parametrize(
         ("name", "stream"),
         [
@@ -68,7 +81,9 @@ class TestNames:
             ("system/gpu0/mig2/memory_used_bytes", "gpu.0.mig2.memory_used_bytes"),
             ("system/cpu/percent", "cpu"),
             ("system/memory/percent", "memory_percent"),
-            ("system/disk/scratch_a/percent", "disk.scratch_a.percent"),
+            ("system/disk//scratch/a/percent", "disk./scratch/a.usagePercent"),
+            ("system/disk///used_bytes", "disk./.usageGB"),
+            ("system/disk/nvme0n1p2/read_bytes", "disk.nvme0n1p2.in"),
             ("system/infiniband/mlx5_0/sent_bytes_per_s", "infiniband.mlx5_0.sent_bytes_per_s"),
             ("sidestep/lag_s", "sidestep.lag_s"),
         ],

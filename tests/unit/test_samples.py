@@ -64,6 +64,19 @@ class TestTheStream:
         samples.hear(said(0, {"system/gpu0/colour": 1, "loss": 2}))
         assert ([], []) == samples.take()
 
+    def test_gets_no_name_that_is_there_under_another(self) -> None:
+        """How full the run's disk is, is there by the disk's mount point, as wandb has it; rows have our name."""
+        samples = Samples()
+        samples.hear(said(0, {"system/disk/percent": 61.0, "system/disk///percent": 61.0}))
+        [sample] = samples.take()[0]
+        assert {"system/disk///percent": 61.0} == sample.values
+        assert [{"a": 1, "system/disk/percent": 61.0}] == values_of(samples.into([row(1, {"a": 1})]))
+
+    def test_hears_of_alerts_where_they_are_from(self) -> None:
+        record = Record(kind=Kind.ALERT, time=1.0, step=None, data={"title": "t", "text": "x.", "level": "WARN"})
+        texts = [alert_from(record, Position(1, 0), node) for node in ("", "n\x1b7")]
+        assert ["x.", "x. On n\\x1b7."] == [it.text for it in texts if it]
+
     def test_hears_alerts_once(self) -> None:
         samples, alert = Samples(), Raised(position=Position(2, 0), title="t", text="x")
         samples.alert(alert)
@@ -332,4 +345,4 @@ class TestRecords:
         "data", [{}, {"title": "t", "text": 3, "level": "INFO"}, {"title": "t", "text": "x", "level": "LOUD"}]
     )
     def test_that_say_no_alert_are_none(self, data: dict[str, Any]) -> None:
-        assert alert_from(self.record(Kind.ALERT, data), Position(1, 0), b"", "n") is None
+        assert alert_from(self.record(Kind.ALERT, data), Position(1, 0), "n") is None

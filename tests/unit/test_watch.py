@@ -228,6 +228,36 @@ class TestSilence:
 
         assert [] == ranks.titles()
 
+    @pytest.mark.parametrize("calls", [1, 2, 3, 5])
+    def test_after_a_few_words_is_told_when_the_beginning_is_over(self, ranks, calls):
+        """It hangs in its first steps, and the other two go on."""
+        ranks.train(0, 1, 2, steps=range(calls)).train(0, 2, steps=range(calls, calls + 690))
+        before = ranks.titles()
+
+        ranks.train(0, 2, steps=range(calls + 690, calls + 720))
+
+        assert [] == before
+        assert ["rank 1 is silent"] == ranks.titles()
+        assert f"It was at step {calls - 1}" in ranks.told[0][0].text
+
+    def test_after_a_few_words_is_told_though_only_one_goes_on(self, ranks):
+        """Who made a call or two may have meant to say no more; who made three did not."""
+        ranks.train(0, 1, steps=range(2)).train(0, 1, 2, steps=[2]).train(0, steps=range(3, 800))
+        assert ["rank 1 is silent"] == ranks.titles()
+
+    def test_is_not_that_of_a_rank_that_never_logged(self, ranks):
+        ranks.train(0, 2, steps=range(800))
+        assert [] == ranks.titles()
+
+    def test_is_not_that_of_a_rank_that_logs_rarely_from_the_start(self, ranks):
+        """It made a few calls far apart; the next one may take as long."""
+        for start in (0, 400, 800):
+            ranks.train(0, 1, 2, steps=[start]).train(0, 2, steps=range(start + 1, start + 400))
+        ranks.train(0, 2, steps=range(1200, 1800))
+        assert [] == ranks.titles()
+        ranks.train(0, 2, steps=range(1800, 2100))
+        assert ["rank 1 is silent"] == ranks.titles()
+
     def test_is_measured_by_how_often_the_rank_spoke_before(self, ranks):
         """A rank that logs every twelfth step is not silent for ten seconds, but for forty it is."""
         for start in range(0, 12 * (REGULAR + 4), 12):
@@ -318,6 +348,29 @@ class TestStall:
         before = ranks.titles()
 
         ranks.train(0, 1, 2, steps=range(30, 40)).wait(400.0)
+
+        assert [] == before
+        assert ["no word from any rank"] == ranks.titles()
+
+    def test_after_one_long_pause_is_told_after_a_configured_time(self):
+        """A checkpoint took so long once that three times as long would be of no use to anybody."""
+        ranks = Listening(replace_options(stalled_s=700.0, longest_s=900.0))
+        ranks.train(0, 1, 2, steps=range(20)).wait(600.0).train(0, 1, 2, steps=range(20, 40))
+        assert [] == ranks.titles()
+        ranks.wait(890.0)
+        before = ranks.titles()
+        ranks.wait(20.0)
+
+        assert [] == before
+        assert ["no word from any rank"] == ranks.titles()
+
+    def test_is_no_pause_that_is_usual(self):
+        """They log every half minute: what would be a long pause of others is none of theirs."""
+        ranks = Listening(replace_options(longest_s=60.0))
+        ranks.train(0, 1, 2, steps=range(4)).train(0, 1, 2, steps=range(4, 16), pace=30.0)
+        ranks.wait(80.0)
+        before = ranks.titles()
+        ranks.wait(20.0)
 
         assert [] == before
         assert ["no word from any rank"] == ranks.titles()
@@ -486,6 +539,11 @@ class TestNotFinite:
 
         assert ["train/loss is nan", "val.loss is inf"] == ranks.titles()
         assert "on rank 0 at step 3" in ranks.told[0][0].text
+
+    @pytest.mark.parametrize("name", ["Loss", "trainLoss", "val/LOSS_total"])
+    def test_is_seen_in_capitals_too(self, ranks, name):
+        ranks.tape.say(0, log(3, {name: float("nan")}))
+        assert [f"{name} is nan"] == ranks.listen(1.0).titles()
 
     def test_a_name_can_not_write_where_it_is_shown(self, ranks):
         ranks.tape.say(0, log(0, {"loss\x1b[2J" + "x" * 500: float("nan")}))

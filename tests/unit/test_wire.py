@@ -116,6 +116,8 @@ MESSAGES: dict[str, Message] = {
         settings={"project": "digits", "tags": ["a", "b"]},
         role=BLOBS,
         beside="0f" * 16,
+        relay="0e" * 16,
+        turn=2,
         pids="pid:[4026531836]",
     ),
     "welcome": Welcome(
@@ -132,7 +134,15 @@ MESSAGES: dict[str, Message] = {
     "ack": Ack(session=SESSION, first=46, gap=True, credit=1 << 20),
     "refuse": Refuse(session=SESSION, code="closed", message="the run is over", final=True),
     "run": RunInfo(session=SESSION, info={"id": "abc123", "url": None}, close=3),
-    "bye": Bye(session=SESSION, first=46, offered=48, dropped={"outbox_full": 2}, values_refused=5, exit_code=0),
+    "bye": Bye(
+        session=SESSION,
+        first=46,
+        offered=48,
+        dropped={"outbox_full": 2},
+        values_refused=5,
+        exit_code=0,
+        lost=True,
+    ),
     "status": Status(
         session=SESSION, more=True, offered=48, dropped={"too_large": 1}, values_refused=5, info={"rows": 5}
     ),
@@ -248,7 +258,8 @@ class TestHeader:
             pytest.param(header(4) + b"x", id="too long"),
             pytest.param(header(4, magic=b"GE"), id="another protocol"),
             pytest.param(header(0), id="no type"),
-            pytest.param(header(9), id="unknown type"),
+            pytest.param(header(9), id="many messages in one"),
+            pytest.param(header(10), id="unknown type"),
             pytest.param(header(4, first=2**63), id="sequence out of range"),
         ],
     )

@@ -1,11 +1,14 @@
 """The protocol between worker and daemon, as values and bytes. FORMAT.md draws it."""
 
+from sidestep.wire.envelope import Wrapper, is_envelope, unwrap
 from sidestep.wire.header import NO_SESSION, VersionError, checksum, session_of
 from sidestep.wire.limits import (
     END_OF_STEPS,
     MAX_CHUNK_BYTES,
     MAX_CONTROL_BYTES,
     MAX_DEPTH,
+    MAX_ENVELOPE_BYTES,
+    MAX_ENVELOPE_MESSAGES,
     MAX_FRAME_BYTES,
     MAX_FRAME_RECORDS,
     MAX_NAME_CHARS,
@@ -15,6 +18,7 @@ from sidestep.wire.limits import (
 )
 from sidestep.wire.messages import (
     BLOBS,
+    RELAY,
     SAMPLER,
     WORKER,
     Ack,
@@ -38,12 +42,15 @@ __all__ = [
     "MAX_CHUNK_BYTES",
     "MAX_CONTROL_BYTES",
     "MAX_DEPTH",
+    "MAX_ENVELOPE_BYTES",
+    "MAX_ENVELOPE_MESSAGES",
     "MAX_FRAME_BYTES",
     "MAX_FRAME_RECORDS",
     "MAX_NAME_CHARS",
     "MAX_RECORD_BYTES",
     "MAX_TEXT_CHARS",
     "NO_SESSION",
+    "RELAY",
     "SAMPLER",
     "VERSION",
     "WORKER",
@@ -61,10 +68,13 @@ __all__ = [
     "Undecodable",
     "VersionError",
     "Welcome",
+    "Wrapper",
     "checksum",
     "decode",
     "decode_records",
     "encode",
     "encode_record",
+    "is_envelope",
     "session_of",
+    "unwrap",
 ]

@@ -36,7 +36,7 @@ class BlobStore:
     """One run's blobs. `write` and `look` run in another thread, one at a time."""
 
     def __init__(self, folder: Path, *, quota: int, reserve: int) -> None:
-        self._folder, self._quota, self._reserve = folder, quota, reserve
+        self.folder, self._quota, self._reserve = folder, quota, reserve
         self._used, self._taken, self._free = 0, 0, reserve + quota
         self.closed = False
         """Nothing is taken."""
@@ -51,7 +51,7 @@ class BlobStore:
     def look(self) -> None:
         """Measure; delivery deletes what it is done with."""
         taken = self._taken
-        self._used, self._free = sum(_sizes(self._folder)), free_bytes(self._folder)
+        self._used, self._free = sum(_sizes(self.folder)), free_bytes(self.folder)
         self._taken -= taken
         if self._share(0) <= REOPEN_AT:
             self.closed = False
@@ -84,12 +84,12 @@ class BlobStore:
             for descriptor in files.values():
                 os.fsync(descriptor)
             if made:
-                _sync_folder(self._folder)
+                sync_folder(self.folder)
         except OSError as error:
             if error.errno not in _FULL:
                 raise
             self.closed = True
-            raise SpoolFull(f"{self._folder}: {error.strerror}") from error
+            raise SpoolFull(f"{self.folder}: {error.strerror}") from error
         finally:
             for descriptor in files.values():
                 os.close(descriptor)
@@ -109,7 +109,7 @@ class BlobStore:
         if piece is None:
             facts["ends"].append([seq, number, *_end(record)])
             return False
-        path = self._folder / name_of(session, number)
+        path = self.folder / name_of(session, number)
         made = path not in files and not path.exists()
         if path not in files:
             files[path] = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
@@ -155,7 +155,8 @@ def _sizes(folder: Path) -> Iterable[int]:
                 pass
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Have the names in a folder on the disk."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)

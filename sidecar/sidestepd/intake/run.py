@@ -32,9 +32,12 @@ from sidestepd.entries import SAID
 from sidestepd.errors import ExitCode, SpoolDamaged, SpoolFull
 from sidestepd.exits import Exits, is_here
 from sidestepd.intake.blobs import CREDIT_BYTES, BlobStore
+from sidestepd.intake.facts import facts_of, intervals_of
+from sidestepd.intake.frames import FrameStore
 from sidestepd.keeper import DeliveryKeeper
 from sidestepd.listen import Listener
-from sidestepd.processes import Lock, read_json
+from sidestepd.processes import Lock
+from sidestepd.relays import Relays
 from sidestepd.room import RETRY_S, Ballast, Room, open_spool
 from sidestepd.roster import Roster, Session, Verdict
 from sidestepd.rowlog import RowLogReader
@@ -44,9 +47,6 @@ from sidestepd.spool import Entry, EntryKind, Spool, damage_mark
 
 logger = logging.getLogger("sidestepd.intake")
 
-TOLD = ("id", "mode", "project", "entity", "name", "group", "job_type", "sweep_id")
-MOST_TOLD_CHARS = 4000
-"""Of one fact about the run, to workers that ask."""
 WATCH_INTERVAL_S = 0.1
 LOOK_INTERVAL_S = 1.0
 """How often what is settled is deleted, and room is measured."""
@@ -106,6 +106,7 @@ class Intake:
         self._went_round_at = time.monotonic()
         self._cursor = 0
         self.listener = Listener(heartbeat_s=config.intake.heartbeat_s)
+        self.relays = Relays(roster, heartbeat_s=config.intake.heartbeat_s, patience_s=config.order.patience_s)
         self.exits: Exits | None = None
         self._samplers_are_asked = False
 
@@ -123,13 +124,18 @@ class Intake:
         roster = Roster(
             spool.sessions(),
             lease=config.order.lease_s,
+            relay_lease=config.order.relay_lease_s,
             now=clock(),
             duplicate_gate=config.unsafe.duplicate_gate,
         )
-        keeper = DeliveryKeeper(run_dir, stall_s=config.delivery.stall_s, backoff_s=config.delivery.backoff_s)
+        module = "sidestepd.upstream" if config.is_relay else "sidestepd.delivery"
+        keeper = DeliveryKeeper(
+            run_dir, module, stall_s=config.delivery.stall_s, backoff_s=config.delivery.backoff_s
+        )
         samplers = SamplersKeeper(run_dir, enabled=config.samplers.enabled, backoff_s=config.delivery.backoff_s)
         run = run.at(run_dir, run.address)
-        blobs = BlobStore(run_dir / BLOBS, quota=config.spool.blob_quota_bytes, reserve=config.spool.reserve_bytes)
+        store = FrameStore if config.is_relay else BlobStore
+        blobs = store(run_dir / BLOBS, quota=config.spool.blob_quota_bytes, reserve=config.spool.reserve_bytes)
         return cls(
             spool, roster, keeper, samplers,
             config=config, run=run, clock=clock, room=room, blobs=blobs, lock=lock, send=send,
@@ -203,7 +209,7 @@ class Intake:
         self._routes[hello.session] = route
         self._touched.add(hello.session)
         session = self.roster.sessions[hello.session]
-        if session.is_worker:
+        if session.is_worker and not session.relay:
             self._ask_samplers(hello)
             self.samplers.stay()
             self._follow(session)
@@ -212,9 +218,8 @@ class Intake:
             first=self.roster.wanted(session),
             boot=self.boot,
             credit=self._credit(session),
-            flush_interval_s=self.config.intake.flush_interval_s,
-            heartbeat_s=self.config.intake.heartbeat_s,
-            sample_interval_s=self.config.samplers.torch_interval_s,
+            heartbeat_s=self.relays.heartbeat_s if session.is_relay else self.config.intake.heartbeat_s,
+            **intervals_of(self.config, self.run_dir),
             run=self.facts(),
         )
         self._replies.append((route, welcome))
@@ -323,10 +328,10 @@ class Intake:
         if not self._is_stranger(route, status.session):
             if status.session in self._held:
                 status = replace(status, more=False)
-            entry = self.roster.heartbeat(status, self._now())
+            entries = [self.roster.heartbeat(status, self._now()), *self.relays.hear(status, self._now())]
             self._touched.add(status.session)
             self._something.set()
-            if entry is not None:
+            for entry in filter(None, entries):
                 self._write(entry)
 
     def _on_bye(self, route: bytes, bye: Bye) -> None:
@@ -508,9 +513,9 @@ class Intake:
             if damage_mark(self.spool.path).exists():
                 raise SpoolDamaged(self.spool.path, "delivery can not read it")
             self.keeper.tend(time.monotonic())
-            if self.roster.workers and not self.closing:
+            if not self.closing and any(not worker.relay for worker in self.roster.workers):
                 self.samplers.tend(time.monotonic())
-            for entry in self.listener.look(self.roster.live, self._now()):
+            for entry in (*self.listener.look(self.roster.live, self._now()), *self.relays.look(self._now())):
                 self._write(entry)
             for entry in self.roster.expire(self._now()):
                 logger.warning("session %s was not heard of for its lease", entry.session.hex()[:8])
@@ -543,9 +548,7 @@ class Intake:
 
     def facts(self) -> dict[str, Any]:
         """What a worker may know of the run."""
-        about = read_json(self.run_dir / "about.json")
-        facts = {name: getattr(self.run, name) for name in TOLD}
-        return _sayable({**facts, "tags": list(self.run.tags), **_known(about), "dir": str(self.run_dir)})
+        return facts_of(self.run, self.run_dir, is_relay=self.config.is_relay)
 
     @property
     def silent_s(self) -> float:
@@ -561,6 +564,7 @@ class Intake:
             "silent_s": self.silent_s,
             "sessions": len(self.roster.workers),
             "live": len(self.roster.live),
+            "relays": self.relays.report(),
             "duplicates": self.roster.duplicates,
             "gaps": self.roster.gaps,
             "salvaged": self.spool.salvaged,
@@ -580,20 +584,3 @@ def _open_spool(run_dir: Path, config: Config) -> tuple[Spool, Room]:
     ballast = Ballast(home / "spool.ballast", options.ballast_bytes)
     spool = open_spool(lambda: Spool(home / placement.SPOOL, above=above, quota=options.max_bytes), ballast)
     return spool, Room(spool, ballast, [home, run_dir], quota=options.max_bytes, reserve=options.reserve_bytes)
-
-
-def _known(about: dict[str, Any]) -> dict[str, Any]:
-    """What delivery wrote down of the run, and workers may ask for; long notes would be too much for a message."""
-    names = (
-        "name", "project", "entity", "mode", "url", "starting_step", "resumed", "group", "job_type", "tags",
-        "notes", "sweep_id", "start_time",
-    )  # fmt: skip
-    return {name: about[name] for name in names if about.get(name) and len(str(about[name])) <= MOST_TOLD_CHARS}
-
-
-def _sayable(facts: dict[str, Any]) -> dict[str, Any]:
-    """A path or an argument may hold bytes that are no text; a message can not."""
-    return {
-        name: value.encode(errors="replace").decode() if isinstance(value, str) else value
-        for name, value in facts.items()
-    }

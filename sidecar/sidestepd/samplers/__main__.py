@@ -31,6 +31,8 @@ logger = logging.getLogger("sidestepd.samplers")
 
 NICENESS = 10
 LAST_WORD_S = 2.0
+TOLD = "gpus.json"
+"""In the run directory: what people were told of GPUs."""
 OUTBOX_BYTES = 4 * 1024 * 1024
 """Hours of samples."""
 
@@ -42,8 +44,10 @@ def make_samplers(config: Config, run_dir: Path) -> list[Sampler]:
     if options.gpu:
         from sidestepd.samplers.gpu import GpuSampler
         from sidestepd.samplers.owners import Owners
+        from sidestepd.samplers.told import Told
 
-        made.append(GpuSampler(slow_interval_s=options.slow_interval_s, owners=Owners.of_run(run_dir)))
+        owners, told = Owners.of_run(run_dir), Told(run_dir / TOLD)
+        made.append(GpuSampler(slow_interval_s=options.slow_interval_s, owners=owners, told=told))
     if options.host:
         from sidestepd.samplers.host import HostSampler
 

@@ -116,10 +116,18 @@ class Pace:
 
 
 class Rates:
-    """Counters into how fast they grow. A counter that went back began anew, and tells nothing once."""
+    """Counters into how fast, and how much, they grow. One that went back began anew, and tells no rate once."""
 
     def __init__(self) -> None:
         self._last: dict[str, tuple[float, float]] = {}
+        self._began: dict[str, tuple[float, float]] = {}
+        """What a counter began with, and its newest value."""
+
+    def since_start(self, name: str, counter: float) -> float:
+        """Its growth since it was given here first."""
+        began, newest = self._began.get(name, (counter, counter))
+        self._began[name] = (counter if counter < newest else began, counter)
+        return counter - self._began[name][0]
 
     def per_s(self, name: str, counter: float, now: float) -> float | None:
         """Its growth per second since it was given last, or None if that can not be said."""

@@ -5,7 +5,8 @@
 
 - a failure is a gap in what failed and in nothing else: one metric, one GPU, or all of NVML; never an end
 - only "not supported" is remembered, for that metric of that GPU, until NVML is started anew
-- a GPU that is lost, an XID, and a changed number of GPUs are told as they happen
+- a GPU that is lost, an XID, and a changed number of GPUs are told as they happen; what lasts is told once, by
+  whichever process
 - a process keeps the library that it loaded first: after the driver was replaced only a new one can use NVML
 - what is asked of a GPU stands in nvml.py
 """
@@ -44,6 +45,7 @@ from sidestepd.samplers.nvml import (
     text,
 )
 from sidestepd.samplers.owners import Owners
+from sidestepd.samplers.told import Told
 
 logger = logging.getLogger("sidestepd.samplers.gpu")
 
@@ -93,6 +95,7 @@ class GpuSampler:
         *,
         slow_interval_s: float = 30.0,
         owners: Owners | None = None,
+        told: Told | None = None,
         nvml: Any = pynvml,
         works_elsewhere: Callable[[], bool] | None = None,
     ) -> None:
@@ -103,15 +106,13 @@ class GpuSampler:
         self._slow_at = 0.0
         self._gpus: list[Gpu] = []
         self._known: dict[str, int] | None = None
-        self._count: int | None = None
         self._rates = Rates()
         self._events: Any = None
         self._deaf = False
         """Waiting for events failed: one GPU may have spoilt it for all."""
         self._xid_told: dict[tuple[int, int], float] = {}
         self._up = False
-        self._told: int | None = None
-        """The error of NVML that was told last."""
+        self._told = told or Told()
         self._retry_at = 0.0
         self._backoff_s = BACKOFF_S[0]
 
@@ -187,11 +188,11 @@ class GpuSampler:
             return False
         self._up, self._backoff_s, self._slow_at, self._known = True, BACKOFF_S[0], 0.0, None
         self._listen()
-        if self._told is not None and count:
+        if self._told.nvml is not None and count:
             reading.notices.append(
                 Notice(title="NVML answers again", text=f"{count} GPUs are sampled again.", level="INFO")
             )
-        self._told = None
+        self._told.nvml = None
         self._note_count(count, reading)
         logger.info("NVML knows %d GPUs", count)
         return True
@@ -206,6 +207,7 @@ class GpuSampler:
             if error.value in LIBRARY_GONE:
                 raise
             logger.warning("GPU %d does not introduce itself: %s", number, error)
+        gpu.lost = self._told.is_lost(number, gpu.uuid)
         return gpu
 
     def _recount(self, now: float, reading: Reading) -> None:
@@ -222,13 +224,10 @@ class GpuSampler:
 
     def _note_count(self, count: int, reading: Reading) -> None:
         reading.values["system/gpu_count"] = count
-        if self._count is not None and count != self._count:
-            reading.notices.append(
-                Notice(
-                    title="The number of GPUs changed", text=f"There were {self._count}, now there are {count}."
-                )
-            )
-        self._count = count
+        before, self._told.count = self._told.count, count
+        if before is not None and count != before:
+            what = f"There were {before}, now there are {count}."
+            reading.notices.append(Notice(title="The number of GPUs changed", text=what))
 
     def _lose(self, error: Any, now: float, reading: Reading) -> None:
         self._shut()
@@ -238,10 +237,10 @@ class GpuSampler:
         """NVML is away: say so once, and try again later."""
         self._retry_at = now + self._backoff_s
         self._backoff_s = min(2 * self._backoff_s, BACKOFF_S[1])
-        if error.value == self._told:
+        if error.value == self._told.nvml:
             return
-        quiet = self._count is None and error.value in _NO_GPU_HERE
-        self._told = None if quiet else error.value
+        quiet = self._told.count is None and error.value in _NO_GPU_HERE
+        self._told.nvml = None if quiet else error.value
         logger.info("NVML does not answer: %s", error)
         if not quiet:
             replaced = error.value == self._nvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH
@@ -291,6 +290,7 @@ class GpuSampler:
         else:
             if values and gpu.lost:
                 gpu.lost, gpu.backoff_s, values["lost"] = False, BACKOFF_S[0], 0
+                self._told.find(gpu.number)
                 reading.notices.append(Notice(title=f"GPU {gpu.number} is back", text=gpu.uuid, level="INFO"))
                 self._forget_events()  # its own are asked for anew, with the next slow list
                 self._deaf = True
@@ -314,6 +314,7 @@ class GpuSampler:
     def _lose_gpu(self, gpu: Gpu, why: str, now: float, reading: Reading) -> None:
         if not gpu.lost:
             gpu.lost = True
+            self._told.lose(gpu.number, gpu.uuid)
             what = f"{why} ({gpu.uuid}). The other GPUs are sampled on."
             reading.notices.append(Notice(title=f"GPU {gpu.number} is lost", text=what, level="ERROR"))
         gpu.retry_at = now + gpu.backoff_s

@@ -23,6 +23,8 @@ SECTOR_BYTES = 512
 IB_WORD_BYTES = 4
 """InfiniBand counts its data in words."""
 _LOOPBACK = "lo"
+Moved = dict[str, tuple[int, int]]
+"""By the name of a device: sectors read and written."""
 
 
 class HostSampler:
@@ -38,11 +40,11 @@ class HostSampler:
         shm: Path = SHM,
     ) -> None:
         self._proc, self._sys, self._shm = proc, sys, shm
-        self._disks = {"disk/": home, **{f"disk/{_word(path)}/": path for path in paths or []}}
+        self._home = _place(_mount_point(home))
+        self._disks = {self._home: home, **{_place(path.absolute()): path for path in paths or []}}
         self._rates = Rates()
         self._cpu: list[tuple[float, float, float]] = []
         """Of all cores, then of each: seconds in all, idle, waiting for I/O."""
-        self._network_began: tuple[float, float] | None = None
         psutil.PROCFS_PATH = str(proc)
         self._read_cpu()
 
@@ -141,37 +143,44 @@ class HostSampler:
     # Disks
 
     def _of_disks(self, now: float) -> Mapping[str, float]:
+        """How full the file systems are, and what their devices moved: of all disks where one is not known."""
         values: dict[str, float] = {}
-        counters, all_together = self._disk_counters()
-        for prefix, path in self._disks.items():
+        counters, disks = self._disk_counters()
+        moved: Moved = {}
+        for place, path in self._disks.items():
             try:
                 usage, device = psutil.disk_usage(str(path)), path.stat().st_dev
             except OSError:
                 continue
-            values |= {f"{prefix}percent": usage.percent, f"{prefix}free_bytes": usage.free}
-            moved = counters.get((os.major(device), os.minor(device)), all_together)
-            for name, sectors in zip(("read", "written"), moved or (), strict=False):
-                rate = self._rates.per_s(f"{prefix}{name}", sectors * SECTOR_BYTES, now)
-                if rate is not None:
-                    values[f"{prefix}{name}_bytes_per_s"] = rate
+            told = {"percent": usage.percent, "used_bytes": usage.used, "free_bytes": usage.free}
+            values |= {f"disk/{place}/{name}": value for name, value in told.items()}
+            if place == self._home:
+                values["disk/percent"] = usage.percent
+            moved |= counters.get((os.major(device), os.minor(device)), disks)
+        for device_name, (read, written) in moved.items():
+            prefix = f"disk/{_word(device_name)}"
+            sizes = {f"{prefix}/read": read * SECTOR_BYTES, f"{prefix}/written": written * SECTOR_BYTES}
+            values |= self._growth(sizes, now) | self._so_far(sizes)
         return values
 
-    def _disk_counters(self) -> tuple[dict[tuple[int, int], tuple[int, int]], tuple[int, int] | None]:
-        """Sectors read and written by device number, partitions beside their disks; and of all disks together.
+    def _disk_counters(
+        self,
+    ) -> tuple[dict[tuple[int, int], dict[str, tuple[int, int]]], dict[str, tuple[int, int]]]:
+        """Sectors read and written, by name: of each device by its number, partitions too, and of all disks.
 
-        The latter is nearest where a path lies on none of them: an overlay, a network. None if no disk is known.
+        The latter are nearest where a path lies on none of them: an overlay, a network.
         """
         try:
             lines = (self._proc / "diskstats").read_text().splitlines()
         except OSError:
-            return {}, None
+            return {}, {}
         found = [words for line in lines if len(words := line.split()) > 9]
-        counters = {(int(it[0]), int(it[1])): (int(it[5]), int(it[9])) for it in found}
-        disks = [
-            it for it in found if (self._sys / "block" / it[2] / "device").exists()
-        ]  # no loop, no volume of LVM
-        moved = [counters[int(it[0]), int(it[1])] for it in disks]
-        return counters, (sum(read for read, _ in moved), sum(written for _, written in moved)) if moved else None
+        counters = {(int(it[0]), int(it[1])): {it[2]: (int(it[5]), int(it[9]))} for it in found}
+        disks: Moved = {}
+        for it in found:
+            if (self._sys / "block" / it[2] / "device").exists():  # no loop, no volume of LVM
+                disks |= counters[int(it[0]), int(it[1])]
+        return counters, disks
 
     def _of_shm(self, _: float) -> Mapping[str, float]:
         usage = psutil.disk_usage(str(self._shm))
@@ -181,13 +190,18 @@ class HostSampler:
 
     def _of_network(self, now: float) -> Mapping[str, float]:
         received, sent = map(sum, zip(*self._interfaces(), strict=True))
-        if self._network_began is None or received < self._network_began[0] or sent < self._network_began[1]:
-            self._network_began = (received, sent)
-        values: dict[str, float] = {
-            "network/received_bytes": received - self._network_began[0],
-            "network/sent_bytes": sent - self._network_began[1],
-        }
-        return values | self._growth({"network/received": received, "network/sent": sent}, now)
+        sizes = {"network/received": received, "network/sent": sent}
+        values = self._growth(sizes, now) | self._so_far(sizes)
+        if (retransmits := self._tcp_retransmits()) is not None:
+            values["network/tcp_retransmits"] = self._rates.since_start("network/tcp_retransmits", retransmits)
+        return values
+
+    def _tcp_retransmits(self) -> int | None:
+        """Segments sent again, since the machine was started; the names of what is counted stand above."""
+        path = self._proc / "net" / "snmp"
+        lines = [line.split() for line in path.read_text().splitlines()] if path.exists() else []
+        names, counts = ([words for words in lines if words[:1] == ["Tcp:"]] + [[], []])[:2]
+        return int(dict(zip(names, counts, strict=False)).get("RetransSegs", "-1")) if counts else None
 
     def _interfaces(self) -> list[tuple[int, int]]:
         """Bytes received and sent by each device; where there are none, as in a container, by all but loopback.
@@ -215,6 +229,9 @@ class HostSampler:
         rates = {name: self._rates.per_s(name, counter, now) for name, counter in counters.items()}
         return {f"{name}_bytes_per_s": rate for name, rate in rates.items() if rate is not None}
 
+    def _so_far(self, counters: Mapping[str, int]) -> dict[str, float]:
+        return {f"{name}_bytes": self._rates.since_start(name, counter) for name, counter in counters.items()}
+
     # What is short
 
     def _of_pressure(self, _: float) -> Mapping[str, float]:
@@ -234,9 +251,22 @@ class HostSampler:
         return {"files/open": used - free, "files/percent": 100 * (used - free) / most}
 
 
-def _word(path: Path | str) -> str:
-    """A path as a part of a name."""
-    return re.sub(r"[^\w.-]+", "_", str(path)).strip("_") or "root"
+def _word(text: str) -> str:
+    """A device's name as a part of a name."""
+    return re.sub(r"[^\w.-]+", "_", text).strip("_") or "none"
+
+
+def _place(path: Path) -> str:
+    """An absolute path as a part of a name."""
+    return re.sub(r"[^\w./ +-]+", "_", str(path))
+
+
+def _mount_point(path: Path) -> Path:
+    """Where the file system is mounted that a path lies on."""
+    path = path.resolve()
+    while not path.is_mount() and path != path.parent:
+        path = path.parent
+    return path
 
 
 def _percent(value: float) -> float:

@@ -1,7 +1,8 @@
 """Every name that a sample may have: its unit, where it comes from, how often, and what wandb calls it.
 
 - a name that is not here is not taken, so that the page NAMES.md, which a test compares with this table, is true
-- `{i}` is a GPU's number in NVML's order, `{g}` a MIG instance's, `{r}` a rank, `{path}` and `{device}` words
+- `{i}` is a GPU's number in NVML's order, `{g}` a MIG instance's, `{r}` a rank, `{path}` an absolute path, with its
+  slash, and `{device}` a device's name
 - with several nodes `system/` is followed by `node{n}/`; in wandb's system stream names keep their form and the
   node is a label
 - values and names only: no I/O
@@ -18,15 +19,16 @@ Cadence = Literal["fast", "slow", "event", "row"]
 """Every `interval_s`; every `slow_interval_s`; when it happens; when a row takes samples with it."""
 
 GPU = "system/gpu{i}/"
-_WORDS = {"i": r"\d+", "g": r"\d+", "r": r"\d+", "path": r"[\w.-]+", "device": r"[\w.-]+"}
+_WORDS = {"i": r"\d+", "g": r"\d+", "r": r"\d+", "path": r"/[\w./ +-]*", "device": r"[\w.-]+"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Metric:
     """One kind of value.
 
-    `stream` is its name in wandb's system stream where wandb has one, and `scale` makes our unit wandb's. `history`:
-    it is on the short list that is merged into rows; `over_nodes` is what is told of it with many nodes.
+    `stream` is its name in wandb's system stream where wandb has one, and `scale` makes our unit wandb's; an empty one
+    keeps it out of the stream, where another name has the same. `history`: it is on the short list that is merged
+    into rows; `over_nodes` is what is told of it with many nodes.
     """
 
     name: str
@@ -45,6 +47,11 @@ class Metric:
             for part in re.split(r"(\{\w+\})", self.name)
         )
         object.__setattr__(self, "pattern", re.compile("".join(words)))
+
+    @property
+    def is_streamed(self) -> bool:
+        """Whether it is in wandb's system stream."""
+        return self.stream != "" and self.cadence != "row"
 
     @property
     def stream_name(self) -> str:
@@ -98,7 +105,7 @@ GPU_METRICS = (
     _gpu("utilization", "%", "nvmlDeviceGetUtilizationRates", stream="gpu.{i}.gpu", history=True, over_nodes=("mean", "min")),
     _gpu("memory_allocated", "bytes", f"{_TORCH} allocated_bytes{_OR_USED}", history=True, over_nodes=("max",)),
     _gpu("memory_reserved", "bytes", f"{_TORCH} reserved_bytes{_OR_USED}", history=True, over_nodes=("max",)),
-    _gpu("memory_utilization", "%", "nvmlDeviceGetUtilizationRates", stream="gpu.{i}.memory"),
+    _gpu("memory_utilization_percent", "% of the time in which it was read or written", "nvmlDeviceGetUtilizationRates", stream="gpu.{i}.memory"),
     _gpu("memory_used_bytes", "bytes", "nvmlDeviceGetMemoryInfo", stream="gpu.{i}.memoryAllocatedBytes"),
     _gpu("memory_percent", "%", "nvmlDeviceGetMemoryInfo", stream="gpu.{i}.memoryAllocated"),
     _gpu("memory_total_bytes", "bytes", "nvmlDeviceGetMemoryInfo"),
@@ -133,7 +140,7 @@ GPU_METRICS = (
     _gpu("remap_pending", "0 or 1", _REMAPPED, "slow"),
     _gpu("remap_failure", "0 or 1", _REMAPPED, "slow"),
     _gpu("pcie_generation", "", "nvmlDeviceGetCurrPcieLinkGeneration", "slow", stream="gpu.{i}.pcieLinkGen"),
-    _gpu("pcie_width", "lanes", "nvmlDeviceGetCurrPcieLinkWidth", "slow", stream="gpu.{i}.pcieLinkWidth"),
+    _gpu("pcie_width_lanes", "lanes", "nvmlDeviceGetCurrPcieLinkWidth", "slow", stream="gpu.{i}.pcieLinkWidth"),
     _gpu("pcie_replays", "since the driver was loaded", "field 94", "slow"),
     _gpu("process_count", "processes", "nvmlDeviceGetComputeRunningProcesses", "slow"),
     _gpu("foreign_process_count", "processes that are no worker's", "the same, with NSpid and PPid of /proc", "slow"),
@@ -176,18 +183,19 @@ HOST_METRICS = (
     _host("memory/cgroup_limit_bytes", "bytes", "memory.max or memory.limit_in_bytes"),
     _host("swap/percent", "%", "psutil.swap_memory"),
     _host("swap/used_bytes", "bytes", "psutil.swap_memory"),
-    _host("disk/percent", "%, where the run's directory lies", "psutil.disk_usage", history=True, over_nodes=("max",)),
-    _host("disk/free_bytes", "bytes, where the run's directory lies", "psutil.disk_usage"),
-    _host("disk/read_bytes_per_s", "bytes/s, of that disk, or of all where it is not known", "/proc/diskstats"),
-    _host("disk/written_bytes_per_s", "bytes/s, likewise", "/proc/diskstats"),
-    _host("disk/{path}/percent", "%, of a path in samplers.paths", "psutil.disk_usage"),
+    _host("disk/percent", "%, where the run's directory lies", "the same as that of its mount point", stream="", history=True, over_nodes=("max",)),
+    _host("disk/{path}/percent", "%, of the mount point of the run's directory, and of each path in samplers.paths", "psutil.disk_usage", stream="disk.{path}.usagePercent"),
+    _host("disk/{path}/used_bytes", "bytes", "psutil.disk_usage", stream="disk.{path}.usageGB", scale=2**-30),
     _host("disk/{path}/free_bytes", "bytes", "psutil.disk_usage"),
-    _host("disk/{path}/read_bytes_per_s", "bytes/s", "/proc/diskstats"),
-    _host("disk/{path}/written_bytes_per_s", "bytes/s", "/proc/diskstats"),
+    _host("disk/{device}/read_bytes", "bytes, since the sampler began, of the devices of these paths", "/proc/diskstats", stream="disk.{device}.in", scale=2**-20),
+    _host("disk/{device}/written_bytes", "bytes, likewise", "/proc/diskstats", stream="disk.{device}.out", scale=2**-20),
+    _host("disk/{device}/read_bytes_per_s", "bytes/s", "/proc/diskstats"),
+    _host("disk/{device}/written_bytes_per_s", "bytes/s", "/proc/diskstats"),
     _host("shm/percent", "%, of /dev/shm", "psutil.disk_usage"),
     _host("shm/used_bytes", "bytes", "psutil.disk_usage"),
     _host("network/sent_bytes", "bytes, since the sampler began, over the devices", "/proc/net/dev", stream="network.sent"),
     _host("network/received_bytes", "bytes, likewise", "/proc/net/dev", stream="network.recv"),
+    _host("network/tcp_retransmits", "segments, likewise", "/proc/net/snmp", stream="network.tcpRetransmits"),
     _host("network/sent_bytes_per_s", "bytes/s", "/proc/net/dev"),
     _host("network/received_bytes_per_s", "bytes/s", "/proc/net/dev"),
     _host("infiniband/{device}/sent_bytes_per_s", "bytes/s, over the ports", "/sys/class/infiniband, port_xmit_data"),

@@ -75,7 +75,7 @@ Questions = tuple[tuple[str, Ask], ...]
 
 def _utilization(nvml: Any, gpu: Gpu) -> Answer:
     rates = nvml.nvmlDeviceGetUtilizationRates(gpu.handle)
-    return {"utilization": rates.gpu, "memory_utilization": rates.memory}
+    return {"utilization": rates.gpu, "memory_utilization_percent": rates.memory}
 
 
 def _memory(nvml: Any, gpu: Gpu) -> Answer:
@@ -158,8 +158,8 @@ def _pcie_generation(nvml: Any, gpu: Gpu) -> Answer:
     return {"pcie_generation": nvml.nvmlDeviceGetCurrPcieLinkGeneration(gpu.handle)}
 
 
-def _pcie_width(nvml: Any, gpu: Gpu) -> Answer:
-    return {"pcie_width": nvml.nvmlDeviceGetCurrPcieLinkWidth(gpu.handle)}
+def _pcie_width_lanes(nvml: Any, gpu: Gpu) -> Answer:
+    return {"pcie_width_lanes": nvml.nvmlDeviceGetCurrPcieLinkWidth(gpu.handle)}
 
 
 FAST: Questions = (
@@ -179,7 +179,7 @@ SLOW: Questions = (
     ("ecc_uncorrected", _ecc("NVML_MEMORY_ERROR_TYPE_UNCORRECTED", "ecc_uncorrected")),
     ("remapped", _remapped),
     ("pcie_generation", _pcie_generation),
-    ("pcie_width", _pcie_width),
+    ("pcie_width_lanes", _pcie_width_lanes),
 )
 FIELDS: Mapping[str, Any] = {
     "memory_temperature_c": pynvml.NVML_FI_DEV_MEMORY_TEMP,

@@ -1,5 +1,7 @@
 """Where rows go, one file per kind. A new sink is one file and one line here."""
 
+import asyncio
+
 from sidestepd.sinks.base import Confirmed, Rejected, RunFacts, Sink, patiently, write_all
 
 __all__ = [
@@ -21,10 +23,17 @@ KINDS = tuple(MODES)
 
 
 def load(kind: str) -> None:
-    """Import what a kind needs, which may take its time. Only here, and only when asked for, is wandb imported."""
+    """Import what a kind needs, which may take its time. Only here, and only when asked for, is wandb imported.
+
+    The thread in which wandb speaks to wandb-core runs an event loop of this process's policy.
+    """
     if kind == "wandb":
+        import uvloop
+
         import sidestepd.sinks.wandb
         import sidestepd.sinks.wandb_online  # noqa: F401
+
+        asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())
 
 
 def make_sink(kind: str, mode: str = "offline") -> Sink:

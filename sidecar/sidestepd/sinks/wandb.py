@@ -52,6 +52,7 @@ class WandbSink:
 
     def __init__(self) -> None:
         self._run: wandb.Run | None = None
+        self._ahead: Ahead | None = None
         self._defined: set[str] = set()
 
     def define(self, definitions: Iterable[Definition]) -> None:
@@ -170,6 +171,18 @@ class WandbSink:
         except (TypeError, ValueError) as error:
             self._open_run.log(_loggable(values, error), step=row.step, commit=True)
 
+    def _opened(self, run: wandb.Run) -> wandb.Run:
+        self._run, self._ahead = run, Ahead(run)
+        return run
+
+    def _pass_on(self) -> None:
+        """Wait until wandb-core was given all that was written. Raises Fatal if the way to it is broken."""
+        if self._ahead is not None:
+            try:
+                self._ahead.wait()
+            except BROKEN as error:
+                raise Fatal(f"wandb-core is gone: {error!r}") from error
+
     def history(self) -> Iterator[tuple[int, Mapping[str, Any]]]:
         """From the files of all segments."""
         for segment in wandb_log.segments(Path(self._open_run.settings.sync_file).parents[1]):
@@ -223,13 +236,13 @@ class OfflineSink(WandbSink):
         self._offsets = dict(bookmark.get("offsets", {}))
         steps = [step for segment in wandb_log.segments(folder) for step in self._read(segment)]
         wait_for_free_name(folder)
-        self._run = _init_offline(run)
-        self._file = Path(self._run.settings.sync_file)
+        self._file = Path(self._opened(_init_offline(run)).settings.sync_file)
         self._reader = wandb_log.LogReader(self._file)
         return Confirmed(steps=tuple(steps), bookmark={"offsets": self._offsets})
 
     def confirm(self) -> Confirmed:
         """Read what the file has got since the last time, then sync it: so what was read is on the disk."""
+        self._pass_on()
         steps = tuple(wandb_log.steps_of(self._reader))
         _sync(self._file)
         self._offsets[self._file.parent.name] = self._reader.offset
@@ -237,6 +250,8 @@ class OfflineSink(WandbSink):
 
     def close(self, exit_code: int) -> None:
         """Finish the run and wait for wandb-core to end: only then is its file complete."""
+        self._pass_on()
+        self._ahead = None
         self._open_run.finish(exit_code=exit_code)
         wandb.teardown(exit_code)
 
@@ -245,6 +260,38 @@ class OfflineSink(WandbSink):
         steps = list(wandb_log.steps_of(reader))
         self._offsets[segment.parent.name] = reader.offset
         return steps
+
+
+class Ahead:
+    """A run whose calls go on while wandb's own thread passes records to wandb-core.
+
+    - `run.log` waits for that thread each time, which is half of what it takes; here one record in `MOST` waits
+    - their order stays, and a way to wandb-core that broke is raised by the next that waits
+    """
+
+    MOST = 64
+    """Records under way to that thread: a core that takes nothing is soon felt, and memory stays bounded."""
+
+    def __init__(self, run: wandb.Run) -> None:
+        interface: Any = run._interface
+        self._interface = interface
+        self._publish = interface._publish
+        self._under_way = 0
+        interface._publish = self._go_on
+
+    def wait(self) -> None:
+        """Until nothing is under way any more."""
+        if self._under_way:
+            self._under_way = self.MOST
+            self._interface.publish_keepalive()  # it only has to be the last
+
+    def _go_on(self, record: Any, *, nowait: bool = False) -> None:
+        self._under_way += 1
+        if self._under_way < self.MOST:
+            self._publish(record, nowait=True)
+        else:
+            self._publish(record, nowait=nowait)
+            self._under_way = 0
 
 
 def init(

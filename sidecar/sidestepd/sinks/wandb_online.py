@@ -77,7 +77,7 @@ class OnlineSink(WandbSink):
             # A summary that came before its row: wandb would go on behind it, and drop what comes before.
             server.forget_summary(run.id, run.project, run.entity)
         wait_for_free_name(folder)
-        self._run = opened = _init(run)
+        opened = self._opened(_init(run))
         if opened.starting_step != held.last_step + 1:
             raise Fatal(f"wandb goes on at step {opened.starting_step}, the server holds {held.last_step}")
         self.ask = partial(server.held, run.id, opened.project, opened.entity)
@@ -101,6 +101,7 @@ class OnlineSink(WandbSink):
 
     def confirm(self) -> Confirmed:
         """What the server was seen to hold by now."""
+        self._pass_on()
         self._collect()
         self._see_moving()
         asker = self._open_asker
@@ -127,6 +128,8 @@ class OnlineSink(WandbSink):
             self._open_asker.want(hurry=True)
             raise self._later("the last rows are on their way to W&B")
         self._open_asker.stop()
+        self._pass_on()
+        self._ahead = None
         try:
             self._open_run.finish(exit_code=exit_code)
             wandb.teardown(exit_code)
