@@ -27,7 +27,7 @@ DEPLOY = ROOT / "deploy"
 SUITE = "bookworm"
 IN_THE_BASE = (
     "systemd", "systemd-sysv", "dbus", "dbus-user-session", "libpam-systemd", "python3", "python3-venv", "procps",
-    "ca-certificates", "tini",
+    "ca-certificates",
 )  # fmt: skip
 HAS = {
     "systemd-nspawn": "systemd-container",
@@ -97,31 +97,30 @@ class Workshop:
         """A directory with this tree's own wheel, and those of all it needs, to build it too."""
         folder = self.folder / "wheels"
         if self._fresh is None:
-            words = ["wheel", "--quiet", "--wheel-dir", str(folder)]
-            if not any(folder.glob("wandb-*.whl")):
-                pip(*words, f"{ROOT}[daemon]", "hatchling>=1.25")
-            pip(*words, "--no-deps", str(ROOT))
+            needed = (f"{ROOT}[daemon]", "hatchling>=1.25")
+            pip("wheel", "--quiet", "--wheel-dir", str(folder), "--find-links", str(folder), *needed)
             self._fresh = folder
         return folder
 
     @property
     def debian(self) -> Path:
         """An archive of a Debian with systemd and Python."""
-        archive = self.folder / "debian.tar"
+        return self._system("debian", IN_THE_BASE)
+
+    @property
+    def slurm(self) -> Path:
+        """The same with SLURM: controller, node, and what users have."""
+        return self._system("slurm", (*IN_THE_BASE, "slurm-wlm", "munge"))
+
+    def _system(self, name: str, packages: Sequence[str]) -> Path:
+        archive = self.folder / f"{name}.tar"
         if not archive.exists():
             need("mmdebstrap", root=True)
             sources = self.folder / "sources.list"
             sources.write_text(apt_sources())
             draft = archive.with_name("draft.tar")
-            do(
-                "mmdebstrap",
-                "--quiet",
-                "--variant=minbase",
-                f"--include={','.join(IN_THE_BASE)}",
-                SUITE,
-                draft,
-                sources,
-            )
+            what = f"--include={','.join(packages)}"
+            do("mmdebstrap", "--quiet", "--variant=minbase", what, SUITE, draft, sources)
             draft.rename(archive)
         return archive
 
