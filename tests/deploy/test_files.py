@@ -113,7 +113,7 @@ class TestDocker:
 
     def test_compose_stops_the_daemon_later_than_its_grace(self):
         (compose,) = documents(DEPLOY / "docker/compose.yaml")
-        words = re.findall(r'^CMD \[(.*)\]', (DEPLOY / "docker/Dockerfile").read_text(), flags=re.M)[-1]
+        words = re.findall(r"^CMD \[(.*)\]", (DEPLOY / "docker/Dockerfile").read_text(), flags=re.M)[-1]
         grace = int(shlex.split(words.replace(",", " "))[-1])
 
         assert "2m" == compose["services"]["daemon"]["stop_grace_period"]
@@ -166,7 +166,9 @@ class TestManifests:
 
     def test_select_pods_that_are_there(self, overlay):
         manifests = built(overlay)
-        labels = [pod["metadata"]["labels"].items() for pod in pods(manifests) if "labels" in pod.get("metadata", {})]
+        labels = [
+            pod["metadata"]["labels"].items() for pod in pods(manifests) if "labels" in pod.get("metadata", {})
+        ]
         labels += [one["metadata"].get("labels", {}).items() for one in manifests if one["kind"] == "Service"]
         for one in manifests:
             wanted = {

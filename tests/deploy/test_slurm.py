@@ -67,7 +67,7 @@ run.finish(timeout=60)
 @pytest.fixture(scope="module")
 def cluster(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
     """One node that is its own controller, and alice."""
-    need("systemd-nspawn", "nsenter", root=True)
+    need("systemd-nspawn", "nsenter", "ip", root=True)
     tree = unpack(workshop.slurm, tmp_path_factory.mktemp("cluster") / "tree")
     (tree / "root/install").write_text(
         lines(
@@ -93,6 +93,7 @@ def cluster(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Ite
        f"--bind-ro={DEPLOY}:/deploy", "--register=no", "--keep-unit", "--", "sh", "/root/install")  # fmt: skip
     (tree / "home/alice/train.py").write_text(TRAIN)
     with Machine(tree, "node1") as machine:
+        machine.call_it("192.0.2.1")
         machine.do("systemctl", "start", "munge", "slurmctld", "slurmd")
         eventually(
             lambda: "idle" in machine.ask("sinfo", "-h", "-o", "%t"),

@@ -341,7 +341,8 @@ class TestStopping:
         left = status.report(run_dir_in(training.state(), "backlog"))
         assert ("interrupted", True) == (left.state, left.ledger.balances)
         assert left.ledger.pending > 0
-        assert ("inactive", "75") == (unit.show(UNIT, "ActiveState"), unit.show(UNIT, "ExecMainStatus"))
+        assert "inactive" == unit.show(UNIT, "ActiveState")  # and not failed: 75 is no failure
+        assert "goes on" in unit.journal(UNIT) or "not complete" in unit.journal(UNIT)
         (unit.tree / "etc/sidestep/train.env").write_text(lines(QUICK))
         unit.do("systemctl", "start", UNIT)
         training.is_whole(steps)

@@ -33,6 +33,7 @@ HAS = {
     "systemd-nspawn": "systemd-container",
     "systemd-analyze": "systemd",
     "nsenter": "util-linux",
+    "ip": "iproute2",
     "mmdebstrap": "mmdebstrap",
     "podman": "podman",
     "buildah": "buildah",
@@ -190,7 +191,8 @@ def assert_whole(folder: Path, id_: str, steps: int) -> status.Report:
     report = status.report(run_dir)
     ledger = report.ledger
     assert list(range(steps)) == steps_in(run_dir)
-    assert ("finished", True, 0, 0) == (report.state, ledger.balances, ledger.pending, ledger.unknown)
+    found = (report.state, ledger.balances, ledger.pending, ledger.unknown)
+    assert ("finished", True, 0, 0) == found, f"{found}: {report}"
     assert ({}, {}) == (_counted(ledger.dropped), _counted(ledger.rejected))
     assert ledger.delivered >= steps  # and what the program and its machine are
     return report
