@@ -18,9 +18,11 @@ import pytest
 
 from sidestepd.control import Control
 from sidestepd.rowlog import RowLogReader
+from sidestepd.sinks import wandb_log
 from sidestepd.status import Report, report
 from tests.support.daemons import read_jsonl
 from tests.support.waiting import eventually
+from tests.support.wandb_server import KEY, StandIn
 
 pytestmark = pytest.mark.e2e
 
@@ -174,6 +176,29 @@ class TestService:
             (run.state, run.run.exit_code, run.ledger.balances) for run in found.values()
         ]
         assert [11, 11] == [found[name].ledger.delivered for name in "ab"]
+
+    @pytest.mark.nightly
+    def test_each_job_says_whether_its_run_is_online(self, here: Path):
+        """One service, two jobs: the one is on the server, and of the other the server never heard."""
+        with StandIn(here / "server") as server:
+            service = {**server.environment, "WANDB_API_KEY": KEY, "SIDESTEP_SINK_KIND": "wandb"}
+            with serving("--set", "serve.linger_s=0.5", **service) as (process, address):
+                for mode in ("online", "offline"):
+                    said = {"SIDESTEP_ADDRESS": address, "WANDB_RUN_ID": mode, "WANDB_MODE": mode}
+                    assert 0 == stage("operator", 0, **said).returncode
+                process.terminate()
+                process.communicate(timeout=WAIT_S)
+            rows, known = server.rows("online", "pipeline"), server.runs()
+
+        found = reports(here)
+        assert (0, {"online", "offline"}) == (process.returncode, found.keys())
+        assert [("finished", 10, True)] * 2 == [
+            (run.state, run.ledger.delivered, run.ledger.balances) for run in found.values()
+        ]
+        assert list(range(10)) == [row["training/operator/loss"] for row in rows]
+        assert ["online"] == known
+        (file,) = Path(found["offline"].run.dir).glob("wandb/offline-run-*/*.wandb")
+        assert 10 == sum(1 for _ in wandb_log.history(file))
 
     def test_each_init_after_a_finish_is_a_run_of_its_own(self, here: Path):
         with serving("--set", "serve.linger_s=0.5") as (process, address):
