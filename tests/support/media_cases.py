@@ -189,6 +189,7 @@ def charts(m: Any, folder: Path) -> dict[str, Any]:
         "plot/scatter": m.plot.scatter(table(), "x", "y"),
         "plot/bar": m.plot.bar(table(), "s", "y", title="bars"),
         "plot/histogram": m.plot.histogram(table(), "y", split_table=True),
+        "plot/visualized": m.visualize("wandb/elbow/v1", table()),
         "plot/series": m.plot.line_series([0, 1, 2], [[1, 2, 3], [3, 2, 1]], keys=["up", "down"], title="t"),
         "plot/series_each": m.plot.line_series([[0, 1], [5, 6]], [[1, 2], [3, 2]]),
         "plot/confusion": m.plot.confusion_matrix(

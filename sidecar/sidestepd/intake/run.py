@@ -543,7 +543,8 @@ class Intake:
         """What a worker may know of the run."""
         about = read_json(self.run_dir / "about.json")
         facts = {name: getattr(self.run, name) for name in TOLD}
-        return _sayable({**facts, "tags": list(self.run.tags), **_known(about), "dir": str(self.run_dir)})
+        tags = {"tags": list(self.run.tags)} if self.run.tags else {}  # none yet are not known to be none
+        return _sayable({**facts, **tags, **_known(about), "dir": str(self.run_dir)})
 
     def report(self) -> dict[str, Any]:
         """How this run is, for a tool that asks."""
