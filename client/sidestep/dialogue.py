@@ -15,10 +15,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from enum import Enum, auto
-from typing import Any
+from typing import Any, Protocol
 
-from sidestep.outbox import DropReason, Outbox
-from sidestep.wire import NO_SESSION, Ack, Bye, Hello, Message, Refuse, RunInfo, Status, Welcome
+from sidestep.outbox import DropReason
+from sidestep.wire import NO_SESSION, Ack, Bye, Frame, Hello, Message, Refuse, RunInfo, Status, Welcome
 
 HELLO_AGAIN_S = (0.25, 2.0)
 """An unanswered HELLO is repeated after the first, then ever later, up to the second."""
@@ -39,6 +39,53 @@ class Phase(Enum):
     OVER = auto()
 
 
+class Frames(Protocol):
+    """What a session has to send: an `Outbox`, or what a relay has read of it."""
+
+    credit: int
+    values_refused: int
+
+    @property
+    def acknowledged(self) -> int:
+        """The first unacknowledged sequence."""
+
+    @property
+    def pending(self) -> int:
+        """Records that are not acknowledged."""
+
+    @property
+    def end(self) -> int:
+        """The sequence after the last record."""
+
+    @property
+    def outstanding(self) -> bool:
+        """Whether a frame was sent and is not acknowledged."""
+
+    @property
+    def more(self) -> bool:
+        """Whether more waits behind what was handed out last."""
+
+    @property
+    def offered(self) -> int:
+        """Records that anybody tried to send."""
+
+    @property
+    def dropped(self) -> dict[str, int]:
+        """Records given up, by reason."""
+
+    def next_frame(self) -> Frame | None:
+        """The frame to send now."""
+
+    def ack(self, first: int) -> bool:
+        """Everything below `first` is on disk; whether that is news."""
+
+    def rewind(self) -> None:
+        """Send again all that is unacknowledged."""
+
+    def abandon(self, reason: DropReason) -> None:
+        """Nothing more of it is taken."""
+
+
 class Dialogue:
     """One session's side of the protocol.
 
@@ -46,7 +93,7 @@ class Dialogue:
     """
 
     def __init__(
-        self, outbox: Outbox, hello: Hello, *, jitter: Callable[[], float], flush_interval_s: float | None = None
+        self, outbox: Frames, hello: Hello, *, jitter: Callable[[], float], flush_interval_s: float | None = None
     ) -> None:
         self._outbox = outbox
         self._hello = hello
@@ -77,9 +124,9 @@ class Dialogue:
         """Ask what the run is, when there is a chance to."""
         self.asking, self._ask_at = True, 0.0
 
-    def leave(self, exit_code: int | None) -> None:
-        """Say BYE once everything is acknowledged."""
-        self._leaving = Bye(session=self._hello.session, first=0, exit_code=exit_code)
+    def leave(self, exit_code: int | None, *, lost: bool = False) -> None:
+        """Say BYE once everything is acknowledged; `lost`: for one that ended without a word."""
+        self._leaving = Bye(session=self._hello.session, first=0, exit_code=exit_code, lost=lost)
         self._bye_at = 0.0
 
     def leave_silently(self) -> None:

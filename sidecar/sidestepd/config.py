@@ -109,6 +109,11 @@ class OrderOptions(Section):
     lease_s: float = Field(
         default=60.0, gt=0, description="A session that is not heard of for so long is no longer waited for."
     )
+    relay_lease_s: float = Field(
+        default=300.0,
+        gt=0,
+        description="The same for a session behind a relay that is not heard of, and for the relay.",
+    )
     max_wait_s: float = Field(
         default=60.0, gt=0, description="A row of another axis waits at most this for a row of the main axis."
     )
@@ -193,8 +198,10 @@ class DeliveryOptions(Section):
 class SinkOptions(Section):
     """Where rows go."""
 
-    kind: Literal["wandb", "jsonl"] = Field(
-        default="wandb", description="wandb, or jsonl for `rows.jsonl` in the run directory."
+    kind: Literal["wandb", "jsonl", "upstream"] = Field(
+        default="wandb",
+        description="wandb; jsonl for `rows.jsonl` in the run directory; upstream for another daemon, to which "
+        "this one is a relay.",
     )
     server: str | None = Field(
         default=None,
@@ -203,6 +210,14 @@ class SinkOptions(Section):
     )
     ask_every_s: float = Field(
         default=15.0, gt=0, le=600, description="Online, how often the server is asked which rows it holds."
+    )
+
+
+class UpstreamOptions(Section):
+    """Where a relay hands its records on to."""
+
+    address: str | None = Field(
+        default=None, description="The daemon above, for sink.kind = upstream: tcp://HOST:PORT or ipc:///PATH."
     )
 
 
@@ -341,6 +356,7 @@ class Config(Section):
     spool: SpoolOptions = Field(default_factory=SpoolOptions)
     delivery: DeliveryOptions = Field(default_factory=DeliveryOptions)
     sink: SinkOptions = Field(default_factory=SinkOptions)
+    upstream: UpstreamOptions = Field(default_factory=UpstreamOptions)
     samplers: SamplerOptions = Field(default_factory=SamplerOptions)
     serve: ServeOptions = Field(default_factory=ServeOptions)
     watch: WatchOptions = Field(default_factory=WatchOptions)
@@ -386,9 +402,19 @@ class Config(Section):
     def _of(cls, given: Mapping[str, Given]) -> Self:
         sources = {key: value.source for key, value in given.items()}
         try:
-            return cls.model_validate(_nested(given) | {"sources": sources})
+            config = cls.model_validate(_nested(given) | {"sources": sources})
         except ValidationError as error:
             raise SettingsError("\n".join(dict.fromkeys(_complaints(error, given)))) from None
+        if config.is_relay and config.upstream.address is None:
+            raise SettingsError(
+                f"sink.kind = upstream (from {config.source('sink.kind')}): say upstream.address too"
+            )
+        return config
+
+    @property
+    def is_relay(self) -> bool:
+        """Whether another daemon makes rows of what comes."""
+        return self.sink.kind == "upstream"
 
 
 @dataclass(frozen=True, slots=True)

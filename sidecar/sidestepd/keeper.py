@@ -1,4 +1,4 @@
-"""Keep delivery running: start it, watch it, and when it died or stands still, start it again.
+"""Keep delivery running, or what a relay has instead: start it, watch it, and when it died, start it again.
 
 - none is started before the lock of the last one is free and its wandb-core is gone
 - one that makes no progress is killed together with its wandb-core: the SDK can hang for ever
@@ -36,8 +36,10 @@ _LONGEST_WORDS = 300
 class DeliveryKeeper:
     """One run directory's delivery process, seen from intake."""
 
-    def __init__(self, run_dir: Path, *, stall_s: float, backoff_s: float) -> None:
-        self.run_dir = run_dir
+    def __init__(
+        self, run_dir: Path, module: str = "sidestepd.delivery", *, stall_s: float, backoff_s: float
+    ) -> None:
+        self.run_dir, self._module = run_dir, module
         self.restarts = 0
         self.done = False
         """Delivery finished the run."""
@@ -84,7 +86,7 @@ class DeliveryKeeper:
 
     def _start(self, now: float) -> None:
         # -P: a queue.py in the directory of the training shall not be imported.
-        module = [sys.executable, "-P", "-m", "sidestepd.delivery"]
+        module = [sys.executable, "-P", "-m", self._module]
         command = [*module, str(self.run_dir), "--parent", str(os.getpid())]
         environment = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
         log = self.run_dir / "logs" / "delivery.log"

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
 
-from sidestep.wire import BLOBS, WORKER, Bye, Frame, Hello, Status
+from sidestep.wire import FILES, LANES, RELAY, WORKER, Bye, Frame, Hello, Status
 from sidestepd.entries import SAID, Entry, EntryKind, StoredSession
 
 LOST = 1
@@ -58,8 +58,23 @@ class Session:
 
     @property
     def is_lane(self) -> bool:
-        """Whether it sends the bytes of a worker's media."""
-        return bool(self.hello.get("role") == BLOBS)
+        """Whether it sends the bytes of a worker's media, or its files."""
+        return self.hello.get("role") in LANES
+
+    @property
+    def is_courier(self) -> bool:
+        """Whether it is a process of its own, which sends a worker's files and may outlive it."""
+        return bool(self.hello.get("role") == FILES)
+
+    @property
+    def is_relay(self) -> bool:
+        """Whether it is a daemon that passes on what others say."""
+        return bool(self.hello.get("role") == RELAY)
+
+    @property
+    def relay(self) -> str:
+        """The session, in hexadecimal, of the relay that it speaks through; "" if it speaks here itself."""
+        return str(self.hello.get("relay", ""))
 
     @property
     def counters(self) -> dict[str, Any]:
@@ -82,9 +97,16 @@ class Roster:
     """Every session of the run."""
 
     def __init__(
-        self, stored: Iterable[StoredSession] = (), *, lease: float, now: float, duplicate_gate: bool = True
+        self,
+        stored: Iterable[StoredSession] = (),
+        *,
+        lease: float,
+        now: float,
+        relay_lease: float | None = None,
+        duplicate_gate: bool = True,
     ) -> None:
         self.lease = lease
+        self.relay_lease = lease if relay_lease is None else max(lease, relay_lease)
         self.duplicates = 0
         self.gaps = 0
         self._gate = duplicate_gate
@@ -147,6 +169,7 @@ class Roster:
                 "client",
                 "role",
                 "beside",
+                "relay",
             )
         }
         self._count(session, hello)
@@ -206,7 +229,7 @@ class Roster:
         if session is None:
             return None
         session.heard = now
-        if session.state == "lease":
+        if session.state == "lease" and not session.relay:  # its relay would greet for it
             session.state = "live"
         before = (session.more, dict(session.dropped))
         session.more = status.more
@@ -225,8 +248,10 @@ class Roster:
             return Verdict.DUPLICATE, None
         if bye.first > session.stored:
             return Verdict.GAP, None
-        session.state, session.exit_code = "bye", bye.exit_code
         self._count(session, bye)
+        if bye.lost:
+            return Verdict.TAKE, self._end(session, now)
+        session.state, session.exit_code = "bye", bye.exit_code
         entry = Entry.of_event(
             EntryKind.BYE,
             bye.session,
@@ -239,7 +264,19 @@ class Roster:
 
     def expire(self, now: float) -> list[Entry]:
         """The leases that ended by `now`."""
-        return [self._end(session, now) for session in self._speaking if now >= session.heard + self.lease]
+        return [self._end(it, now) for it in self._speaking if now >= it.heard + self._lease_of(it)]
+
+    def _lease_of(self, session: Session) -> float:
+        return self.relay_lease if session.relay or session.is_relay else self.lease
+
+    @property
+    def relays(self) -> list[Session]:
+        """The daemons that pass on what others say."""
+        return [session for session in self.sessions.values() if session.is_relay]
+
+    def behind(self, relay: Session) -> list[Session]:
+        """Those that may speak through a relay."""
+        return [session for session in self._speaking if session.relay == relay.id.hex()]
 
     def excuse(self, seconds: float) -> None:
         """Nobody listened for so long: what was said meanwhile is still to be heard."""

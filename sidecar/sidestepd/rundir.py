@@ -22,6 +22,7 @@ from typing import Any, Self
 
 from sidestep.errors import SettingsError
 from sidestepd.config import Config
+from sidestepd.errors import Trouble
 from sidestepd.processes import read_json, write_json
 
 MAX_ID_CHARS = 128
@@ -29,9 +30,12 @@ MAX_IPC_PATH_BYTES = 107
 """What fits into a sockaddr_un, without its final zero."""
 RUNS = "sidestep-runs"
 BLOBS = "blobs"
+ARTIFACTS = "artifacts"
 """The bytes of media, until the run has them."""
 TROUBLE = "trouble.json"
 """What keeps rows from the run while nothing here is broken; gone when that is over."""
+UPSTREAM = "upstream.json"
+"""Of a relay: where the daemon above is, whether it answers, and what is still to go there."""
 DEATHS = "deaths.json"
 """Why there is no delivery that lives, likewise."""
 
@@ -60,12 +64,17 @@ class RunFile:
     state: str = "running"
     exit_code: int | None = None
     url: str | None = None
+    named: bool = False
+    """Whether somebody gave it its id."""
+    turn: int = 0
+    """Of a run without one: its place among those of its launch, from 1 on, where that is known."""
 
     @classmethod
     def of(cls, config: Config, run_dir: Path, address: str) -> Self:
         """A run that begins now; its id must be known."""
         options = config.run.model_dump(exclude={"dir"})
-        return cls(dir=str(run_dir), address=address, created=time.time(), **options)
+        named = config.source("run.id") != "default"
+        return cls(dir=str(run_dir), address=address, created=time.time(), named=named, **options)
 
     @classmethod
     def read(cls, run_dir: Path) -> Self:
@@ -156,6 +165,14 @@ def name_of(address: str) -> str:
     """A name for a directory that is this address's own."""
     stem = "".join(letter if letter.isalnum() else "-" for letter in address)[-24:].strip("-")
     return f"{stem}-{hashlib.sha256(address.encode(errors='surrogateescape')).hexdigest()[:6]}"
+
+
+def tell_trouble(directory: Path, trouble: Trouble | None) -> None:
+    """Write down what keeps rows from the run, for `sidestep status`; intake forgets it when it starts."""
+    if trouble:
+        write_json(directory / TROUBLE, asdict(trouble))
+    else:
+        (directory / TROUBLE).unlink(missing_ok=True)
 
 
 def clear_address(address: str) -> None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from sidestep.errors import SidestepError
-from sidestep.wire import BLOBS, WORKER
+from sidestep.wire import BLOBS, FILES, WORKER
 from sidestepd import status
 from sidestepd.errors import ExitCode
 from sidestepd.home import short
@@ -99,7 +99,9 @@ def sum_up(run_dir: Path, exit_code: int, *, complete: bool) -> int:
 
 
 def _tell(found: status.Report, run_dir: Path, *, complete: bool) -> None:
-    if complete:
+    if complete and found.upstream:
+        say_in_terminal(f"{_many(found.ledger.delivered, 'record')} handed on to {found.upstream['address']}")
+    elif complete:
         say_in_terminal(
             f"{found.rows} rows of {_many(found.ranks, 'rank')}: {found.late_rows} late, "
             f"{sum(found.ledger.dropped.values())} dropped, {sum(found.ledger.rejected.values())} rejected"
@@ -118,17 +120,18 @@ def _tell(found: status.Report, run_dir: Path, *, complete: bool) -> None:
 def table(found: status.Report) -> str:
     """How a run stands, for people."""
     run, ledger = found.run, found.ledger
+    rows = f"rows      {found.rows}" + ("" if found.last_step is None else f", the last at step {found.last_step}")
     lines = [
         f"run       {run.id}" + (f" ({run.name})" if run.name else "") + f", {found.state}",
         f"in        {short(Path(run.dir))}",
         *([f"at        {run.url}"] if run.url else []),
-        f"rows      {found.rows}" + ("" if found.last_step is None else f", the last at step {found.last_step}"),
-        f"late      {found.late_rows}, forced {found.forced}",
+        *([_upstream(found)] if found.upstream else [rows, f"late      {found.late_rows}, forced {found.forced}"]),
         f"records   {_equation(ledger)}",
         f"spool     {found.spool_bytes / 1e6:.1f} MB"
         + (", FULL: workers keep what they have" if found.full else ""),
     ]
     lines += [_media(found.media)] if any(found.media.values()) else []
+    lines += [_artifacts(found.artifacts)] if any(found.artifacts.values()) else []
     lines += [f"trouble   {found.trouble}"] if found.trouble else []
     if found.spool_damaged:
         lines.append("the spool is damaged: workers as delivery knew them; the next start keeps what can be read")
@@ -150,9 +153,19 @@ def table(found: status.Report) -> str:
     return "\n".join(lines)
 
 
+def _upstream(found: status.Report) -> str:
+    """Of a relay: where its records go, and how many are still here."""
+    above = found.upstream
+    how = "connected" if above.get("connected") else "done" if found.state == "finished" else "NOT CONNECTED"
+    waiting = found.ledger.pending
+    return f"upstream  {above.get('address', '')}, {how}, {_many(waiting, 'record')} still to go there"
+
+
 def _who(session: status.SessionReport) -> str:
     if session.role == BLOBS:
         return f"media {session.rank}"
+    if session.role == FILES:
+        return f"files {session.rank}"
     return f"rank {session.rank}" if session.role == WORKER else session.role
 
 
@@ -160,6 +173,13 @@ def _media(media: Mapping[str, Any]) -> str:
     waiting = f", {media['waiting']} waiting, {media['bytes'] / 1e6:.1f} MB on disk" if media["bytes"] else ""
     left_out = f", {_by_reason(media['left_out'])} left out" if any(media["left_out"].values()) else ""
     return f"media     {media['delivered']} delivered{waiting}{left_out}"
+
+
+def _artifacts(artifacts: Mapping[str, Any]) -> str:
+    waiting = f", {artifacts['waiting']} waiting" if artifacts["waiting"] else ""
+    same = f", {artifacts['unchanged']} the same as before" if artifacts["unchanged"] else ""
+    left_out = f", {_by_reason(artifacts['left_out'])} left out" if any(artifacts["left_out"].values()) else ""
+    return f"artifacts {artifacts['delivered']} delivered{same}{waiting}{left_out}"
 
 
 def _alert(alert: Alert) -> str:

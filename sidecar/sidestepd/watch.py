@@ -162,6 +162,8 @@ class Watch:
         self._alerts: list[Alert] = []
         self._read = 0
         """The entry that was heard last."""
+        self.prompt = True
+        """Whether what is read now came when it was said: else the time it took tells nothing of clocks."""
         self._due = 0.0
         self._stride = min(1.0, options.silent_s / 8)
         self._watched: dict[str, bool] = {}
@@ -196,7 +198,7 @@ class Watch:
         worker = self._workers.get(part.session)
         if worker is None:
             return
-        if len(self._nodes) > 1:
+        if len(self._nodes) > 1 and self.prompt:
             self.pace.clocks.hear(worker.node, part.time, now)
         if part.used and part.axis == MAIN_AXIS:
             self.pace.note(part, worker)

@@ -148,7 +148,7 @@ class TestComplaints:
             ),
             (
                 {"SIDESTEP_SINK_KIND": "csv"},
-                "sink.kind = csv (from SIDESTEP_SINK_KIND): must be 'wandb' or 'jsonl'",
+                "sink.kind = csv (from SIDESTEP_SINK_KIND): must be 'wandb', 'jsonl' or 'upstream'",
             ),
             (
                 {"WANDB_MODE": "shared"},

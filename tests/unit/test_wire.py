@@ -90,6 +90,16 @@ RECORDS = [
     Record(kind=Kind.NAMED, time=1700000009.0, step=None, data={"name": "a", "tags": ["b"]}),
     Record(kind=Kind.OUTPUT, time=1700000007.0, step=None, data={"stream": "stderr", "text": "one\ntwo"}),
     Record(
+        kind=Kind.ARTIFACT,
+        time=1700000010.0,
+        step=None,
+        data={
+            "artifact": {"name": "m", "type": "model", "metadata": {}, "aliases": ["latest"], "tags": []},
+            "entries": b"\x92\x90\x90",
+            "blobs": [[SESSION, 0, 2]],
+        },
+    ),
+    Record(
         kind=Kind.PROGRAM, time=1700000008.0, step=None, data={"facts": {"python": "3.11", "args": ["--lr", "1"]}}
     ),
     Record(kind=Kind.PROGRAM, time=1700000009.0, step=None, data={"file": "requirements.txt", "text": "torch==2"}),
@@ -116,6 +126,8 @@ MESSAGES: dict[str, Message] = {
         settings={"project": "digits", "tags": ["a", "b"]},
         role=BLOBS,
         beside="0f" * 16,
+        relay="0e" * 16,
+        turn=2,
     ),
     "welcome": Welcome(
         session=SESSION,
@@ -131,7 +143,15 @@ MESSAGES: dict[str, Message] = {
     "ack": Ack(session=SESSION, first=46, gap=True, credit=1 << 20),
     "refuse": Refuse(session=SESSION, code="closed", message="the run is over", final=True),
     "run": RunInfo(session=SESSION, info={"id": "abc123", "url": None}, close=3),
-    "bye": Bye(session=SESSION, first=46, offered=48, dropped={"outbox_full": 2}, values_refused=5, exit_code=0),
+    "bye": Bye(
+        session=SESSION,
+        first=46,
+        offered=48,
+        dropped={"outbox_full": 2},
+        values_refused=5,
+        exit_code=0,
+        lost=True,
+    ),
     "status": Status(
         session=SESSION, more=True, offered=48, dropped={"too_large": 1}, values_refused=5, info={"rows": 5}
     ),
@@ -247,7 +267,8 @@ class TestHeader:
             pytest.param(header(4) + b"x", id="too long"),
             pytest.param(header(4, magic=b"GE"), id="another protocol"),
             pytest.param(header(0), id="no type"),
-            pytest.param(header(9), id="unknown type"),
+            pytest.param(header(9), id="many messages in one"),
+            pytest.param(header(10), id="unknown type"),
             pytest.param(header(4, first=2**63), id="sequence out of range"),
         ],
     )

@@ -1,11 +1,14 @@
 """The protocol between worker and daemon, as values and bytes. FORMAT.md draws it."""
 
+from sidestep.wire.envelope import Wrapper, is_envelope, unwrap
 from sidestep.wire.header import NO_SESSION, VersionError, checksum, session_of
 from sidestep.wire.limits import (
     END_OF_STEPS,
     MAX_CHUNK_BYTES,
     MAX_CONTROL_BYTES,
     MAX_DEPTH,
+    MAX_ENVELOPE_BYTES,
+    MAX_ENVELOPE_MESSAGES,
     MAX_FRAME_BYTES,
     MAX_FRAME_RECORDS,
     MAX_NAME_CHARS,
@@ -15,6 +18,9 @@ from sidestep.wire.limits import (
 )
 from sidestep.wire.messages import (
     BLOBS,
+    FILES,
+    LANES,
+    RELAY,
     SAMPLER,
     WORKER,
     Ack,
@@ -35,15 +41,20 @@ from sidestep.wire.records import Kind, Record, Undecodable, decode_records, enc
 __all__ = [
     "BLOBS",
     "END_OF_STEPS",
+    "FILES",
+    "LANES",
     "MAX_CHUNK_BYTES",
     "MAX_CONTROL_BYTES",
     "MAX_DEPTH",
+    "MAX_ENVELOPE_BYTES",
+    "MAX_ENVELOPE_MESSAGES",
     "MAX_FRAME_BYTES",
     "MAX_FRAME_RECORDS",
     "MAX_NAME_CHARS",
     "MAX_RECORD_BYTES",
     "MAX_TEXT_CHARS",
     "NO_SESSION",
+    "RELAY",
     "SAMPLER",
     "VERSION",
     "WORKER",
@@ -61,10 +72,13 @@ __all__ = [
     "Undecodable",
     "VersionError",
     "Welcome",
+    "Wrapper",
     "checksum",
     "decode",
     "decode_records",
     "encode",
     "encode_record",
+    "is_envelope",
     "session_of",
+    "unwrap",
 ]

@@ -38,6 +38,8 @@ class MessageType(IntEnum):
     RUN = 6
     BYE = 7
     STATUS = 8
+    ENVELOPE = 9
+    """Messages of many sessions in one, between a relay and the daemon above it: envelope.py."""
 
 
 class Flags(IntFlag):

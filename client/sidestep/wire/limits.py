@@ -20,6 +20,10 @@ MAX_FRAME_BYTES = 512 * 1024
 MAX_FRAME_RECORDS = 65_536
 MAX_CONTROL_BYTES = 64 * 1024
 """The body of every other message."""
+MAX_ENVELOPE_BYTES = 1024 * 1024
+"""The body of an ENVELOPE: a full frame always fits, with small ones beside it."""
+MAX_ENVELOPE_MESSAGES = 1024
+"""Handled in one go, while others wait."""
 MAX_PARTS = 2
 """Header and body. A message with any other number of parts is no message."""
 

@@ -38,8 +38,10 @@ from sidestep.wire.limits import (
 )
 from sidestep.wire.plain import dump, ends, is_plain, load
 
-WORKER, SAMPLER, BLOBS = "worker", "sampler", "blobs"
+WORKER, SAMPLER, BLOBS, FILES, RELAY = "worker", "sampler", "blobs", "files", "relay"
 """What a session is."""
+LANES = frozenset({BLOBS, FILES})
+"""The sessions that send bytes, and say nothing else."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,8 +73,11 @@ class Hello:
     `first` is its first unacknowledged sequence. `settings` are wandb's keywords of `init()`. `offered`,
     `dropped` and `values_refused` are the worker's counters so far: records, records by reason, and values that
     were left out of records. `role` is WORKER; or SAMPLER for one that reads the machine and is no rank: nothing
-    waits for it; or BLOBS for the one with which a worker sends the bytes of its media, `beside` its own session,
-    which is named in hexadecimal.
+    waits for it; or BLOBS for the one with which a worker sends the bytes of its media, and FILES for that of the
+    process which sends its files, `beside` its own session, which is named in hexadecimal; or RELAY for a daemon
+    that passes on what its own workers say. `relay` is then the session of the one that passed this on, in
+    hexadecimal. `turn` is the place of a run without an id among those of its launch, from 1 on, where a relay has
+    counted; else 0.
     """
 
     session: bytes
@@ -93,6 +98,8 @@ class Hello:
     settings: Mapping[str, Any] = field(default_factory=dict)
     role: str = WORKER
     beside: str = ""
+    relay: str = ""
+    turn: int = 0
 
     TYPE: ClassVar = MessageType.HELLO
 
@@ -156,7 +163,10 @@ class RunInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bye:
-    """A session's last word: `first` is the sequence after its last record. The daemon answers the same."""
+    """A session's last word: `first` is the sequence after its last record. The daemon answers the same.
+
+    `lost`: a relay says it of a session that ended without a word.
+    """
 
     session: bytes
     first: int
@@ -164,13 +174,18 @@ class Bye:
     dropped: Mapping[str, int] = field(default_factory=dict)
     values_refused: int = 0
     exit_code: int | None = None
+    lost: bool = False
 
     TYPE: ClassVar = MessageType.BYE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Status:
-    """From a worker its heartbeat, with its counters; from a tool a question; from the daemon the answer."""
+    """From a worker its heartbeat, with its counters; from a tool a question; from the daemon the answer.
+
+    From a relay `info` may say what a session does not say itself: `vital`, one of "quiet", "heard", "gone", and
+    `since_s`, how many seconds ago that began.
+    """
 
     session: bytes = NO_SESSION
     more: bool = False
@@ -216,6 +231,8 @@ def decode(parts: Sequence[bytes]) -> Message:
     body = parts[1] if len(parts) > 1 else b""
     if header.type is MessageType.FRAME:
         return _decode_frame(header, body)
+    if header.type is MessageType.ENVELOPE:
+        raise RemoteProtocolError("an ENVELOPE is between a relay and its daemon, and never inside another")
     return _decode_control(header, body)
 
 
@@ -361,8 +378,8 @@ def _is_counts(value: Any) -> bool:
 _COUNTERS = {"offered": _is_count, "dropped": _is_counts, "values_refused": _is_count}
 _CHECKS: Mapping[type[Control], Mapping[str, Callable[[Any], bool]]] = {
     Hello: {
-        **dict.fromkeys(("rank", "world", "local_rank", "pid", "attempt"), _is_count),
-        **dict.fromkeys(("node", "launch", "client", "role", "beside"), _is_name),
+        **dict.fromkeys(("rank", "world", "local_rank", "pid", "attempt", "turn"), _is_count),
+        **dict.fromkeys(("node", "launch", "client", "role", "beside", "relay"), _is_name),
         "run": _is_name_or_none,
         "settings": _is_map,
         **_COUNTERS,
@@ -378,7 +395,7 @@ _CHECKS: Mapping[type[Control], Mapping[str, Callable[[Any], bool]]] = {
     Ack: {"credit": _is_count},
     Refuse: {"code": _is_name, "message": _is_text, "final": _is_flag},
     RunInfo: {"info": _is_map, "close": _is_exit_code},
-    Bye: {"exit_code": _is_exit_code, **_COUNTERS},
+    Bye: {"exit_code": _is_exit_code, "lost": _is_flag, **_COUNTERS},
     Status: {"info": _is_map, **_COUNTERS},
 }
 """The fields of each body; the others travel in the header."""

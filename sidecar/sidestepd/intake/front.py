@@ -3,6 +3,7 @@
 - reading never waits for a disk: runs commit in threads of their own
 - an answer that can not be sent is forgotten: whoever is gone asks again
 - what comes from no worker is a tool's question, answered here for the whole process
+- who wraps messages is answered likewise: all that is said to it in one turn is one message
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -17,7 +19,7 @@ import zmq
 
 from sidestep.errors import ProtocolError
 from sidestep.wire import (
-    MAX_FRAME_BYTES,
+    MAX_ENVELOPE_BYTES,
     NO_SESSION,
     Hello,
     Message,
@@ -25,9 +27,12 @@ from sidestep.wire import (
     RunInfo,
     Status,
     VersionError,
+    Wrapper,
     decode,
     encode,
+    is_envelope,
     session_of,
+    unwrap,
 )
 from sidestepd.intake.run import Intake
 
@@ -35,6 +40,8 @@ logger = logging.getLogger("sidestepd.intake")
 
 MOST_AT_ONCE = 256
 """Messages taken from the socket before others get their turn."""
+MOST_WRAPPING = 16_384
+"""Routes of relays that are remembered; a connection more is a route more."""
 
 
 class Runs(Protocol):
@@ -83,6 +90,9 @@ class Front:
         self._supervisor = supervisor
         self._inbox = asyncio.Event()
         self._inbox.set()
+        self._wrapping: OrderedDict[bytes, Wrapper] = OrderedDict()
+        """By route, what is to be said to who wraps its messages."""
+        self._to_post: list[bytes] = []
 
     async def serve(self) -> int:
         """Until its runs are complete, or this process is told to stop; returns its exit code."""
@@ -99,8 +109,29 @@ class Front:
 
     def send(self, route: bytes, message: Message) -> None:
         """Answer, or forget it."""
+        parts, wrapper = encode(message), self._wrapping.get(route)
+        if wrapper is None:
+            self._post(route, parts)
+            return
+        if not wrapper.fits(parts):
+            self._post(route, wrapper.close())
+        if not len(wrapper):
+            self._to_post.append(route)
+            if len(self._to_post) == 1:
+                asyncio.get_running_loop().call_soon(self._post_wrapped)
+        wrapper.add(parts)
+
+    def _post_wrapped(self) -> None:
+        """What was said to relays in this turn."""
+        routes, self._to_post = self._to_post, []
+        for route in routes:
+            wrapper = self._wrapping.get(route)
+            if wrapper is not None and len(wrapper):
+                self._post(route, wrapper.close())
+
+    def _post(self, route: bytes, parts: Sequence[bytes]) -> None:
         try:
-            self.socket.send_multipart([route, *encode(message)], zmq.DONTWAIT)
+            self.socket.send_multipart([route, *parts], zmq.DONTWAIT)
         except zmq.ZMQError:
             logger.debug("a peer is gone before its answer")
         self._inbox.set()  # the descriptor tells of changes only, and sending may have taken the last one
@@ -115,19 +146,36 @@ class Front:
                     route, *parts = self.socket.recv_multipart(zmq.DONTWAIT)
                 except zmq.Again:
                     break
-                self._handle(route, parts)
+                if is_envelope(parts):
+                    self._unwrap(route, parts)
+                else:
+                    self._handle(route, parts)
             else:
                 self._inbox.set()
             await asyncio.sleep(0)
+
+    def _unwrap(self, route: bytes, parts: Sequence[bytes]) -> None:
+        """Each of the messages in it is as if it had come by itself."""
+        self._wrapping.setdefault(route, Wrapper())
+        if len(self._wrapping) > MOST_WRAPPING:
+            self._wrapping.popitem(last=False)
+        try:
+            for inner in unwrap(parts):
+                self._handle(route, inner)
+        except ProtocolError as error:
+            self._refuse(route, parts, error)
+
+    def _refuse(self, route: bytes, parts: Sequence[bytes], error: ProtocolError) -> None:
+        self.malformed += 1
+        other = isinstance(error, VersionError)
+        code = "version" if other else "malformed"
+        self.send(route, Refuse(session=session_of(parts), code=code, message=str(error), final=other))
 
     def _handle(self, route: bytes, parts: Sequence[bytes]) -> None:
         try:
             message = decode(parts)
         except ProtocolError as error:
-            self.malformed += 1
-            other = isinstance(error, VersionError)
-            code = "version" if other else "malformed"
-            self.send(route, Refuse(session=session_of(parts), code=code, message=str(error), final=other))
+            self._refuse(route, parts, error)
             return
         if isinstance(message, Hello):
             self.runs.greet(route, message)
@@ -155,7 +203,7 @@ def bind(socket: zmq.Socket[bytes], address: str) -> None:
     socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
     socket.setsockopt(zmq.RCVHWM, 64)
     socket.setsockopt(zmq.SNDHWM, 64)
-    socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES + 4096)
+    socket.setsockopt(zmq.MAXMSGSIZE, MAX_ENVELOPE_BYTES + 4096)
     socket.setsockopt(zmq.HANDSHAKE_IVL, 5000)
     socket.setsockopt(zmq.HEARTBEAT_IVL, 2000)
     socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 6000)

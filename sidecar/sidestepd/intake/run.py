@@ -30,11 +30,14 @@ from sidestepd.config import Config
 from sidestepd.crashpoints import crash_point
 from sidestepd.entries import SAID
 from sidestepd.errors import ExitCode, SpoolDamaged, SpoolFull
-from sidestepd.exits import Exits, is_here
+from sidestepd.exits import Exits, Lifeline, is_here
 from sidestepd.intake.blobs import CREDIT_BYTES, BlobStore
+from sidestepd.intake.facts import facts_of, intervals_of
+from sidestepd.intake.frames import FrameStore
 from sidestepd.keeper import DeliveryKeeper
 from sidestepd.listen import Listener
-from sidestepd.processes import Lock, read_json
+from sidestepd.processes import Lock
+from sidestepd.relays import Relays
 from sidestepd.room import RETRY_S, Ballast, Room, open_spool
 from sidestepd.roster import Roster, Session, Verdict
 from sidestepd.rowlog import RowLogReader
@@ -44,9 +47,6 @@ from sidestepd.spool import Entry, EntryKind, Spool, damage_mark
 
 logger = logging.getLogger("sidestepd.intake")
 
-TOLD = ("id", "mode", "project", "entity", "name", "group", "job_type", "sweep_id")
-MOST_TOLD_CHARS = 4000
-"""Of one fact about the run, to workers that ask."""
 WATCH_INTERVAL_S = 0.1
 LOOK_INTERVAL_S = 1.0
 """How often what is settled is deleted, and room is measured."""
@@ -105,6 +105,7 @@ class Intake:
         self._awake_at = clock()
         self._cursor = 0
         self.listener = Listener(heartbeat_s=config.intake.heartbeat_s)
+        self.relays = Relays(roster, heartbeat_s=config.intake.heartbeat_s, patience_s=config.order.patience_s)
         self.exits: Exits | None = None
         self._samplers_are_asked = False
 
@@ -122,13 +123,18 @@ class Intake:
         roster = Roster(
             spool.sessions(),
             lease=config.order.lease_s,
+            relay_lease=config.order.relay_lease_s,
             now=clock(),
             duplicate_gate=config.unsafe.duplicate_gate,
         )
-        keeper = DeliveryKeeper(run_dir, stall_s=config.delivery.stall_s, backoff_s=config.delivery.backoff_s)
+        module = "sidestepd.upstream" if config.is_relay else "sidestepd.delivery"
+        keeper = DeliveryKeeper(
+            run_dir, module, stall_s=config.delivery.stall_s, backoff_s=config.delivery.backoff_s
+        )
         samplers = SamplersKeeper(run_dir, enabled=config.samplers.enabled, backoff_s=config.delivery.backoff_s)
         run = run.at(run_dir, run.address)
-        blobs = BlobStore(run_dir / BLOBS, quota=config.spool.blob_quota_bytes, reserve=config.spool.reserve_bytes)
+        store = FrameStore if config.is_relay else BlobStore
+        blobs = store(run_dir / BLOBS, quota=config.spool.blob_quota_bytes, reserve=config.spool.reserve_bytes)
         return cls(
             spool, roster, keeper, samplers,
             config=config, run=run, clock=clock, room=room, blobs=blobs, lock=lock, send=send,
@@ -202,7 +208,7 @@ class Intake:
         self._routes[hello.session] = route
         self._touched.add(hello.session)
         session = self.roster.sessions[hello.session]
-        if session.is_worker:
+        if session.is_worker and not session.relay:
             self._ask_samplers(hello)
             self.samplers.stay()
             self._follow(session)
@@ -211,9 +217,8 @@ class Intake:
             first=self.roster.wanted(session),
             boot=self.boot,
             credit=self._credit(session),
-            flush_interval_s=self.config.intake.flush_interval_s,
-            heartbeat_s=self.config.intake.heartbeat_s,
-            sample_interval_s=self.config.samplers.torch_interval_s,
+            heartbeat_s=self.relays.heartbeat_s if session.is_relay else self.config.intake.heartbeat_s,
+            **intervals_of(self.config, self.run_dir),
             run=self.facts(),
         )
         self._replies.append((route, welcome))
@@ -259,11 +264,16 @@ class Intake:
     def _on_blobs(self, frame: Frame, session: Session) -> None:
         """What is to be stored waits for the thread that does; all of it is judged when its turn comes."""
         session.heard = self._now()
-        if frame.first >= session.next and not (self.room.admit(0) and self.blobs.admit(len(frame.body))):
+        if frame.first >= session.next and not (self.room.admit(0) and self._admit_blobs(frame, session)):
             self._hold(frame.session)
             return
         self._blob_frames.append(frame)
         self._some_blobs.set()
+
+    def _admit_blobs(self, frame: Frame, session: Session) -> bool:
+        if session.is_courier:
+            return self.blobs.admit_from_courier(frame.session, len(frame.body))
+        return self.blobs.admit(len(frame.body))
 
     async def _store(self) -> None:
         while True:
@@ -322,10 +332,10 @@ class Intake:
         if not self._is_stranger(route, status.session):
             if status.session in self._held:
                 status = replace(status, more=False)
-            entry = self.roster.heartbeat(status, self._now())
+            entries = [self.roster.heartbeat(status, self._now()), *self.relays.hear(status, self._now())]
             self._touched.add(status.session)
             self._something.set()
-            if entry is not None:
+            for entry in filter(None, entries):
                 self._write(entry)
 
     def _on_bye(self, route: bytes, bye: Bye) -> None:
@@ -350,13 +360,16 @@ class Intake:
     def close(self, exit_code: int, then: tuple[bytes, Message] | None = None) -> None:
         """Nobody of this run will speak again: finish it. `then` is answered once that is on disk.
 
-        Nothing happens yet while something that ended workers left is still to be collected, nor before the
-        samplers have said their last words: who asks is told that it is not done, and asks again.
+        Nothing happens yet while something that ended workers left is still to be collected, while couriers still
+        send their files, nor before the samplers have said their last words: who asks is told that it is not done,
+        and asks again.
         """
         if not self.closing:
-            if self.collector.anything_left(time.monotonic()) or not self.samplers.ended(time.monotonic()):
+            couriers, now = self._couriers_at_work(), time.monotonic()
+            if couriers or self.collector.anything_left(now) or not self.samplers.ended(now):
                 if then is not None:
-                    self._send(then[0], RunInfo(info=self.facts()))
+                    files = {"couriers": couriers, "bytes": self.blobs.sent_by_couriers}
+                    self._send(then[0], RunInfo(info={**self.facts(), "files": files}))
                 return
             self.closing = True
             if self.exits is not None:
@@ -370,6 +383,14 @@ class Intake:
         if then is not None:
             self._replies.append(then)
             self._something.set()
+
+    def _couriers_at_work(self) -> int:
+        """How many processes still send files of workers; one that died is not waited for."""
+        couriers = [it for it in self.roster.awaited if it.is_courier]
+        for one in couriers:
+            if is_here(one.hello.get("node", "")) and not Lifeline(one.hello.get("pid", 0)).is_alive():
+                self.lose(one.id)
+        return sum(it.state == "live" for it in couriers)
 
     def lose(self, session: bytes) -> None:
         """The process of this session is gone: its lease ends now."""
@@ -414,10 +435,13 @@ class Intake:
 
     def _let_go_on(self) -> None:
         """There is room: who was told to wait sends again from what is wanted."""
-        held = {id_ for id_ in self._held if not (self.blobs.closed and self.roster.sessions[id_].is_lane)}
+        held = {id_ for id_ in self._held if not self._is_closed_to(self.roster.sessions[id_])}
         self._held -= held
         for id_ in held & self._routes.keys():
             self._send(self._routes[id_], self._ack(id_, first=self.roster.sessions[id_].next, gap=True))
+
+    def _is_closed_to(self, session: Session) -> bool:
+        return self.blobs.full if session.is_courier else session.is_lane and self.blobs.closed
 
     def _refuse(self, route: bytes, session: bytes, code: str, message: str, *, final: bool = False) -> None:
         self._send(route, Refuse(session=session, code=code, message=message, final=final))
@@ -507,9 +531,9 @@ class Intake:
             if damage_mark(self.spool.path).exists():
                 raise SpoolDamaged(self.spool.path, "delivery can not read it")
             self.keeper.tend(time.monotonic())
-            if self.roster.workers and not self.closing:
+            if not self.closing and any(not worker.relay for worker in self.roster.workers):
                 self.samplers.tend(time.monotonic())
-            for entry in self.listener.look(self.roster.live, self._now()):
+            for entry in (*self.listener.look(self.roster.live, self._now()), *self.relays.look(self._now())):
                 self._write(entry)
             for entry in self.roster.expire(self._now()):
                 logger.warning("session %s was not heard of for its lease", entry.session.hex()[:8])
@@ -541,10 +565,7 @@ class Intake:
 
     def facts(self) -> dict[str, Any]:
         """What a worker may know of the run."""
-        about = read_json(self.run_dir / "about.json")
-        facts = {name: getattr(self.run, name) for name in TOLD}
-        tags = {"tags": list(self.run.tags)} if self.run.tags else {}  # none yet are not known to be none
-        return _sayable({**facts, **tags, **_known(about), "dir": str(self.run_dir)})
+        return facts_of(self.run, self.run_dir, is_relay=self.config.is_relay)
 
     def report(self) -> dict[str, Any]:
         """How this run is, for a tool that asks."""
@@ -554,11 +575,12 @@ class Intake:
             "closing": self.closing,
             "sessions": len(self.roster.workers),
             "live": len(self.roster.live),
+            "relays": self.relays.report(),
             "duplicates": self.roster.duplicates,
             "gaps": self.roster.gaps,
             "salvaged": self.spool.salvaged,
             "room": {**self.room.facts(), "held": len(self._held)},
-            "blobs": {"bytes": self.blobs.used, "closed": self.blobs.closed},
+            "blobs": {"bytes": self.blobs.used + self.blobs.theirs, "closed": self.blobs.closed},
             "collected": self.collector.collected,
             "delivery": {"pid": self.keeper.pid, "restarts": self.keeper.restarts},
             "samplers": {"pid": self.samplers.pid, "restarts": self.samplers.restarts},
@@ -573,20 +595,3 @@ def _open_spool(run_dir: Path, config: Config) -> tuple[Spool, Room]:
     ballast = Ballast(home / "spool.ballast", options.ballast_bytes)
     spool = open_spool(lambda: Spool(home / placement.SPOOL, above=above, quota=options.max_bytes), ballast)
     return spool, Room(spool, ballast, [home, run_dir], quota=options.max_bytes, reserve=options.reserve_bytes)
-
-
-def _known(about: dict[str, Any]) -> dict[str, Any]:
-    """What delivery wrote down of the run, and workers may ask for; long notes would be too much for a message."""
-    names = (
-        "name", "project", "entity", "mode", "url", "starting_step", "resumed", "group", "job_type", "tags",
-        "notes", "sweep_id", "start_time",
-    )  # fmt: skip
-    return {name: about[name] for name in names if about.get(name) and len(str(about[name])) <= MOST_TOLD_CHARS}
-
-
-def _sayable(facts: dict[str, Any]) -> dict[str, Any]:
-    """A path or an argument may hold bytes that are no text; a message can not."""
-    return {
-        name: value.encode(errors="replace").decode() if isinstance(value, str) else value
-        for name, value in facts.items()
-    }

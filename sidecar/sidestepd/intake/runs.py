@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from sidestep.errors import SettingsError
-from sidestep.wire import BLOBS, WORKER, Hello, Message, Refuse
+from sidestep.wire import FILES, LANES, RELAY, WORKER, Hello, Message, Refuse
 from sidestepd import rundir
 from sidestepd.errors import AlreadyRunning, ExitCode, SpoolError
 from sidestepd.exits import Lifeline
@@ -171,7 +171,7 @@ class SeveralRuns:
     def _find(self, route: bytes, hello: Hello) -> OpenRun | None:
         if hello.role == WORKER:
             return self._find_or_open(route, hello)
-        if hello.role == BLOBS and re.fullmatch("[0-9a-f]{32}", hello.beside):
+        if hello.role in LANES and re.fullmatch("[0-9a-f]{32}", hello.beside):
             beside = bytes.fromhex(hello.beside)
             if beside not in self._over:
                 return self._sessions.get(beside)  # whose HELLO may come later: this one asks again
@@ -179,7 +179,7 @@ class SeveralRuns:
 
     def _find_or_open(self, route: bytes, hello: Hello) -> OpenRun | None:
         named = str(hello.run or hello.settings.get("id") or "") or None
-        turn = 0 if named else self._launches.turn_of(_who(hello))
+        turn = 0 if named else hello.turn - 1 if hello.turn else self._launches.turn_of(_who(hello))
         found = self._open.get(_key(named, hello.launch, turn))
         if found is not None:
             return found
@@ -201,7 +201,10 @@ class SeveralRuns:
         for run in self._open.values():
             if run.intake.run.id == hello.run:
                 return run
-        self._refuse(route, hello, "closed", "the run is finished", final=True)
+        if hello.role == RELAY:  # it may be here before its workers
+            self._refuse(route, hello, "run", "this run is not open here")
+        else:
+            self._refuse(route, hello, "closed", "the run is finished", final=True)
         return None
 
     def _begin(self, named: str | None, launch: str, turn: int) -> OpenRun:
@@ -210,11 +213,13 @@ class SeveralRuns:
         options = self._config.run.model_copy(update={"id": id_})
         config = self._config.model_copy(update={"run": options})
         run_dir = rundir.new_run_dir(config, now=time.time())
-        rundir.lay_out(run_dir, config, RunFile.of(config, run_dir, self._file.address))
-        run = self._serve(run_dir, named, launch, turn)
+        run = RunFile.of(config, run_dir, self._file.address)
+        run = replace(run, named=named is not None, turn=0 if named else turn + 1)
+        rundir.lay_out(run_dir, config, run)
+        opened = self._serve(run_dir, named, launch, turn)
         self._write_down()
         logger.info("run %s in %s", id_, run_dir)
-        return run
+        return opened
 
     def _take_up(self, dir: str, named: str | None, launch: str, turn: int) -> None:  # noqa: A002 - as in the file
         """A run that was open when the last process of this daemon ended. One that is gone is left alone."""
@@ -241,6 +246,8 @@ class SeveralRuns:
 
     def _join(self, run: OpenRun, hello: Hello) -> None:
         self._sessions[hello.session] = run
+        if hello.role == FILES:
+            self._watch_process(run, _who(hello))
         if hello.role != WORKER:
             return
         if run.named is None:

@@ -1,0 +1,57 @@
+"""What a worker may know of the run, and how often it shall speak: by the files of its daemon.
+
+- text that a message can not hold is made into some that it can
+- a relay tells no id of its own making: the run is called what it is called above
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from sidestepd.config import Config
+from sidestepd.processes import read_json
+from sidestepd.rundir import UPSTREAM, RunFile
+
+TOLD = ("id", "mode", "project", "entity", "name", "group", "job_type", "sweep_id")
+MOST_TOLD_CHARS = 4000
+"""Of one fact about the run, to workers that ask."""
+_KNOWN: tuple[str, ...] = (
+    "name", "project", "entity", "mode", "url", "starting_step", "resumed", "group", "job_type", "tags", "notes",
+    "sweep_id", "start_time",
+)  # fmt: skip
+
+
+def facts_of(run: RunFile, run_dir: Path, *, is_relay: bool) -> dict[str, Any]:
+    """What is known of the run by now."""
+    about = read_json(run_dir / "about.json")
+    facts = {name: getattr(run, name) for name in TOLD}
+    if run.tags:  # none yet are not known to be none: a worker may have given some
+        facts["tags"] = list(run.tags)
+    names = _KNOWN
+    if is_relay:
+        names = (*_KNOWN, "id")
+        if not run.named:
+            del facts["id"]
+    # What was written down of it; long notes would be too much for a message.
+    known = {name: about[name] for name in names if about.get(name) and len(str(about[name])) <= MOST_TOLD_CHARS}
+    return _sayable({**facts, **known, "dir": str(run_dir)})
+
+
+def intervals_of(config: Config, run_dir: Path) -> dict[str, float]:
+    """How often workers speak, and tell samples of their own: never more often than is wanted above."""
+    flush, sample = config.intake.flush_interval_s, config.samplers.torch_interval_s
+    if config.is_relay:
+        above = read_json(run_dir / UPSTREAM)
+        flush = max(flush, above.get("flush_interval_s", 0.0))
+        wanted = above.get("sample_interval_s", sample)
+        sample = max(sample, wanted) if sample and wanted else 0.0
+    return {"flush_interval_s": flush, "sample_interval_s": sample}
+
+
+def _sayable(facts: dict[str, Any]) -> dict[str, Any]:
+    """A path or an argument may hold bytes that are no text; a message can not."""
+    return {
+        name: value.encode(errors="replace").decode() if isinstance(value, str) else value
+        for name, value in facts.items()
+    }

@@ -1,0 +1,83 @@
+"""One connection to the daemon above: messages in, messages out, wrapped by the hundred.
+
+- `connected` is false as soon as there is nobody to take a message; then nothing is taken as sent
+- an address is asked for anew with each connection: the daemon above may have been started somewhere else
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator
+
+import zmq
+
+from sidestep.errors import RemoteProtocolError
+from sidestep.sender import OPTIONS
+from sidestep.wire import (
+    MAX_ENVELOPE_BYTES,
+    Message,
+    Refuse,
+    VersionError,
+    Wrapper,
+    decode,
+    encode,
+    is_envelope,
+    unwrap,
+)
+
+logger = logging.getLogger("sidestepd.upstream")
+
+ANSWERS_AT_ONCE = 256
+_MOST_BYTES = MAX_ENVELOPE_BYTES + 4096
+
+
+class Link:
+    """A DEALER socket."""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], address: str, session: bytes) -> None:
+        self.connected = False
+        self.socket: zmq.Socket[bytes] = context.socket(zmq.DEALER)
+        for option, value in {**OPTIONS, zmq.MAXMSGSIZE: _MOST_BYTES}.items():
+            self.socket.set(option, value)
+        self.socket.set(zmq.IPV6, int(address.startswith("tcp:")))
+        self.socket.connect(address)
+        self._wrapper = Wrapper(session)
+
+    def look(self) -> None:
+        """See whether somebody is there."""
+        self.connected = bool(int(self.socket.get(zmq.EVENTS)) & zmq.POLLOUT)
+
+    def send(self, messages: Iterable[Message]) -> bool:
+        """Send messages; False if not all of them could be, and none is known to have been."""
+        for message in messages:
+            parts = encode(message)
+            if not self._wrapper.fits(parts) and not self._post():
+                return False
+            self._wrapper.add(parts)
+        return not len(self._wrapper) or self._post()
+
+    def _post(self) -> bool:
+        try:
+            self.socket.send_multipart(self._wrapper.close(), zmq.NOBLOCK, copy=False)
+        except zmq.Again:
+            return False
+        return True
+
+    def receive(self) -> Iterator[Message]:
+        """What has come. What can not be read is said, and passed over."""
+        for _ in range(ANSWERS_AT_ONCE):
+            try:
+                parts = self.socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            try:
+                for inner in unwrap(parts) if is_envelope(parts) else (parts,):
+                    yield decode(inner)
+            except VersionError as error:
+                yield Refuse(code="version", message=str(error), final=True)
+            except RemoteProtocolError as error:
+                logger.warning("the daemon above says what can not be read: %s", error)
+
+    def shut(self) -> None:
+        """Let go of it."""
+        self.socket.close(linger=0)

@@ -1,0 +1,114 @@
+"""A daemon and two relays, as real processes; ranks behind them are in one run as if they spoke there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from zlib import crc32
+
+import pytest
+
+from sidestep.wire import BLOBS, SAMPLER, Kind, Record, encode_record
+from sidestepd import status
+from sidestepd.saying import table
+from tests.support.daemons import DEADLINE_S, RawWorker, logged
+from tests.support.proxy import PASS, REFUSE
+from tests.support.relays import Topology
+from tests.support.waiting import eventually
+
+STEPS = 8
+PICTURE = b"\x89PNG" * 1000
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Topology]:
+    """A training of four ranks on two nodes, one of which is cut off for a while, killed, and ends alone."""
+    with Topology(tmp_path_factory.mktemp("relays"), order__patience_s=1.0) as nodes:
+        ranks = [
+            relay.worker(2 * node + local, world=4, node=f"node{node}", launch="job")
+            for node, relay in enumerate(nodes.relays)
+            for local in range(2)
+        ]
+        for worker in ranks:
+            worker.hello()
+        sampler = nodes.relays[1].worker(role=SAMPLER, launch=SAMPLER, node="node1", run="tested")
+        sampler.hello()
+        lane = nodes.relays[0].worker(role=BLOBS, beside=ranks[0].session.hex(), node="node0", launch="job")
+        lane.hello()
+        say_all(ranks, range(STEPS // 2))
+        eventually(lambda: nodes.head.status()["sessions"] == 4, DEADLINE_S, nodes.log)
+        nodes.proxies[1].set(REFUSE)
+        eventually(
+            lambda: any(it["state"] == "away" for it in nodes.head.status()["relays"]), DEADLINE_S, nodes.log
+        )
+        sampler.log(records=[sample({"system/gpu0/utilization": 50.0})])
+        say_all(ranks, range(STEPS // 2, STEPS))
+        show_a_picture(lane, ranks[0])
+        nodes.relays[1].kill()
+        nodes.relays[1].start()
+        nodes.proxies[1].set(PASS)
+        for worker in (*ranks, sampler, lane):
+            worker.hello()
+            worker.bye(exit_code=0)
+        nodes.finish()
+        yield nodes
+
+
+def say_all(ranks: list[RawWorker], steps: range) -> None:
+    for step in steps:
+        for worker in ranks:
+            worker.log(step)
+
+
+def sample(values: dict[str, float]) -> bytes:
+    return encode_record(Record(kind=Kind.SAMPLES, time=1.0, step=None, data={"values": values}))
+
+
+def show_a_picture(lane: RawWorker, beside: RawWorker) -> None:
+    """Bytes in the lane, and a row that holds them."""
+    ref = {"id": 0, "size": len(PICTURE), "crc": crc32(PICTURE)}
+    piece = {"id": 0, "at": 0, "bytes": PICTURE}
+    end = {"id": 0, "size": ref["size"], "crc": ref["crc"]}
+    lane.log(
+        records=[encode_record(Record(kind=Kind.BLOB, time=1.0, step=None, data=data)) for data in (piece, end)]
+    )
+    media = {"_sidestep": "html", "facts": {"html": {"_blob": {"of": lane.session, **ref}}}}
+    beside.log(records=[logged(STEPS - 1, shown=media)])
+
+
+class TestRanksBehindRelays:
+    def test_are_in_one_run_with_every_row_once_and_whole(self, ended: Topology):
+        rows = ended.head.rows()
+
+        assert list(range(STEPS)) == [row.step for row in rows], ended.log()
+        assert {4} == {row.values["sidestep/ranks_reported"] for row in rows}
+        assert 0 == status.report(ended.head.run_dir).late_rows, "a cut link makes rows wait"
+
+    def test_are_accounted_for_from_both_ends(self, ended: Topology):
+        head, *relays = ended.ledgers()
+
+        assert all(ledger.balances for ledger in (head, *relays))
+        assert head.offered == head.delivered == sum(ledger.delivered for ledger in relays)
+        assert (0, 0) == (head.pending, sum(ledger.pending for ledger in relays))
+
+    def test_were_cut_off_and_killed_meanwhile(self, ended: Topology):
+        assert ended.proxies[1].refused > 0
+        assert 2 == ended.relays[1].starts
+
+    def test_show_their_media_there(self, ended: Topology):
+        shown = next(row.values["shown"] for row in ended.head.rows() if "shown" in row.values)
+
+        kept = ended.head.run_dir / str(shown["html"]["file"])
+        assert PICTURE == kept.read_bytes()
+        assert [] == list((ended.relays[0].run_dir / "blobs").iterdir())
+
+    def test_have_their_nodes_samples_in_the_stream(self, ended: Topology):
+        assert ["node1"] == [it.node for it in ended.head.stream()]
+
+    def test_have_a_relay_that_says_how_it_stands(self, ended: Topology):
+        found = status.report(ended.relays[0].run_dir)
+
+        assert ended.proxies[0].address in table(found)
+        assert "0 records still to go there" in table(found)
+        assert ["bye", "bye"] == [
+            it.state for it in status.report(ended.head.run_dir).sessions if it.role == "relay"
+        ]
