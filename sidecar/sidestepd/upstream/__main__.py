@@ -124,7 +124,7 @@ class Forwarder:
         self.read_through = checkpoint.cursor
         self._lost_before = totals.get("lost", 0)
         self._poll_ms = int(poll_interval_s * 1000)
-        self._behind = self._dirty = True
+        self._behind, self._dirty = True, False
         self._settle_at = self._ask_at = 0.0
         self._told = Told()
         self._context = zmq.Context()
