@@ -44,6 +44,7 @@ if TYPE_CHECKING:  # what a type checker is told of them; a method of the run is
     from sidestep._run import Scope as Scope
     from sidestep._run import Stage as Stage
     from sidestep.alerts import AlertLevel as AlertLevel
+    from sidestep.artifacts import Artifact as Artifact
     from sidestep.bags import Bag
     from sidestep.bags import Config as Config
     from sidestep.elsewhere import api as api
@@ -74,8 +75,14 @@ if TYPE_CHECKING:  # what a type checker is told of them; a method of the run is
     config: Bag
     summary: Bag
     alert = _run.alert
+    log_artifact = _run.log_artifact
+    log_code = _run.log_code
+    log_model = _run.log_model
     mark_preempting = _run.mark_preempting
     restore = _run.restore
+    save = _run.save
+    save_artifact = _run.save_artifact
+    save_json_artifact = _run.save_json_artifact
     unwatch = _run.unwatch
     use_artifact = _run.use_artifact
     use_model = _run.use_model

@@ -201,8 +201,14 @@ def _new_run(settings: WorkerSettings, keywords: Mapping[str, Any]) -> Run:
             "id", f"init(id={keywords['id']!r}): this process joins the run {settings.run_id!r} of its command"
         )
     forget = exits.watch(session.ends_with)
-    session.on_finish = lambda _: forget()
-    return Run(session, keywords)
+    run = Run(session, keywords)
+
+    def on_finish(_: float) -> None:
+        run._save_last()
+        forget()
+
+    session.on_finish = on_finish
+    return run
 
 
 def _bind(run: Run) -> None:

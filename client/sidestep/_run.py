@@ -24,6 +24,7 @@ from sidestep.elsewhere import Elsewhere
 from sidestep.errors import UnsupportedValue
 from sidestep.media.base import Media
 from sidestep.outbox import DropReason
+from sidestep.outputs import Outputs, Saved
 from sidestep.session import EXIT_S, LARGE_BYTES, Refusal, Session, Stats
 from sidestep.staging import Call
 from sidestep.steps import OffsetSteps, truth, whole
@@ -148,12 +149,16 @@ class Axis:
         session.hide_from_compiler()
         call = session.staging.call()
         values = self._plain_values(_entries(data), call)
-        kind, number = at or self._take(step, commit)
-        if call.deferred:
-            call.launch()
-            session.offer_staged((kind, number), values, self._stage, call.by_name)
-        else:
-            session.offer(session.pack(kind, number, values, self._stage))
+        try:
+            kind, number = at or self._take(step, commit)
+            if call.deferred:
+                call.launch()
+                session.offer_staged((kind, number), values, self._stage, call.by_name)
+            else:
+                session.offer(session.pack(kind, number, values, self._stage))
+        except Refusal:
+            session.lane.give_up(values)
+            raise
 
     def _plain_values(self, entries: dict[Any, Any], call: Call) -> dict[str, Any]:
         """The values that can be logged; the others are counted and said."""
@@ -296,7 +301,7 @@ class Scope(Axis):
         return f"<sidestep.Scope {self.name!r} from step {self._offset}>"
 
 
-class Run(Axis, About, Elsewhere):
+class Run(Axis, About, Outputs, Elsewhere):
     """The one run that every rank logs into. Made by `sidestep.init()`."""
 
     __slots__ = (
@@ -307,6 +312,7 @@ class Run(Axis, About, Elsewhere):
         "_config",
         "_keywords",
         "_named",
+        "_saved",
         "_summary",
     )  # users may add attributes, as to wandb's
 
@@ -315,6 +321,7 @@ class Run(Axis, About, Elsewhere):
         self._keywords = keywords
         self._asked: set[str] = set()
         self._named: dict[str, Any] = {}
+        self._saved: dict[str, Saved] = {}
         self._alerts = Alerts()
         self._began = now()
         self._config = Bag(session, Kind.CONFIG)

@@ -1,6 +1,7 @@
 """The blob lane: how the bytes of media leave a worker, beside its records and never before them.
 
-    add(bytes), add_file(path) ─▶ what waits ─▶ feeder ─▶ a session of its own ─▶ daemon
+    add(bytes) ─▶ what waits ─▶ feeder ─▶ a session of its own ─▶ daemon
+    add_file(path) ─▶ courier, a process of its own, which does the same (courier.py)
 
 - whoever logs pays one copy at most, and nothing for `bytes`; all else is the feeder's, a thread that sleeps while
   there is nothing to do
@@ -8,35 +9,38 @@
   behind a blob
 - memory is bounded: what finds no room is refused, and the value with it. Beyond the half of it pieces may go into
   the spill; what is in a file already never does
-- a file is opened at once and read later. One that was changed by then is torn: that is said, and no piece of it
-  is shown as if it were whole
+- a file is opened at once and read later, no faster than a bound. One that was changed by then is torn: that is
+  said, and no piece of it is shown as if it were whole
+- what a record that was given up refers to is given up too
 - what did not leave before the end is said exactly, here and in the run
 """
 
 from __future__ import annotations
 
 import os
-import stat
 import threading
 import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from time import monotonic, time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgpack
 
 from sidestep.errors import UnsupportedValue
-from sidestep.media.base import BLOB, Buffer, Ref
+from sidestep.media.base import BLOB, Buffer, Ref, refs_in
 from sidestep.notices import say
 from sidestep.outbox import DropReason
+from sidestep.snapshot import Opened, Torn, reopen, signature, take
 from sidestep.wire import MAX_CHUNK_BYTES, Kind
 
 if TYPE_CHECKING:
+    from sidestep.courier import Courier
     from sidestep.session import Session
 
 DEFAULT_BYTES = 256 * 1024 * 1024
+FILE_BYTES_PER_S = 128 * 1024 * 1024
 OUTBOX_BYTES = 16 * 1024 * 1024
 """Pieces under way, beside what waits."""
 CALM = 0.4
@@ -45,6 +49,8 @@ PRESSED = 0.5
 """When so much of the memory is in use, the outbox is filled to its brim, and so the spill."""
 LOOK_S = 0.01
 """How often the feeder looks for room."""
+BURST_S = 0.05
+"""So much of the bound on files may come at once after a pause."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -54,42 +60,53 @@ class Waiting:
     number: int
     size: int
     pieces: tuple[bytes | memoryview, ...] = ()
-    file: int | None = None
-    path: str = ""
-    was: tuple[int, ...] = ()
-    """What the file was when it was opened."""
+    opened: Opened | None = None
+    """A file instead of pieces."""
     crc: int = 0
+    sha256: Any = None
     sent: int = 0
+    unwanted: bool = False
+    """The record that refers to it was given up."""
 
     @property
     def held(self) -> int:
         """Bytes of memory."""
-        return 0 if self.file is not None else self.size
+        return 0 if self.opened is not None else self.size
+
+    @property
+    def path(self) -> str:
+        """The file's, if it is one."""
+        return self.opened.path if self.opened is not None else ""
 
     def read(self) -> Iterator[bytes | memoryview]:
         """Its bytes, a piece at a time. Raises OSError, and Torn for a file that is not what it was."""
-        if self.file is None:
+        if self.opened is None:
             for piece in self.pieces:
                 for start in range(0, len(piece), MAX_CHUNK_BYTES):
                     yield piece[start : start + MAX_CHUNK_BYTES]
             return
+        reopen(self.opened)
+        file = self.opened.file
+        assert file is not None
         while self.sent < self.size:
-            piece = os.pread(self.file, min(MAX_CHUNK_BYTES, self.size - self.sent), self.sent)
+            piece = os.pread(file, min(MAX_CHUNK_BYTES, self.size - self.sent), self.sent)
             if not piece:
                 raise Torn
             yield piece
-        if _signature(os.fstat(self.file)) != self.was:
+        if signature(os.fstat(file)) != self.opened.was:
             raise Torn
+
+    def take_in(self, piece: bytes | memoryview) -> None:
+        """A piece was sent."""
+        self.crc = zlib.crc32(piece, self.crc)
+        if self.sha256 is not None:
+            self.sha256.update(piece)
+        self.sent += len(piece)
 
     def close(self) -> None:
         """Let go of the file."""
-        if self.file is not None:
-            os.close(self.file)
-            self.file = None
-
-
-class Torn(Exception):
-    """A file was changed after it was logged."""
+        if self.opened is not None:
+            self.opened.close()
 
 
 @dataclass(slots=True)
@@ -105,13 +122,28 @@ class Lane:
     """The blobs of one process, and of one session. A forked child makes its own."""
 
     def __init__(
-        self, session: Callable[[], Session], *, limit: int, inline: Callable[[], bool] = lambda: False
+        self,
+        session: Callable[[], Session],
+        *,
+        limit: int,
+        inline: Callable[[], bool] = lambda: False,
+        courier: Callable[[], Courier | None] = lambda: None,
+        file_bytes_per_s: int = 0,
     ) -> None:
-        """`session` makes the session that blobs go through; `inline`: without a thread, for a test's recorder."""
+        """`session` makes the session that blobs go through; `inline`: without a thread, for a test's recorder.
+
+        `courier` makes who sends files; without one they are sent here, at `file_bytes_per_s` where that is given.
+        """
         self._new_session = session
+        self._new_courier = courier
         self._session: Session | None = None
         self._limit = limit
         self._inline = inline
+        self._rate = file_bytes_per_s
+        self.on_left: Callable[[Waiting], None] = lambda _: None
+        """Told of each blob that is in the outbox, or of which nothing more will come."""
+        self.on_trouble: Callable[[str, str], None] | None = None
+        """Told in the place of the user which file can not be sent, and why."""
         self._begin()
 
     def _begin(self) -> None:
@@ -125,31 +157,64 @@ class Lane:
         self._thread: threading.Thread | None = None
         self._leave_by: float | None = None
         self._given_up = False
+        self._courier: Courier | None = None
+        self._not_before = 0.0
 
     # What `pack` of a kind uses
 
-    def add(self, data: Buffer | tuple[Buffer, ...]) -> Ref:
-        """Take bytes, or pieces of them, along; see `media.base.Blobs`."""
+    def add(self, data: Buffer | tuple[Buffer, ...], *, hashed: bool = False) -> Ref:
+        """Take bytes, or pieces of them, along; see `media.base.Blobs`. `hashed`: with their SHA-256."""
         pieces = tuple(map(_kept, data if isinstance(data, tuple) else (data,)))
-        return self._add(Waiting(number=0, size=sum(map(len, pieces)), pieces=pieces))
+        sha256 = _sha256() if hashed else None
+        return self._add(Waiting(number=0, size=sum(map(len, pieces)), pieces=pieces, sha256=sha256))
 
     def add_file(self, path: str | os.PathLike[str]) -> Ref:
         """Open a file now, to be read later; see `media.base.Blobs`."""
-        name = os.path.abspath(os.fspath(path))  # noqa: PTH100 - a Path costs its import
-        try:
-            file = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-            status = os.fstat(file)
-        except OSError as error:
-            raise UnsupportedValue(f"{name!r:.200} can not be read: {error.strerror}") from None
-        if not stat.S_ISREG(status.st_mode):
-            os.close(file)
-            raise UnsupportedValue(f"{name!r:.200} is no file")
-        blob = Waiting(number=0, size=status.st_size, file=file, path=name, was=_signature(status))
+        return self.add_opened(take(path))
+
+    def add_opened(self, opened: Opened) -> Ref:
+        """The same for a file that was taken before; it is closed here."""
+        if not self._inline():
+            with self._lock:
+                if self._courier is None or self._courier.is_gone:
+                    self._courier = self._new_courier()
+                if self._courier is not None:
+                    self._added += 1
+                    return self._courier.send(opened)
+        blob = waiting_file(opened)
         try:
             return self._add(blob)
         except UnsupportedValue:
             blob.close()
             raise
+
+    def give_up(self, value: Any) -> None:
+        """A record was given up: so is what it refers to."""
+        unwanted: set[tuple[Any, Any]] = {(ref.get("of"), ref.get("id")) for ref in refs_in(value)}
+        if not unwanted:
+            return
+        with self._lock:
+            session, courier = self._session, self._courier
+            for of, number in unwanted:
+                if session is not None and of == session.id:
+                    waiting = next((it for it in self._waiting if it.number == number), None)
+                    if waiting is not None:
+                        waiting.unwanted = True
+                    else:
+                        self._say_failed(number, "dropped")
+                elif courier is not None and of == courier.id:
+                    courier.give_up(number)
+
+    def take_over(self, blob: Waiting, session: Session) -> None:
+        """Send a blob that somebody else took and numbered, through a session that is there: a courier's."""
+        self._session = session
+        with self._lock:
+            self._waiting.append(blob)
+            self._next = blob.number + 1
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._feed, name="sidestep-blobs", daemon=True)
+                self._thread.start()
+        self._bell.set()
 
     def _add(self, blob: Waiting) -> Ref:
         with self._lock:
@@ -183,7 +248,8 @@ class Lane:
     def pending(self) -> int:
         """Blobs that are not on the daemon's disk, at least: all those under way count as one."""
         session = self._session
-        return len(self._waiting) + (1 if session is not None and session.outbox.pending else 0)
+        under_way = 1 if session is not None and session.outbox.pending else 0
+        return len(self._waiting) + under_way + (self._courier.pending if self._courier is not None else 0)
 
     @property
     def added(self) -> int:
@@ -197,13 +263,15 @@ class Lane:
             if monotonic() >= deadline:
                 return False
             threading.Event().wait(LOOK_S)
-        return self._session is None or self._session.flush(max(deadline - monotonic(), 0.0))
+        sent = self._session is None or self._session.flush(max(deadline - monotonic(), 0.0))
+        return (self._courier is None or self._courier.flush(max(deadline - monotonic(), 0.0))) and sent
 
     def finish(self, timeout: float, exit_code: int | None) -> None:
         """Let leave what can in `timeout` seconds, and say what did not."""
-        if self._session is None or self._session.dormant:
-            return
         deadline = monotonic() + timeout
+        if self._session is None or self._session.dormant:
+            self._finish_courier(timeout)
+            return
         self.hurry(deadline - timeout / 4)
         if self._thread is not None:
             self._thread.join(max(deadline - timeout / 4 - monotonic(), 0.05) + LOOK_S * 10)
@@ -218,6 +286,16 @@ class Lane:
                 f"{left.blobs} media or files ({left.bytes} bytes) did not leave this process in time "
                 f"and are not in the run{files}"
             )
+        self._finish_courier(max(deadline - monotonic(), 0.0))
+
+    def _finish_courier(self, timeout: float) -> None:
+        if self._courier is not None:
+            self._courier.finish(timeout)
+
+    def settle_in(self, timeout: float) -> None:
+        """Before this process says its last word: see that who sends its files is known to the daemon."""
+        if self._courier is not None:
+            self._courier.wait_until_welcome(timeout)
 
     def hurry(self, leave_by: float) -> None:
         """The process ends: the feeder shall be done by then, and may fill the spill."""
@@ -231,6 +309,8 @@ class Lane:
                 blob.close()
             except OSError:
                 pass
+        if self._courier is not None:
+            self._courier.forked()
         self._begin()
 
     def _left(self) -> Left:
@@ -270,19 +350,37 @@ class Lane:
                 self._notify(blob, f"{blob.path!r:.200} can not be read: {error.strerror}")
                 self._drop_first("unreadable")
                 continue
+            if blob.unwanted:
+                self._drop_first("dropped")
+                continue
             if not done:
                 self._give_up()
                 return
             self._forget_first()
+            self.on_left(blob)
 
     def _send(self, blob: Waiting) -> bool:
-        """All pieces of a blob, and its end; False if time ran out."""
+        """All pieces of a blob, and its end; False if time ran out, or it is not wanted any more."""
         for piece in blob.read():
-            if not self._offer({"id": blob.number, "at": blob.sent, "bytes": piece}, blob):
+            if blob.unwanted or not self._offer({"id": blob.number, "at": blob.sent, "bytes": piece}, blob):
                 return False
-            blob.crc = zlib.crc32(piece, blob.crc)
-            blob.sent += len(piece)
-        return self._offer({"id": blob.number, "size": blob.sent, "crc": blob.crc}, blob)
+            blob.take_in(piece)
+            if blob.opened is not None and self._rate:
+                self._hold_back(len(piece))
+        if blob.unwanted:
+            return False
+        end: dict[str, object] = {"id": blob.number, "size": blob.sent, "crc": blob.crc}
+        if blob.sha256 is not None:
+            end["sha256"] = blob.sha256.digest()
+        return self._offer(end, blob)
+
+    def _hold_back(self, size: int) -> None:
+        """Send files no faster than the bound."""
+        now = monotonic()
+        self._not_before = max(self._not_before, now - BURST_S) + size / self._rate
+        if (early := self._not_before - now) > LOOK_S:
+            self._bell.wait(early)
+            self._bell.clear()
 
     def _offer(self, data: dict[str, object], blob: Waiting) -> bool:
         """Put a record into the outbox when there is room; False if there was none in time."""
@@ -303,7 +401,7 @@ class Lane:
         assert self._session is not None
         outbox = self._session.outbox
         pressed = self._leave_by is not None or self._held > PRESSED * self._limit
-        if pressed and blob.file is None:
+        if pressed and blob.opened is None:
             return True
         return outbox.in_use < CALM and not outbox.shelved
 
@@ -317,10 +415,11 @@ class Lane:
         """Say in the run that a blob will never be whole."""
         if not self._waiting:
             return
-        number = self._waiting[0].number
+        blob = self._waiting[0]
         self._forget_first()
         self._failed[reason] += 1
-        self._say_failed(number, reason)
+        self._say_failed(blob.number, reason)
+        self.on_left(blob)
 
     def _say_failed(self, number: int, reason: str) -> None:
         assert self._session is not None
@@ -340,7 +439,10 @@ class Lane:
     def _notify(self, blob: Waiting, text: str) -> None:
         assert self._session is not None
         self._failed["files"] += 1
-        self._session.notices.once(("blob", blob.path), text)
+        if self.on_trouble is not None:
+            self.on_trouble(blob.path, text)
+        else:
+            self._session.notices.once(("blob", blob.path), text)
 
 
 def lane_of(session: Session) -> Lane:
@@ -349,7 +451,32 @@ def lane_of(session: Session) -> Lane:
     def beside() -> Session:
         return session.twin(replace(session.settings, outbox_bytes=OUTBOX_BYTES))
 
-    return Lane(beside, limit=session.settings.blob_bytes, inline=lambda: session.inline)
+    def courier() -> Courier | None:
+        if not session.is_sent or session.settings.address is None:
+            return None
+        from sidestep.courier import Courier  # only who sends files needs it
+
+        session.awake()
+        return Courier(session)
+
+    return Lane(
+        beside,
+        limit=session.settings.blob_bytes,
+        inline=lambda: session.inline,
+        courier=courier,
+        file_bytes_per_s=session.settings.file_bytes_per_s,
+    )
+
+
+def waiting_file(opened: Opened, number: int = 0) -> Waiting:
+    """A file as a blob."""
+    return Waiting(number=number, size=opened.size, opened=opened, sha256=_sha256())
+
+
+def _sha256() -> Any:
+    import hashlib  # with it OpenSSL is loaded
+
+    return hashlib.sha256()
 
 
 def _kept(data: Buffer) -> memoryview:
@@ -358,8 +485,3 @@ def _kept(data: Buffer) -> memoryview:
         return memoryview(data)
     view = memoryview(data)
     return memoryview(bytes(view) if view.contiguous else view.tobytes())
-
-
-def _signature(status: os.stat_result) -> tuple[int, ...]:
-    """What changes when a file is written to. One that takes its place under its name is another file."""
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns

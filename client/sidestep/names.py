@@ -15,6 +15,7 @@ from collections.abc import Mapping
 
 LAZY: Mapping[str, str] = {
     "AlertLevel": "sidestep.alerts",
+    "Artifact": "sidestep.artifacts",
     "Audio": "sidestep.media.audio",
     "Classes": "sidestep.media.overlays",
     "CommError": "sidestep.errors",
@@ -51,7 +52,21 @@ LAZY: Mapping[str, str] = {
 """Name to the module that has it."""
 
 OF_THE_RUN: frozenset[str] = frozenset(
-    {"alert", "mark_preempting", "restore", "unwatch", "use_artifact", "use_model", "watch"}
+    {
+        "alert",
+        "log_artifact",
+        "log_code",
+        "log_model",
+        "mark_preempting",
+        "restore",
+        "save",
+        "save_artifact",
+        "save_json_artifact",
+        "unwatch",
+        "use_artifact",
+        "use_model",
+        "watch",
+    }
 )
 """Methods of `Run` that the module has too, for the current run."""
 

@@ -41,7 +41,7 @@ from sidestep.spill import Spill, folders, private_folder, waiting
 from sidestep.staging import Deferred, Device, Staging
 from sidestep.steps import Steps
 from sidestep.waiting import Waiting
-from sidestep.wire import BLOBS, MAX_RECORD_BYTES, WORKER, Hello, Kind
+from sidestep.wire import BLOBS, LANES, MAX_RECORD_BYTES, WORKER, Hello, Kind
 
 if TYPE_CHECKING:
     from sidestep.autostart import Starter
@@ -135,9 +135,9 @@ class Session:
 
     __slots__ = (
         "__weakref__", "_beside", "_carried", "_devices", "_hidden", "_keywords", "_lock", "_new_carrier",
-        "_spill", "_spills", "_starter", "dormant", "exit_code", "finished", "id", "identity", "lane", "names",
-        "notices", "on_finish", "outbox", "packers", "role", "sender", "settings", "silent", "staging", "steps",
-        "watcher",
+        "_own_id", "_spill", "_spills", "_starter", "dormant", "exit_code", "finished", "id", "identity", "lane",
+        "names", "notices", "on_finish", "outbox", "packers", "role", "sender", "settings", "silent", "staging",
+        "steps", "watcher",
     )  # fmt: skip
 
     def __init__(
@@ -150,9 +150,11 @@ class Session:
         silent: bool = False,
         carrier: NewCarrier | None = None,
         role: str = WORKER,
-        beside: Session | None = None,
+        beside: Session | bytes | None = None,
+        own_id: bytes | None = None,
         devices: Devices = cuda.finder,
     ) -> None:
+        """`beside` is the session, or its id, whose bytes this one sends; `own_id` is what others know already."""
         self.settings = settings
         self.identity = identity
         self.notices = notices
@@ -160,6 +162,7 @@ class Session:
         self.role = role
         self.lane: Lane = lane_of(self)
         self._beside = beside
+        self._own_id = own_id
         self._carried = carrier
         self.packers: list[Packer]
         self.names: set[str] = set()  # that log() has looked at and found good
@@ -352,6 +355,7 @@ class Session:
         atexit.unregister(self.at_exit)
         if self.dormant:
             return
+        self.lane.settle_in(timeout / 2)
         timeout = max(deadline - monotonic(), 0.0)
         if self.lane.pending:
             timeout -= LANE_SHARE * timeout
@@ -361,7 +365,7 @@ class Session:
 
     def _end(self, timeout: float, exit_code: int | None) -> None:
         confirmed = self.sender is not None and self.sender.finish(timeout, exit_code)
-        what = "pieces of media" if self.role == BLOBS else "records"
+        what = "pieces of media" if self.role in LANES else "records"
         if left := self.outbox.pending:
             say(f"{left} {what} are not acknowledged {self._whose_fault(timeout)}{self._where_they_are()}")
         elif self.sender is not None and not confirmed:
@@ -404,7 +408,7 @@ class Session:
     def _begin(self) -> None:
         for steps in self.steps.values():
             steps.restart()
-        self.id = os.urandom(16)  # what `secrets` does, without its import, which takes 4 MB
+        self.id = self._own_id or os.urandom(16)  # what `secrets` does, without its import, which takes 4 MB
         self.packers = [new_packer()]
         self._spill = self._new_spill()
         self.outbox = Outbox(self.id, self.settings.outbox_bytes, self._spill)
@@ -523,8 +527,12 @@ class Session:
             client=f"sidestep {__version__} python {platform.python_version()}",
             settings=self._keywords,
             role=self.role,
-            beside="" if self._beside is None else self._beside.id.hex(),
+            beside=self._beside_id().hex(),
         )
+
+    def _beside_id(self) -> bytes:
+        beside = self._beside
+        return beside.id if isinstance(beside, Session) else beside or b""
 
     def _whose_fault(self, timeout: float) -> str:
         if self.settings.address is None:

@@ -16,6 +16,7 @@ from typing import Any
 
 from sidestep.errors import SettingsError
 from sidestep.lane import DEFAULT_BYTES as BLOB_BYTES
+from sidestep.lane import FILE_BYTES_PER_S
 from sidestep.notices import say
 from sidestep.outbox import DEFAULT_BYTES
 from sidestep.spill import DEFAULT_BYTES as SPILL_BYTES
@@ -44,6 +45,8 @@ class WorkerSettings:
     """What the file may hold, for each process."""
     blob_bytes: int = BLOB_BYTES
     """Bytes of media kept in memory until they are under way; what finds no room is left out."""
+    file_bytes_per_s: int = FILE_BYTES_PER_S
+    """So fast are files sent at most, by a process beside this one."""
     flush_interval_s: float | None = None
     """How long records wait for company before they are sent; the daemon's wish where it is not set."""
     autostart: bool = True
@@ -165,6 +168,7 @@ _PARSE: Mapping[str, Callable[[str], Any]] = {
     "outbox_bytes": _bytes,
     "spill_bytes": _bytes,
     "blob_bytes": _bytes,
+    "file_bytes_per_s": _bytes,
     "when_full": _when_full,
     "flush_interval_s": _seconds,
 }

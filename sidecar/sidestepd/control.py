@@ -26,6 +26,8 @@ class Control:
     def __init__(self, address: str) -> None:
         self.address = address
         self._context = zmq.Context()
+        self.files: Mapping[str, Any] = {}
+        """What `close_run` was told of files that are still on their way."""
 
     def __enter__(self) -> Self:
         return self
@@ -47,7 +49,10 @@ class Control:
     def close_run(self, exit_code: int, timeout_s: float = 1.0) -> bool:
         """Have the run finished with `exit_code`; True once the daemon has that on disk."""
         answer = self._ask(RunInfo(close=exit_code), RunInfo, timeout_s)
-        return isinstance(answer, RunInfo) and answer.close is not None
+        if not isinstance(answer, RunInfo):
+            return False
+        self.files = answer.info.get("files") or {}
+        return answer.close is not None
 
     def _ask(self, question: ControlMessage, kind: type[Message], timeout_s: float) -> Message | None:
         try:

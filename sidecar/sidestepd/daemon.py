@@ -99,8 +99,10 @@ class Daemon:
     def close(self, exit_code: int) -> None:
         """Have all finished, a single run with `exit_code`; returns when that is settled. Raises Incomplete."""
         self._exit_code = exit_code
-        deadline = time.monotonic() + STUCK_AFTER_S
+        deadline, seen = time.monotonic() + STUCK_AFTER_S, None
         while self.tend() and not self._control.close_run(exit_code):
+            if self._control.files != seen:
+                seen, deadline = self._control.files, time.monotonic() + STUCK_AFTER_S
             if time.monotonic() > deadline:
                 raise Incomplete(f"the daemon does not answer; the logs in {self._log.parent} say why")
             self.pause(_TICK_S)

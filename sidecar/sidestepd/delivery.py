@@ -45,14 +45,15 @@ from sidestepd.resolve import Closed, Folded, LaneEnded, Lost, Resolver
 from sidestepd.resume import resume
 from sidestepd.room import Ballast, Patience
 from sidestepd.rowlog import RowLog
-from sidestepd.rows import Blob, Bundle, Definition, Described, Part, Printed, Raised, Row, Sampled
+from sidestepd.rows import Blob, Bundle, Definition, Described, Logged, Part, Printed, Raised, Row, Sampled
 from sidestepd.rules import Rule, Rules, Source, operations
-from sidestepd.rundir import BLOBS, tell_trouble
+from sidestepd.rundir import ARTIFACTS, BLOBS, tell_trouble
 from sidestepd.samples import Samples, first_ranks
 from sidestepd.settlement import Settlement
 from sidestepd.show import Shower
 from sidestepd.sinks import Confirmed, RunFacts, Sink, load, make_sink, patiently, write_all
 from sidestepd.spool import Entry, EntryKind, SpoolReader
+from sidestepd.storing import Storing
 from sidestepd.telling import Telling
 from sidestepd.watch import Watch
 
@@ -66,6 +67,8 @@ READY_STRIDE_S = 0.02
 """While catching up, how far spool time may move before rows are let go."""
 NICENESS = 10
 """Delivery and its wandb-core give way to the training: the spool waits, a training step does not."""
+ARTIFACT_S = 600.0
+"""How long checking and hashing one artifact may take at the run's end."""
 CLOSE_DEADLINE_S = 30.0
 """How long the last rows may take to be confirmed after the run was finished."""
 
@@ -81,6 +84,7 @@ class Delivery:
         config: Config,
         *,
         shower: Shower,
+        shelf: Path,
         horizon: Clock,
         beat: Callable[[], None],
         wait_for_room: Callable[[], None] = lambda: None,
@@ -104,6 +108,7 @@ class Delivery:
             beat=beat,
             told=rowlog.meta("media", {}),
         )
+        self.storing = Storing(shelf, shower.folder, sink, rowlog, self.media)
         self.order = self.new_buffer()
         self.assembler = Assembler(
             rules,
@@ -136,6 +141,7 @@ class Delivery:
         self._last_ready = 0.0
         self._last_confirm = 0.0
         self._progress_at = time.monotonic()
+        self._watched = False
         self.trouble: Trouble | None = None
         """What is waited for outside of this process."""
         self.telling = Telling(
@@ -176,6 +182,7 @@ class Delivery:
                 self._now = max(self._now, horizon)
             self.telling.tell_samples(self._now)
             self.telling.tell_beside()
+            self.storing.go_on()
             self._let_go()
             self._decide()
             self.telling.tell_config()
@@ -192,6 +199,7 @@ class Delivery:
         self._decide()
         self.telling.tell_config()
         self.telling.tell_summary(self.totals())
+        self._finish_artifacts()
         logger.info("finishing the run with exit code %s", self.exit_code)
         patiently(lambda: self.sink.close(self.exit_code or 0), beat=self.beat, kept=self.keep)
         deadline = time.monotonic() + CLOSE_DEADLINE_S
@@ -209,6 +217,21 @@ class Delivery:
         bookmark = self.rowlog.meta("bookmark", {})
         self.settle(Confirmed(steps=(), bookmark=bookmark), state="closed", exit_code=self.exit_code)
         self.media.close()
+        self.storing.close()
+
+    def _finish_artifacts(self) -> None:
+        """Those that are whole are in the run before it is finished, however long they take on their way."""
+        self.storing.flush()
+        waiting, deadline = 0, 0.0
+        while now := self.storing.artifacts.waiting:
+            if now != waiting or self._watched:
+                waiting, deadline = now, time.monotonic() + ARTIFACT_S
+            if time.monotonic() > deadline:
+                raise Fatal(f"none of {now} artifacts was confirmed within {ARTIFACT_S:.0f} s")
+            self.beat()
+            self.storing.go_on()
+            self._confirm()
+            time.sleep(0.1)
 
     # Reading
 
@@ -244,6 +267,9 @@ class Delivery:
                     self.settlement.settle(said.position.entry)
                 case Blob() | LaneEnded():
                     self.media.store(said)
+                case Logged():
+                    self.storing.hear(said)
+                    self.settlement.settle(said.position.entry)
                 case Printed() | Described():
                     self.beside.hear(said)
                     self.settlement.settle(said.position.entry)
@@ -337,7 +363,10 @@ class Delivery:
 
     def _confirm(self) -> None:
         confirmed = self.sink.confirm()
+        self._watched = confirmed.watched
         self.see_confirmed(confirmed.steps)
+        self.storing.see(confirmed)
+        self.storing.forget_orphans(self.resolver.sessions, self._now)
         self._tell_trouble(confirmed.trouble)
         self._see_progress(confirmed)
         if self.settlement.newest_snapshot != self.read_through:
@@ -376,6 +405,7 @@ class Delivery:
                 "resolver": self.resolver.state(),
                 "matcher": self.matcher.state(),
                 "media": self.media.state(),
+                "artifacts": self.storing.artifacts.state(),
                 "order": self.order.state(),
                 "watch": self.watch.state(),
                 "exit_code": self.exit_code,
@@ -404,9 +434,11 @@ class Delivery:
             counts=settlement.counts(),
             ledger=self.ledger(),
             media=self.media.settled(),
+            artifacts=self.storing.artifacts.take_fates(),
             **meta,
         )
         crash_point("delivery.settled")
+        self.storing.clean()
         self.media.clean()
 
     def totals(self) -> dict[str, int]:
@@ -440,6 +472,7 @@ class Delivery:
             "waiting": self.matcher.waiting + self.media.held + self.order.waiting + self.assembler.waiting,
             "unmatched": self.unmatched,
             "media": self.media.ledger(),
+            "artifacts": self.storing.artifacts.ledger(),
             "sessions": {
                 id_.hex(): {
                     "rank": s.rank, "node": s.node, "ended": s.ended, "offered": s.offered,
@@ -489,6 +522,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sink,
         config,
         shower=shower,
+        shelf=directory / ARTIFACTS,
         horizon=horizon,
         beat=beat,
         wait_for_room=patience.wait_for_room,

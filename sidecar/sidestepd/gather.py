@@ -27,6 +27,8 @@ from sidestepd.rows import Blob, Part, Position
 
 NO_MEDIA: Mapping[str, Any] = {"blobs": [], "ended": [], "late": [], "held": []}
 """What `Gatherer.state` gives where there are none."""
+NOT_WANTED = "dropped"
+"""How a blob fails whose record was given up by its worker."""
 MOST_LEFT_OUT = 1000
 """So many blobs of values that were left out are remembered: a crash goes back no further."""
 _CONTAINERS = frozenset({dict, list})
@@ -81,8 +83,8 @@ class Gatherer:
         self.left_out: Counter[str] = Counter()
         """Values that are in no row, by reason."""
         self._left_blobs: deque[BlobId] = deque(maxlen=MOST_LEFT_OUT)
-        self._blobs: dict[BlobId, tuple[int, int, str]] = {}
-        """Size, crc, and why it failed, of blobs of which no more comes, and that are in no row yet."""
+        self._blobs: dict[BlobId, tuple[int, int, str, bytes]] = {}
+        """Size, crc, why it failed, and SHA-256 where it was said, of blobs that are over and in no row yet."""
         self._ended: set[bytes] = set()
         self._written: set[BlobId] = set()
         """Blobs whose values have their fate, as the row log knows."""
@@ -140,8 +142,32 @@ class Gatherer:
         """No more comes of a blob."""
         of = (blob.session, blob.number)
         if of not in self._written:
-            self._blobs[of] = (blob.size, blob.crc, blob.failed)
+            self._blobs[of] = (blob.size, blob.crc, blob.failed, blob.sha256)
             self._look(self._values())
+        if blob.failed == NOT_WANTED:
+            self.give_back([of])
+
+    def known(self, of: BlobId) -> str | None:
+        """Whether a blob is whole (""), never will be (why), or may still come (None)."""
+        if of in self._blobs:
+            return self._blobs[of][2]
+        return "lost" if of in self._written or of[0] in self._ended else None
+
+    def facts_of(self, of: BlobId) -> tuple[int, int, bytes]:
+        """Size, crc and SHA-256 of a blob that is whole."""
+        size, crc, _, sha256 = self._blobs[of]
+        return size, crc, sha256
+
+    def give_back(self, blobs: Iterable[BlobId]) -> None:
+        """Nobody needs these any more, whatever they are."""
+        blobs = list(blobs)
+        self.decide(blobs)
+        self._done += blobs
+
+    @property
+    def needed(self) -> Iterator[BlobId]:
+        """The blobs of values that wait for them."""
+        return (of for value in self._values() for of in value.blobs)
 
     def end(self, session: bytes) -> None:
         """A session that sends blobs said its last word: what is not complete will not be."""
@@ -311,11 +337,11 @@ class Gatherer:
         `there` are the blobs that have files: one that was complete and has none had its fate.
         """
         there = set(there)
-        for of, number, size, crc, why in state["blobs"]:
+        for of, number, size, crc, why, *sha256 in state["blobs"]:
             if (of, number) in self._written or (not why and (of, number) not in there):
                 self._written.add((of, number))
             else:
-                self._blobs[of, number] = (size, crc, why)
+                self._blobs[of, number] = (size, crc, why, sha256[0] if sha256 else b"")
         self._ended = set(state["ended"])
         for place, name, value in state["late"]:
             self._restore_late(place, name, value)

@@ -93,6 +93,23 @@ class Media:
         for key, why in self._shower.poll():
             self._gatherer.shown(key, why)
 
+    # Blobs
+
+    @property
+    def bytes_of(self) -> Gatherer:
+        """What is known of blobs."""
+        return self._gatherer
+
+    def forget_lanes(self, sessions: Iterable[bytes], kept: Iterable[BlobId]) -> None:
+        """Nothing more is said of the blobs of these sessions: those that nobody waits for, and that are not
+        `kept`, belong to records that never came.
+        """
+        sessions = set(sessions)
+        if not sessions:
+            return
+        needed = {*kept, *self._gatherer.needed, *(of for _, blobs in self._rows.values() for of in blobs)}
+        self._gatherer.give_back(of for of in self._shower.there() if of[0] in sessions and of not in needed)
+
     # Rows
 
     def note(self, rows: Iterable[Row]) -> None:

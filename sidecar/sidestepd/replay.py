@@ -30,8 +30,8 @@ from sidestepd.delivery import Delivery
 from sidestepd.entries import Entry, EntryKind
 from sidestepd.errors import Reject, Retry, Trouble
 from sidestepd.rowlog import SENT, RowLog, RowLogReader
-from sidestepd.rows import Definition, Described, Printed, Row, Sample
-from sidestepd.rundir import BLOBS, RunFile
+from sidestepd.rows import Definition, Described, Printed, Row, Sample, Version
+from sidestepd.rundir import ARTIFACTS, BLOBS, RunFile
 from sidestepd.show import SHOWN, Shower
 from sidestepd.sinks import Confirmed, RunFacts, Sink, make_sink, patiently, wandb_log
 from sidestepd.sinks.jsonl import FILE_NAME, JsonlSink
@@ -111,7 +111,8 @@ def replay(
             shower = Shower(run_dir / BLOBS, sink.show, threads=1, scratch=facts.directory / f".{SHOWN}")
             delivery = Delivery(
                 spool, rowlog, whole, config,
-                shower=shower, horizon=lambda: 0.0, beat=lambda: waiting(delivery.trouble),
+                shower=shower, shelf=facts.directory / ARTIFACTS,
+                horizon=lambda: 0.0, beat=lambda: waiting(delivery.trouble),
             )  # fmt: skip
             delivery.start(facts, lambda _: None)
             delivery.serve()
@@ -196,6 +197,7 @@ class AfterHistory:
         self._poured = False
         self._in_files: set[int] = set()
         self._passed: list[int] = []
+        self._kept: list[str] = []
 
     def open(self, run: RunFacts, _: Mapping[str, Any]) -> Confirmed:
         """Whatever the sink holds, it holds of this run."""
@@ -227,6 +229,15 @@ class AfterHistory:
         """As the sink does, of what the run's files do not have."""
         return self._sink.show(value, files)
 
+    def prepare(self, version: Version) -> Any:
+        """As the sink does."""
+        return self._sink.prepare(version)
+
+    def keep(self, version: Version, prepared: Any) -> None:
+        """As given: only what the run does not have comes here."""
+        self._sink.keep(version, prepared)
+        self._kept.append(version.id)
+
     def sample(self, sample: Sample) -> None:
         """As given: only what was in no stream before comes here."""
         self._sink.sample(sample)
@@ -254,7 +265,8 @@ class AfterHistory:
     def confirm(self) -> Confirmed:
         """What was written counts here: whether it is durable is asked of the sink itself when all is."""
         steps, self._passed = self._passed, []
-        return Confirmed(steps=steps, bookmark={}, watched=True)
+        kept, self._kept = self._kept, []
+        return Confirmed(steps=steps, bookmark={}, watched=True, kept=kept)
 
     def close(self, exit_code: int) -> None:
         """After everything."""

@@ -18,11 +18,12 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from sidestep.wire import BLOBS, END_OF_STEPS, WORKER, Kind, Record, Undecodable, decode_records
+from sidestep.wire import END_OF_STEPS, LANES, WORKER, Kind, Record, Undecodable, decode_records
+from sidestepd.artifacts import logged_from
 from sidestepd.attempts import Launches
 from sidestepd.beside import described_from, printed_from
 from sidestepd.entries import Entry, EntryKind
-from sidestepd.rows import MAIN_AXIS, Blob, Call, Described, Part, Position, Printed, Raised, Sampled
+from sidestepd.rows import MAIN_AXIS, Blob, Call, Described, Logged, Part, Position, Printed, Raised, Sampled
 from sidestepd.rules import Rules, rule_from
 from sidestepd.samples import alert_from, sampled_from
 
@@ -50,6 +51,8 @@ class SessionFacts:
     lost: int = 0
     """Records that were acknowledged and are in no entry: a spool was damaged or lost."""
     axis_values: dict[str, Any] = field(default_factory=dict)
+    beside: str = ""
+    """The session whose bytes it sends, in hexadecimal."""
 
     @property
     def is_worker(self) -> bool:
@@ -122,7 +125,7 @@ class LaneEnded:
 
 Said = (
     Joined | Left | Heard | Booted | Closed | Lost | Folded | Part | Sampled | Raised | Blob | LaneEnded
-    | Printed | Described
+    | Printed | Described | Logged
 )  # fmt: skip
 Used = Callable[[Position], Mapping[str, int] | None]
 
@@ -168,7 +171,7 @@ class Resolver:
                     self._say_bye(entry.session, session)
                 if session.is_worker:
                     yield Left(entry.session)
-                elif session.role == BLOBS and entry.kind is EntryKind.BYE:
+                elif session.role in LANES and entry.kind is EntryKind.BYE:
                     yield LaneEnded(entry.session)
             case EntryKind.COUNTERS:
                 self._counters(entry)
@@ -202,6 +205,7 @@ class Resolver:
     def _introduce(self, id_: bytes, session: SessionFacts, facts: Mapping[str, Any]) -> None:
         session.rank, session.world, session.node = facts["rank"], facts["world"], facts["node"]
         session.local_rank, session.role = facts.get("local_rank", 0), facts.get("role", WORKER)
+        session.beside = facts.get("beside", "")
         if not session.is_worker:
             session.launch = session.role
             return
@@ -269,8 +273,9 @@ class Resolver:
         for _ in range(entry.count - len(facts["lost"])):
             self.folded += 1
             yield Folded(Position(entry.id, entry.first))
-        for _, number, size, crc, failed in facts["ends"]:
-            yield Blob(session=entry.session, number=number, size=size, crc=crc, failed=failed)
+        for _, number, size, crc, failed, *more in facts["ends"]:
+            sha256 = more[0] if more else b""
+            yield Blob(session=entry.session, number=number, size=size, crc=crc, failed=failed, sha256=sha256)
 
     def _heard(self, session: SessionFacts, entry: Entry) -> Iterator[Heard]:
         if session.is_worker:
@@ -303,7 +308,7 @@ class Resolver:
                 except ValueError:
                     yield self._lose(position, 1, "definition")
                     return
-            case Kind.SAMPLES | Kind.ALERT | Kind.OUTPUT | Kind.PROGRAM:
+            case Kind.SAMPLES | Kind.ALERT | Kind.OUTPUT | Kind.PROGRAM | Kind.ARTIFACT:
                 yield self._beside(id_, session, record, position)
                 return
         self.folded += 1
@@ -311,14 +316,16 @@ class Resolver:
 
     def _beside(
         self, id_: bytes, session: SessionFacts, record: Record, position: Position
-    ) -> Sampled | Raised | Printed | Described | Lost:
+    ) -> Sampled | Raised | Printed | Described | Logged | Lost:
         """What takes no part in the order of steps. It goes out at once, and counts as delivered then."""
-        said: Sampled | Raised | Printed | Described | None
+        said: Sampled | Raised | Printed | Described | Logged | None
         match record.kind:
             case Kind.OUTPUT:
                 said = printed_from(record, position, f"[rank {session.rank}] " if session.world > 1 else "")
             case Kind.PROGRAM:
                 said = described_from(record, position)
+            case Kind.ARTIFACT:
+                said = logged_from(record, position, id_)
             case Kind.SAMPLES:
                 said = sampled_from(record, position, id_, session.node)
             case _:

@@ -36,11 +36,13 @@ def resume(line: Delivery, held: Confirmed, opened: Callable[[int], None]) -> No
     if line.config.unsafe.row_log and _knows_less_than(line, held, base):
         _learn_from_the_run(line, held)
     line.media.recall(line.rowlog, line.marks)
+    line.storing.see(held)
     if line.checkpoint.fold:
         fold = msgpack.unpackb(line.checkpoint.fold, strict_map_key=False)
         line.resolver.restore(fold["resolver"])
         line.order.restore(fold["order"])
         line.go_on(line.media.restore(fold))
+        line.storing.restore(fold)
         line.hear(line.matcher.restore(fold["matcher"]))
         line.watch.restore(fold["watch"])
         line.exit_code = fold["exit_code"]

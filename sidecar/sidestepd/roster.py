@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
 
-from sidestep.wire import BLOBS, RELAY, WORKER, Bye, Frame, Hello, Status
+from sidestep.wire import FILES, LANES, RELAY, WORKER, Bye, Frame, Hello, Status
 from sidestepd.entries import SAID, Entry, EntryKind, StoredSession
 
 LOST = 1
@@ -58,8 +58,13 @@ class Session:
 
     @property
     def is_lane(self) -> bool:
-        """Whether it sends the bytes of a worker's media."""
-        return bool(self.hello.get("role") == BLOBS)
+        """Whether it sends the bytes of a worker's media, or its files."""
+        return self.hello.get("role") in LANES
+
+    @property
+    def is_courier(self) -> bool:
+        """Whether it is a process of its own, which sends a worker's files and may outlive it."""
+        return bool(self.hello.get("role") == FILES)
 
     @property
     def is_relay(self) -> bool:

@@ -19,6 +19,7 @@ Tables of `delivery.db`:
     definition(name, body, seal)                                names that wandb was told of
     latest(name, body, seal)                                    the newest value of each name: the run's summary
     dead(entry, seq, reason)                                    what could not be read
+    artifact(id, name, signature, fate, seal)                   fate: 'sent', 'delivered', or why it is not there
     alert(cause, title, text, level, time, over, through, seal) what people were told, and what was read by then
     meta(key, value, seal)     'cursor', 'fold', 'marks', 'bookmark', 'base', 'ledger', 'recover', 'state', ...
 """
@@ -52,6 +53,9 @@ CREATE TABLE IF NOT EXISTS definition (
 CREATE TABLE IF NOT EXISTS latest (name TEXT PRIMARY KEY, body BLOB NOT NULL, seal INTEGER NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS dead (
     entry INTEGER NOT NULL, seq INTEGER NOT NULL, reason TEXT NOT NULL, PRIMARY KEY (entry, seq)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS artifact (
+    n INTEGER PRIMARY KEY, id TEXT UNIQUE NOT NULL, name TEXT NOT NULL, signature TEXT NOT NULL,
+    seal INTEGER NOT NULL, fate TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS alert (
     id INTEGER PRIMARY KEY, cause TEXT NOT NULL, title TEXT NOT NULL, text TEXT NOT NULL, level TEXT NOT NULL,
     time REAL NOT NULL, over INTEGER NOT NULL, through INTEGER NOT NULL, seal INTEGER NOT NULL);
@@ -60,6 +64,10 @@ CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value, seal INTEGER NOT N
 _ALERTS = "SELECT cause, title, text, level, time, over FROM alert ORDER BY id"
 _COLUMNS = "cause, title, text, level, time, over, through, seal"
 _WARN = f"INSERT INTO alert ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
+_ARTIFACT = (
+    "INSERT INTO artifact (id, name, signature, seal, fate) VALUES (?, ?, ?, ?, ?) "
+    "ON CONFLICT (id) DO UPDATE SET fate = excluded.fate"
+)
 SENT, CONFIRMED = "sent", "confirmed"
 
 
@@ -108,9 +116,11 @@ class RowLog:
         latest: Mapping[str, Latest] | None = None,
         checkpoint: Checkpoint | None = None,
         keep_above: int | None = None,
+        artifacts: Iterable[tuple[str, str, str, str]] = (),
         **meta: Any,
     ) -> None:
         """Write down fates, and with them whatever else is due. `meta` values are packed."""
+        versions = [(*sealed(id_, name, signature), fate) for id_, name, signature, fate in artifacts]
         confirmed, rejected, dead = list(confirmed), list(rejected), list(dead)
 
         def write() -> None:
@@ -127,6 +137,7 @@ class RowLog:
                 "INSERT OR REPLACE INTO latest VALUES (?, ?, ?)",
                 (sealed(name, value.pack()) for name, value in (latest or {}).items()),
             )
+            self._db.executemany(_ARTIFACT, versions)
             if checkpoint:
                 self._set("cursor", checkpoint.cursor)
                 self._set("fold", checkpoint.fold)
@@ -170,6 +181,10 @@ class RowLog:
                 "SELECT content, positions, fate FROM row ORDER BY step"
             )
         ]
+
+    def artifacts(self) -> list[tuple[str, str, str, str]]:
+        """Id, name, signature and fate of every artifact that has one, in the order in which they were sent."""
+        return self._db.execute("SELECT id, name, signature, fate FROM artifact ORDER BY n").fetchall()
 
     def checkpoint(self) -> Checkpoint:
         """Where to read on."""
@@ -311,6 +326,7 @@ _SEALED = {
     "row": "SELECT step, content, positions, newest, records, seal, fate FROM row",
     "definition": "SELECT name, body, seal FROM definition",
     "latest": "SELECT name, body, seal FROM latest",
+    "artifact": "SELECT id, name, signature, seal, fate FROM artifact",
     "alert": f"SELECT {_COLUMNS} FROM alert",
     "meta": "SELECT key, value, seal FROM meta",
 }
@@ -346,7 +362,7 @@ def _open(path: Path) -> sqlite3.Connection:
 def _rows(db: sqlite3.Connection, table: str) -> Iterator[tuple[Any, ...] | None]:
     """The columns and the seal of each row of a table; None for one that is not what was written."""
     for row in db.execute(_SEALED[table]):
-        columns = row[:6] if table == "row" else row
+        columns = row[:-1] if table in ("row", "artifact") else row  # their fate is not sealed
         yield columns if is_sealed(columns) else None
 
 

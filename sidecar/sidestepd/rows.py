@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import msgpack
@@ -61,6 +62,8 @@ class Blob:
     size: int = 0
     crc: int = 0
     failed: str = ""
+    sha256: bytes = b""
+    """Of its content, where its worker said that."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,6 +123,60 @@ class Sample:
     time: float
     node: str
     values: Mapping[str, float]
+
+
+Range = tuple[bytes, int, int]
+"""Blobs of a session, from the first number to the last."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Logged:
+    """A session logged a version of an artifact, or files of the run where `facts` is None.
+
+    `entries` is a list of what is in it, as bytes or as what stands for them; `blobs` are all that it takes to
+    have the whole of it. `id` tells it from every other, in all lives of everybody.
+    """
+
+    position: Position
+    time: float
+    session: bytes
+    id: str
+    facts: Mapping[str, Any] | None
+    entries: Any
+    blobs: tuple[Range, ...]
+
+    @property
+    def name(self) -> str:
+        """What it is called; "" for files of the run."""
+        return "" if self.facts is None else str(self.facts["name"])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Content:
+    """One thing in an artifact, by its path there: a file on this disk, an address, or media to be shown."""
+
+    path: str
+    size: int = 0
+    sha256: str = ""
+    """Of the file, in hexadecimal, checked."""
+    file: Path | None = None
+    ref: str = ""
+    media: Any = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Version:
+    """An artifact with all that is in it, ready for a sink; or files of the run, where `facts` is None.
+
+    `facts` are `name`, `type`, `aliases`, and where they were given `description`, `metadata`, `tags`, `ttl_s`;
+    with `of_run` the run's id goes before the name. `files` is where the bytes of media are.
+    """
+
+    id: str
+    time: float
+    facts: Mapping[str, Any] | None
+    contents: tuple[Content, ...]
+    files: Any = None
 
 
 Cause = Literal["passed", "patience", "forced", "closing", "late"]

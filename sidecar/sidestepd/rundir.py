@@ -30,6 +30,7 @@ MAX_IPC_PATH_BYTES = 107
 """What fits into a sockaddr_un, without its final zero."""
 RUNS = "sidestep-runs"
 BLOBS = "blobs"
+ARTIFACTS = "artifacts"
 """The bytes of media, until the run has them."""
 TROUBLE = "trouble.json"
 """What keeps rows from the run while nothing here is broken; gone when that is over."""

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from sidestep.errors import SidestepError
-from sidestep.wire import BLOBS, WORKER
+from sidestep.wire import BLOBS, FILES, WORKER
 from sidestepd import status
 from sidestepd.errors import ExitCode
 from sidestepd.home import short
@@ -131,6 +131,7 @@ def table(found: status.Report) -> str:
         + (", FULL: workers keep what they have" if found.full else ""),
     ]
     lines += [_media(found.media)] if any(found.media.values()) else []
+    lines += [_artifacts(found.artifacts)] if any(found.artifacts.values()) else []
     lines += [f"trouble   {found.trouble}"] if found.trouble else []
     if found.spool_damaged:
         lines.append("the spool is damaged: workers as delivery knew them; the next start keeps what can be read")
@@ -163,6 +164,8 @@ def _upstream(found: status.Report) -> str:
 def _who(session: status.SessionReport) -> str:
     if session.role == BLOBS:
         return f"media {session.rank}"
+    if session.role == FILES:
+        return f"files {session.rank}"
     return f"rank {session.rank}" if session.role == WORKER else session.role
 
 
@@ -170,6 +173,13 @@ def _media(media: Mapping[str, Any]) -> str:
     waiting = f", {media['waiting']} waiting, {media['bytes'] / 1e6:.1f} MB on disk" if media["bytes"] else ""
     left_out = f", {_by_reason(media['left_out'])} left out" if any(media["left_out"].values()) else ""
     return f"media     {media['delivered']} delivered{waiting}{left_out}"
+
+
+def _artifacts(artifacts: Mapping[str, Any]) -> str:
+    waiting = f", {artifacts['waiting']} waiting" if artifacts["waiting"] else ""
+    same = f", {artifacts['unchanged']} the same as before" if artifacts["unchanged"] else ""
+    left_out = f", {_by_reason(artifacts['left_out'])} left out" if any(artifacts["left_out"].values()) else ""
+    return f"artifacts {artifacts['delivered']} delivered{same}{waiting}{left_out}"
 
 
 def _alert(alert: Alert) -> str:

@@ -87,6 +87,8 @@ class Report:
     spool_bytes: int
     media: Mapping[str, Any] = field(default_factory=dict)
     """How many media were `delivered` and are `waiting`, were `left_out` by reason, and the `bytes` that wait."""
+    artifacts: Mapping[str, Any] = field(default_factory=dict)
+    """Likewise of artifacts, and of calls of `save`; `unchanged` were the same as the version before them."""
     full: bool = False
     """No room is left: workers keep what they have."""
     spool_damaged: bool = False
@@ -156,6 +158,7 @@ def report(run_dir: Path) -> Report:
         sessions=sessions,
         ledger=_ledger(sessions, told, unread),
         media=_media(told, run_dir),
+        artifacts={"delivered": 0, "unchanged": 0, "waiting": 0, "left_out": {}, **told.get("artifacts", {})},
         spool_bytes=sum(path.stat().st_size for path in home.glob("spool.db*")),
         full=state == "running" and (home / CLOSED_MARK).exists(),
         alerts=tuple(rowlog.alerts()),
@@ -176,6 +179,8 @@ def losses(found: Report) -> str:
         parts.append(f"{f'{ledger.unknown} and ' if ledger.unknown else ''}whatever else {who} had not sent")
     left_out = found.media.get("left_out", {})
     parts += [f"{count} media left out ({reason})" for reason, count in sorted(left_out.items()) if count]
+    left_out = found.artifacts.get("left_out", {})
+    parts += [f"{count} artifacts left out ({reason})" for reason, count in sorted(left_out.items()) if count]
     parts += [f"{ledger.values_refused} values that can not be logged"] if ledger.values_refused else []
     if not (ledger.balances or found.spool_damaged):
         parts.append("and the ledger does not balance, which is a defect: please report it")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import zlib
 from pathlib import Path
@@ -15,7 +16,7 @@ from sidestep.collect import collect
 from sidestep.errors import UnsupportedValue
 from sidestep.media.base import Blobs, Media
 from sidestep.testing import FakeDaemon, environment, record
-from sidestep.wire import BLOBS, WORKER, Kind, Refuse
+from sidestep.wire import BLOBS, FILES, WORKER, Frame, Hello, Kind, Refuse
 
 MB = 1024 * 1024
 
@@ -49,15 +50,15 @@ def run(daemon):
     run.finish(timeout=10.0)
 
 
-def lane_of(daemon: FakeDaemon) -> Any:
-    return next(seen for seen in daemon.sessions.values() if seen.hello.role == BLOBS)
+def lane_of(daemon: FakeDaemon, role: str = BLOBS) -> Any:
+    return next(seen for seen in daemon.sessions.values() if seen.hello.role == role)
 
 
-def arrived(daemon: FakeDaemon) -> dict[int, bytes]:
-    """The blobs that are complete, by their number; each as its crc says."""
+def arrived(daemon: FakeDaemon, role: str = BLOBS) -> dict[int, bytes]:
+    """The blobs that are complete, by their number; each as its crc says, and its SHA-256 where it has one."""
     pieces: dict[int, bytes] = {}
     done = {}
-    for it in lane_of(daemon).records:
+    for it in lane_of(daemon, role).records:
         number = it.data["id"]
         if "bytes" in it.data:
             assert it.data["at"] == len(pieces.get(number, b""))
@@ -65,11 +66,13 @@ def arrived(daemon: FakeDaemon) -> dict[int, bytes]:
         elif "crc" in it.data:
             done[number] = pieces.get(number, b"")
             assert (it.data["size"], it.data["crc"]) == (len(done[number]), zlib.crc32(done[number]))
+            sha256 = hashlib.sha256(done[number]).digest()
+            assert sha256 == it.data.get("sha256", sha256)
     return done
 
 
 def failed(daemon: FakeDaemon) -> dict[int, str]:
-    return {it.data["id"]: it.data["failed"] for it in lane_of(daemon).records if "failed" in it.data}
+    return {it.data["id"]: it.data["failed"] for it in lane_of(daemon, FILES).records if "failed" in it.data}
 
 
 class TestLane:
@@ -139,9 +142,10 @@ class TestFiles:
             (tmp_path / "new").write_bytes(b"new")
             (tmp_path / "new").rename(path)
 
-        run.flush(10.0)
+        assert run.flush(20.0)
 
-        assert {0: content} == arrived(daemon)
+        assert {0: content} == arrived(daemon, FILES)
+        assert os.getpid() != lane_of(daemon, FILES).hello.pid
 
     def test_one_that_is_written_to_meanwhile_is_torn(self, daemon, run, tmp_path, caplog):
         path = tmp_path / "checkpoint"
@@ -152,11 +156,40 @@ class TestFiles:
                 file.write(b"changed")
                 os.fsync(file.fileno())
 
-        run.flush(20.0)
+        assert run.flush(20.0)
 
         assert {0: "torn"} == failed(daemon)
-        assert {1: b"next"} == arrived(daemon)
+        assert {0: b"next"} == arrived(daemon)
         assert "was changed while it was being sent" in caplog.text
+
+    def test_half_of_one_is_gone_on_with_when_the_daemon_is_back(self, daemon, run, tmp_path):
+        """No piece of it twice in the daemon's memory, and not from its beginning again."""
+        path, content = tmp_path / "checkpoint", os.urandom(20 * MB)
+        path.write_bytes(content)
+        daemon.drop_acks(20)
+        run.log({"a": Thing(path)})
+        daemon.wait_until(lambda: any(it.hello.role == FILES and it.next > 4 for it in daemon.sessions.values()))
+
+        daemon.restart()
+
+        assert run.flush(60.0)
+        assert {0: content} == arrived(daemon, FILES)
+        hellos = [it for it in daemon.heard if isinstance(it, Hello) and it.role == FILES]
+        assert len(hellos) > 1
+        frames = [it for it in daemon.heard if isinstance(it, Frame) and it.session == hellos[0].session]
+        again = sum(it.count for it in frames) - lane_of(daemon, FILES).next
+        assert again < 80, "a file of 82 pieces was begun again"
+
+    def test_one_whose_record_was_given_up_is_not_wanted(self, daemon, run, tmp_path):
+        path = tmp_path / "checkpoint"
+        path.write_bytes(bytes(5 * MB))
+
+        run.log({"a": Thing(path), "b": Thing(b"x"), "c": "x" * 200_000, "d": "y" * 200_000})
+
+        run.flush(20.0)
+        assert {0: "dropped"} == failed(daemon)
+        assert ["dropped"] == [it.data["failed"] for it in lane_of(daemon).records if "failed" in it.data]
+        assert {"too_large": 1} == run.stats().dropped
 
     @pytest.mark.parametrize("what", ["none", "."])
     def test_what_is_no_file_is_refused_in_words(self, what, tmp_path):
@@ -224,17 +257,30 @@ class TestForkAndExit:
         collect(sorted(tmp_path.rglob("*.spill")), daemon.address, run=str(daemon.run["id"]))
         assert {0: content} == arrived(daemon)
 
-    def test_a_file_that_can_not_leave_in_time_is_said_exactly(self, daemon, tmp_path, caplog):
-        path = tmp_path / "checkpoint"
-        path.write_bytes(bytes(30 * MB))
-        daemon.freeze()
+    def test_a_file_that_can_not_leave_in_time_leaves_when_its_worker_is_gone(self, daemon, tmp_path, caplog):
+        path, content = tmp_path / "checkpoint", os.urandom(30 * MB)
+        path.write_bytes(content)
         run = sidestep.init(reinit=True)
         run.log({"a": Thing(path)})
+        daemon.wait_until(lambda: any(it.hello.role == FILES for it in daemon.sessions.values()))
 
-        run.finish(timeout=1.0)
+        with daemon.frozen():
+            run.finish(timeout=1.0)
 
-        daemon.thaw()
-        assert "1 media or files" in caplog.text
+        assert "1 files (31457280 bytes) are still on their way" in caplog.text
+        daemon.wait_until(lambda: lane_of(daemon, FILES).bye is not None, timeout=60.0)
+        assert {0: content} == arrived(daemon, FILES)
+
+    def test_a_file_that_nobody_knows_of_when_its_worker_ends_is_said_exactly(self, daemon, tmp_path, caplog):
+        path = tmp_path / "checkpoint"
+        path.write_bytes(bytes(MB))
+        with daemon.frozen():
+            run = sidestep.init(reinit=True)
+            run.log({"a": Thing(path)})
+
+            run.finish(timeout=1.0)
+
+        assert "1 files (1048576 bytes) did not leave" in caplog.text
         assert str(path) in caplog.text
 
 

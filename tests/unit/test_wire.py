@@ -90,6 +90,16 @@ RECORDS = [
     Record(kind=Kind.NAMED, time=1700000009.0, step=None, data={"name": "a", "tags": ["b"]}),
     Record(kind=Kind.OUTPUT, time=1700000007.0, step=None, data={"stream": "stderr", "text": "one\ntwo"}),
     Record(
+        kind=Kind.ARTIFACT,
+        time=1700000010.0,
+        step=None,
+        data={
+            "artifact": {"name": "m", "type": "model", "metadata": {}, "aliases": ["latest"], "tags": []},
+            "entries": b"\x92\x90\x90",
+            "blobs": [[SESSION, 0, 2]],
+        },
+    ),
+    Record(
         kind=Kind.PROGRAM, time=1700000008.0, step=None, data={"facts": {"python": "3.11", "args": ["--lr", "1"]}}
     ),
     Record(kind=Kind.PROGRAM, time=1700000009.0, step=None, data={"file": "requirements.txt", "text": "torch==2"}),

@@ -18,6 +18,8 @@ from sidestep.wire.limits import (
 )
 from sidestep.wire.messages import (
     BLOBS,
+    FILES,
+    LANES,
     RELAY,
     SAMPLER,
     WORKER,
@@ -39,6 +41,8 @@ from sidestep.wire.records import Kind, Record, Undecodable, decode_records, enc
 __all__ = [
     "BLOBS",
     "END_OF_STEPS",
+    "FILES",
+    "LANES",
     "MAX_CHUNK_BYTES",
     "MAX_CONTROL_BYTES",
     "MAX_DEPTH",

@@ -38,8 +38,10 @@ from sidestep.wire.limits import (
 )
 from sidestep.wire.plain import dump, ends, is_plain, load
 
-WORKER, SAMPLER, BLOBS, RELAY = "worker", "sampler", "blobs", "relay"
+WORKER, SAMPLER, BLOBS, FILES, RELAY = "worker", "sampler", "blobs", "files", "relay"
 """What a session is."""
+LANES = frozenset({BLOBS, FILES})
+"""The sessions that send bytes, and say nothing else."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,10 +73,11 @@ class Hello:
     `first` is its first unacknowledged sequence. `settings` are wandb's keywords of `init()`. `offered`,
     `dropped` and `values_refused` are the worker's counters so far: records, records by reason, and values that
     were left out of records. `role` is WORKER; or SAMPLER for one that reads the machine and is no rank: nothing
-    waits for it; or BLOBS for the one with which a worker sends the bytes of its media, `beside` its own session,
-    which is named in hexadecimal; or RELAY for a daemon that passes on what its own workers say. `relay` is then
-    the session of the one that passed this on, in hexadecimal. `turn` is the place of a run without an id among
-    those of its launch, from 1 on, where a relay has counted; else 0.
+    waits for it; or BLOBS for the one with which a worker sends the bytes of its media, and FILES for that of the
+    process which sends its files, `beside` its own session, which is named in hexadecimal; or RELAY for a daemon
+    that passes on what its own workers say. `relay` is then the session of the one that passed this on, in
+    hexadecimal. `turn` is the place of a run without an id among those of its launch, from 1 on, where a relay has
+    counted; else 0.
     """
 
     session: bytes

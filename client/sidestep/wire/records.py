@@ -44,6 +44,8 @@ class Kind(IntEnum):
     """Lines that the program printed."""
     PROGRAM = 11
     """What the program is: facts of it, or one file that belongs to it."""
+    ARTIFACT = 12
+    """Files of a version of an artifact, or of the run itself; their bytes travel as BLOBs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

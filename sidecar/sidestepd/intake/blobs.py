@@ -6,7 +6,10 @@
   over itself
 - a file's name is made of the session and of a number, never of anything that a worker calls it
 - a piece is taken where the file ends, or before: nobody makes a file with a hole in it
-- there is a quota, and each disk keeps its reserve; only sessions that send blobs are refused for want of it
+- there is a quota for media, and each disk keeps its reserve; only sessions that send blobs are refused for want
+  of it
+- what couriers send is no part of the quota: ranks whose checkpoints each need the rest of it would wait for one
+  another for ever
 """
 
 from __future__ import annotations
@@ -29,7 +32,8 @@ REOPEN_AT = 0.8
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 Facts = dict[str, Any]
-"""What an entry says of a frame: `ends` are `[seq, id, size, crc, failed]`, `lost` are `[seq, reason]`."""
+"""What an entry says of a frame: `ends` are `[seq, id, size, crc, failed]`, with SHA-256 behind it where that was
+said; `lost` are `[seq, reason]`."""
 
 
 class BlobStore:
@@ -38,34 +42,65 @@ class BlobStore:
     def __init__(self, folder: Path, *, quota: int, reserve: int) -> None:
         self.folder, self._quota, self._reserve = folder, quota, reserve
         self._used, self._taken, self._free = 0, 0, reserve + quota
+        self._couriers: set[str] = set()
+        """What the files of couriers' blobs are called before the number."""
+        self._theirs = 0
         self.closed = False
-        """Nothing is taken."""
+        """No media are taken."""
+        self.full = False
+        """Nor is anything of couriers."""
+        self.sent_by_couriers = 0
         folder.mkdir(mode=0o700, exist_ok=True)
         self.look()
 
     @property
     def used(self) -> int:
-        """Bytes in files, as far as it was measured, with what was taken since."""
+        """Bytes of media in files, as far as it was measured, with what was taken since."""
         return self._used + self._taken
+
+    @property
+    def theirs(self) -> int:
+        """The same of couriers, as it was measured."""
+        return self._theirs
 
     def look(self) -> None:
         """Measure; delivery deletes what it is done with."""
-        taken = self._taken
-        self._used, self._free = sum(_sizes(self.folder)), free_bytes(self.folder)
+        taken, used, theirs = self._taken, 0, 0
+        for name, size in _sizes(self.folder):
+            if name.partition("-")[0] in self._couriers:
+                theirs += size
+            else:
+                used += size
+        self._used, self._theirs, self._free = used, theirs, free_bytes(self.folder)
         self._taken -= taken
         if self._share(0) <= REOPEN_AT:
             self.closed = False
+        if self._share_of_disk(0) <= REOPEN_AT:
+            self.full = False
 
     def admit(self, size: int) -> bool:
-        """Whether a frame of `size` bytes may be taken; counts it if so."""
+        """Whether a frame of `size` bytes of media may be taken; counts it if so."""
         self.closed = self.closed or self._share(size) > 1
         self._taken += 0 if self.closed else size
         return not self.closed
 
+    def admit_from_courier(self, session: bytes, size: int) -> bool:
+        """The same for a courier's."""
+        self._couriers.add(session.hex())
+        self.full = self.full or self._share_of_disk(size) > 1
+        if not self.full:
+            self._free -= size
+            self.sent_by_couriers += size
+        return not self.full
+
     def _share(self, more: int) -> float:
-        """How much of the room would be used: all that is here is still to be written out once more."""
-        used, free = self.used + more, self._free - self._taken - more
-        return max(used / self._quota, (used + self._reserve) / max(free, 1))
+        """How much of the room would be used."""
+        return max((self.used + more) / self._quota, self._share_of_disk(more))
+
+    def _share_of_disk(self, more: int) -> float:
+        """All media that are here are still to be written out once more; files are only given another name."""
+        free = self._free - self._taken - more
+        return (self.used + self._reserve) / max(free, 1)
 
     def write(self, frames: Sequence[Frame]) -> list[Facts]:
         """Put the pieces in these frames into their files, and sync those; what each frame's entry shall say.
@@ -123,13 +158,15 @@ def name_of(session: bytes, number: int) -> str:
     return f"{session.hex()}-{number}"
 
 
-def _end(record: Record) -> tuple[int, int, str]:
-    """Size, crc, and why it failed, of a blob of which no more will come."""
+def _end(record: Record) -> tuple[Any, ...]:
+    """Size, crc, why it failed, and the SHA-256 if that was said, of a blob of which no more will come."""
     data = record.data
     size, crc, failed = data.get("size"), data.get("crc"), data.get("failed", "")
     if not isinstance(failed, str) or (not failed and (type(size) is not int or type(crc) is not int)):
         return 0, 0, "malformed"
-    return size or 0, crc or 0, failed[:64]
+    sha256 = data.get("sha256")
+    said = (sha256,) if isinstance(sha256, bytes) and len(sha256) == 32 else ()
+    return size or 0, crc or 0, failed[:64], *said
 
 
 def _write(descriptor: int, at: object, piece: object) -> bool:
@@ -145,12 +182,12 @@ def _write(descriptor: int, at: object, piece: object) -> bool:
     return True
 
 
-def _sizes(folder: Path) -> Iterable[int]:
-    """The sizes of the files that are there; delivery may be deleting them."""
+def _sizes(folder: Path) -> Iterable[tuple[str, int]]:
+    """Names and sizes of the files that are there; delivery may be deleting them."""
     with os.scandir(folder) as entries:
         for entry in entries:
             try:
-                yield entry.stat(follow_symlinks=False).st_size
+                yield entry.name, entry.stat(follow_symlinks=False).st_size
             except FileNotFoundError:
                 pass
 

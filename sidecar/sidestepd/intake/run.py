@@ -30,7 +30,7 @@ from sidestepd.config import Config
 from sidestepd.crashpoints import crash_point
 from sidestepd.entries import SAID
 from sidestepd.errors import ExitCode, SpoolDamaged, SpoolFull
-from sidestepd.exits import Exits, is_here
+from sidestepd.exits import Exits, Lifeline, is_here
 from sidestepd.intake.blobs import CREDIT_BYTES, BlobStore
 from sidestepd.intake.facts import facts_of, intervals_of
 from sidestepd.intake.frames import FrameStore
@@ -264,11 +264,16 @@ class Intake:
     def _on_blobs(self, frame: Frame, session: Session) -> None:
         """What is to be stored waits for the thread that does; all of it is judged when its turn comes."""
         session.heard = self._now()
-        if frame.first >= session.next and not (self.room.admit(0) and self.blobs.admit(len(frame.body))):
+        if frame.first >= session.next and not (self.room.admit(0) and self._admit_blobs(frame, session)):
             self._hold(frame.session)
             return
         self._blob_frames.append(frame)
         self._some_blobs.set()
+
+    def _admit_blobs(self, frame: Frame, session: Session) -> bool:
+        if session.is_courier:
+            return self.blobs.admit_from_courier(frame.session, len(frame.body))
+        return self.blobs.admit(len(frame.body))
 
     async def _store(self) -> None:
         while True:
@@ -355,13 +360,16 @@ class Intake:
     def close(self, exit_code: int, then: tuple[bytes, Message] | None = None) -> None:
         """Nobody of this run will speak again: finish it. `then` is answered once that is on disk.
 
-        Nothing happens yet while something that ended workers left is still to be collected, nor before the
-        samplers have said their last words: who asks is told that it is not done, and asks again.
+        Nothing happens yet while something that ended workers left is still to be collected, while couriers still
+        send their files, nor before the samplers have said their last words: who asks is told that it is not done,
+        and asks again.
         """
         if not self.closing:
-            if self.collector.anything_left(time.monotonic()) or not self.samplers.ended(time.monotonic()):
+            couriers, now = self._couriers_at_work(), time.monotonic()
+            if couriers or self.collector.anything_left(now) or not self.samplers.ended(now):
                 if then is not None:
-                    self._send(then[0], RunInfo(info=self.facts()))
+                    files = {"couriers": couriers, "bytes": self.blobs.sent_by_couriers}
+                    self._send(then[0], RunInfo(info={**self.facts(), "files": files}))
                 return
             self.closing = True
             if self.exits is not None:
@@ -375,6 +383,14 @@ class Intake:
         if then is not None:
             self._replies.append(then)
             self._something.set()
+
+    def _couriers_at_work(self) -> int:
+        """How many processes still send files of workers; one that died is not waited for."""
+        couriers = [it for it in self.roster.awaited if it.is_courier]
+        for one in couriers:
+            if is_here(one.hello.get("node", "")) and not Lifeline(one.hello.get("pid", 0)).is_alive():
+                self.lose(one.id)
+        return sum(it.state == "live" for it in couriers)
 
     def lose(self, session: bytes) -> None:
         """The process of this session is gone: its lease ends now."""
@@ -419,10 +435,13 @@ class Intake:
 
     def _let_go_on(self) -> None:
         """There is room: who was told to wait sends again from what is wanted."""
-        held = {id_ for id_ in self._held if not (self.blobs.closed and self.roster.sessions[id_].is_lane)}
+        held = {id_ for id_ in self._held if not self._is_closed_to(self.roster.sessions[id_])}
         self._held -= held
         for id_ in held & self._routes.keys():
             self._send(self._routes[id_], self._ack(id_, first=self.roster.sessions[id_].next, gap=True))
+
+    def _is_closed_to(self, session: Session) -> bool:
+        return self.blobs.full if session.is_courier else session.is_lane and self.blobs.closed
 
     def _refuse(self, route: bytes, session: bytes, code: str, message: str, *, final: bool = False) -> None:
         self._send(route, Refuse(session=session, code=code, message=message, final=final))
@@ -561,7 +580,7 @@ class Intake:
             "gaps": self.roster.gaps,
             "salvaged": self.spool.salvaged,
             "room": {**self.room.facts(), "held": len(self._held)},
-            "blobs": {"bytes": self.blobs.used, "closed": self.blobs.closed},
+            "blobs": {"bytes": self.blobs.used + self.blobs.theirs, "closed": self.blobs.closed},
             "collected": self.collector.collected,
             "delivery": {"pid": self.keeper.pid, "restarts": self.keeper.restarts},
             "samplers": {"pid": self.samplers.pid, "restarts": self.samplers.restarts},

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from sidestep.errors import SettingsError
-from sidestep.wire import BLOBS, RELAY, WORKER, Hello, Message, Refuse
+from sidestep.wire import FILES, LANES, RELAY, WORKER, Hello, Message, Refuse
 from sidestepd import rundir
 from sidestepd.errors import AlreadyRunning, ExitCode, SpoolError
 from sidestepd.exits import Lifeline
@@ -171,7 +171,7 @@ class SeveralRuns:
     def _find(self, route: bytes, hello: Hello) -> OpenRun | None:
         if hello.role == WORKER:
             return self._find_or_open(route, hello)
-        if hello.role == BLOBS and re.fullmatch("[0-9a-f]{32}", hello.beside):
+        if hello.role in LANES and re.fullmatch("[0-9a-f]{32}", hello.beside):
             beside = bytes.fromhex(hello.beside)
             if beside not in self._over:
                 return self._sessions.get(beside)  # whose HELLO may come later: this one asks again
@@ -246,6 +246,8 @@ class SeveralRuns:
 
     def _join(self, run: OpenRun, hello: Hello) -> None:
         self._sessions[hello.session] = run
+        if hello.role == FILES:
+            self._watch_process(run, _who(hello))
         if hello.role != WORKER:
             return
         if run.named is None:

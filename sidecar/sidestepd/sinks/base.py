@@ -16,7 +16,7 @@ from typing import Any, Protocol, TypeVar
 
 from sidestep.media.base import Files
 from sidestepd.errors import Reject, Retry, Trouble
-from sidestepd.rows import Definition, Described, Printed, Row, Sample
+from sidestepd.rows import Definition, Described, Printed, Row, Sample, Version
 
 BEAT_EVERY_S = 0.5
 """Whoever waits shows this often that it only waits."""
@@ -60,6 +60,10 @@ class Confirmed:
     bookmark: Mapping[str, Any]
     trouble: Trouble | None = None
     watched: bool = False
+    kept: Sequence[str] = ()
+    """Ids of artifacts and of files that the run holds for good."""
+    refused: Sequence[tuple[str, str]] = ()
+    """Ids of those that it never will, and why in one word."""
 
 
 class Sink(Protocol):
@@ -100,6 +104,20 @@ class Sink(Protocol):
         """What `write` shall be given for a value that is media, or has some in it.
 
         Called in another thread, and again after a crash. Raises ValueError, in words, if the content is bad.
+        """
+        ...
+
+    def prepare(self, version: Version) -> Any:
+        """What `keep` shall be given for an artifact, or for files of the run.
+
+        Called in another thread, and again after a crash. Raises ValueError, in words, if the content is bad.
+        """
+        ...
+
+    def keep(self, version: Version, prepared: Any) -> None:
+        """Add an artifact, or files, to the run; `confirm` tells when it holds them. Returns at once.
+
+        What is called again with the same content after a crash adds nothing new. Raises Reject or Fatal.
         """
         ...
 

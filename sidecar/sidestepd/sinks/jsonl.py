@@ -2,7 +2,8 @@
 
 A line is whole when it ends in a newline; a torn one, left by a crash, is cut off when the file is opened
 again. Config, definitions, summary and alerts are lines of their own, told apart by their only key; samples are
-told by `system`.
+told by `system`. Artifacts are lines too, and files of the run; what is in them lies beside the file, called by
+its SHA-256.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import IO, Any
 
 from sidestep.media.base import MARK, Files, Ref, is_packed, is_ref
 from sidestepd.errors import Fatal
-from sidestepd.rows import Definition, Described, Printed, Row, Sample
+from sidestepd.rows import Content, Definition, Described, Printed, Row, Sample, Version
 from sidestepd.sinks.base import Confirmed, RunFacts
 
 FILE_NAME = "rows.jsonl"
@@ -33,13 +34,17 @@ class JsonlSink:
         self._named = path is not None
         self._file: IO[bytes] | None = None
         self._written: list[int] = []
+        self._kept: list[str] = []
+        self._id = ""
 
     def open(self, run: RunFacts, bookmark: Mapping[str, Any]) -> Confirmed:
         """Cut a torn line off, and tell of the rows beyond the bookmark."""
         if not self._named:
             self._path = run.directory / FILE_NAME
+        self._id = run.id
         offset = int(bookmark.get("offset", 0))
         steps: list[int] = []
+        kept: list[str] = []
         self._file = self._path.open("ab")
         if offset > self._file.tell():  # not the file that it was
             offset = 0
@@ -50,8 +55,9 @@ class JsonlSink:
                     break
                 offset += len(line)
                 steps += _steps(line)
+                kept += _ids(line)
             file.truncate(offset)
-        return Confirmed(steps=tuple(steps), bookmark={"offset": offset})
+        return Confirmed(steps=tuple(steps), bookmark={"offset": offset}, kept=tuple(kept))
 
     def define(self, definitions: Iterable[Definition]) -> None:
         """One line each."""
@@ -103,6 +109,28 @@ class JsonlSink:
             shutil.copyfile(path, kept)
         return {"file": f"{FOLDER}/{path.name}", "size": kept.stat().st_size}
 
+    def prepare(self, version: Version) -> Any:
+        """What stands in the line: facts and entries."""
+        entries = [self._entry(content, version.files) for content in version.contents]
+        facts = dict(version.facts or {})
+        if facts.pop("of_run", False):
+            facts["name"] = f"run-{self._id}-{facts['name']}"
+        return {**facts, "id": version.id, "entries": entries, "_timestamp": version.time}
+
+    def _entry(self, content: Content, files: Files) -> dict[str, Any]:
+        if content.media is not None:
+            return {"path": content.path, "media": self.show(content.media, files)}
+        if content.file is None:
+            return {"path": content.path, "ref": content.ref}
+        beside, file = self._path.parent, content.file
+        place = file.relative_to(beside) if file.is_relative_to(beside) else file
+        return {"path": content.path, "size": content.size, "sha256": content.sha256, "file": str(place)}
+
+    def keep(self, version: Version, prepared: Any) -> None:
+        """One line."""
+        self._append({"files" if version.facts is None else "artifact": prepared})
+        self._kept.append(version.id)
+
     def sample(self, sample: Sample) -> None:
         """One line."""
         self._append({"system": dict(sample.values), "node": sample.node, "_timestamp": sample.time})
@@ -124,7 +152,8 @@ class JsonlSink:
         file.flush()
         os.fsync(file.fileno())
         steps, self._written = tuple(self._written), []
-        return Confirmed(steps=steps, bookmark={"offset": file.tell()})
+        kept, self._kept = tuple(self._kept), []
+        return Confirmed(steps=steps, bookmark={"offset": file.tell()}, kept=kept)
 
     def history(self) -> Iterator[tuple[int, Mapping[str, Any]]]:
         """From the file's lines."""
@@ -158,6 +187,15 @@ def _steps(line: bytes) -> Iterator[int]:
     try:
         yield int(json.loads(line)["_step"])
     except (ValueError, KeyError, TypeError):
+        return
+
+
+def _ids(line: bytes) -> Iterator[str]:
+    """The id of a line that is an artifact, or files of the run."""
+    try:
+        said = json.loads(line)
+        yield str((said.get("artifact") or said["files"])["id"])
+    except (ValueError, KeyError, TypeError, AttributeError):
         return
 
 

@@ -24,9 +24,9 @@ from wandb.proto import wandb_internal_pb2 as pb
 from sidestep import media
 from sidestep.media.base import Files
 from sidestepd.errors import Fatal, Reject, Retry
-from sidestepd.rows import Definition, Described, Printed, Row, Sample
+from sidestepd.rows import Definition, Described, Printed, Row, Sample, Version
 from sidestepd.samplers.names import look_up
-from sidestepd.sinks import wandb_log
+from sidestepd.sinks import wandb_artifacts, wandb_log
 from sidestepd.sinks.base import Confirmed, RunFacts
 
 logger = logging.getLogger(__name__)
@@ -122,6 +122,31 @@ class WandbSink:
             return media.shown(value, files)
         except (wandb.errors.Error, TypeError, KeyError, IndexError) as error:
             raise ValueError(f"wandb does not take it: {error!r}") from error
+
+    def prepare(self, version: Version) -> Any:
+        """wandb's own artifact, with its files where they are."""
+        if version.facts is None:
+            return None
+        try:
+            return wandb_artifacts.made(version, self._open_run.id, self.show)
+        except wandb.errors.Error as error:
+            raise ValueError(f"wandb does not take it: {error!r}") from error
+
+    def keep(self, version: Version, prepared: Any) -> None:
+        """`run.log_artifact`, or `run.save`."""
+        try:
+            if version.facts is None:
+                wandb_artifacts.save(self._open_run, version)
+            else:
+                self._log_artifact(version, prepared)
+        except BROKEN as error:
+            raise Fatal(f"wandb-core is gone: {error!r}") from error
+        except REFUSED as error:
+            raise Reject("unloggable", str(error)) from error
+
+    def _log_artifact(self, version: Version, prepared: Any) -> None:
+        facts = version.facts or {}
+        self._open_run.log_artifact(prepared, aliases=facts.get("aliases"), tags=facts.get("tags") or None)
 
     def sample(self, sample: Sample) -> None:
         """One record of system metrics, as wandb's own monitor writes them; that one is off."""
@@ -224,6 +249,8 @@ class OfflineSink(WandbSink):
         self._file = Path()
         self._reader = wandb_log.LogReader(self._file)
         self._offsets: dict[str, int] = {}
+        self._saved: dict[str, frozenset[str]] = {}
+        """The paths of files that were saved and were not read back, by their ids."""
 
     def open(self, run: RunFacts, bookmark: Mapping[str, Any]) -> Confirmed:
         """Read what earlier segments hold, then begin a new one."""
@@ -233,19 +260,35 @@ class OfflineSink(WandbSink):
             there = f"run {run.id} is there already, in {run.earlier[-1]}; another id makes another run"
             raise Retry(there, after_s=5.0, lasting=True)
         self._offsets = dict(bookmark.get("offsets", {}))
-        steps = [step for segment in wandb_log.segments(folder) for step in self._read(segment)]
+        told = [self._read(segment) for segment in wandb_log.segments(folder)]
         wait_for_free_name(folder)
         self._file = Path(self._opened(_init_offline(run)).settings.sync_file)
         self._reader = wandb_log.LogReader(self._file)
-        return Confirmed(steps=tuple(steps), bookmark={"offsets": self._offsets})
+        return Confirmed(
+            steps=tuple(step for it in told for step in it.steps),
+            bookmark={"offsets": self._offsets},
+            kept=tuple(id_ for it in told for id_ in it.artifacts),
+        )
+
+    def keep(self, version: Version, prepared: Any) -> None:
+        """As any; files count once their names are read back."""
+        super().keep(version, prepared)
+        if version.facts is None:
+            self._saved[version.id] = frozenset(content.path for content in version.contents)
 
     def confirm(self) -> Confirmed:
         """Read what the file has got since the last time, then sync it: so what was read is on the disk."""
         self._pass_on()
-        steps = tuple(wandb_log.steps_of(self._reader))
+        told = wandb_log.told_in(self._reader)
         _sync(self._file)
         self._offsets[self._file.parent.name] = self._reader.offset
-        return Confirmed(steps=steps, bookmark={"offsets": self._offsets})
+        kept = [*told.artifacts]
+        for id_, paths in list(self._saved.items()):
+            self._saved[id_] = paths - told.files
+            if not self._saved[id_]:
+                del self._saved[id_]
+                kept.append(id_)
+        return Confirmed(steps=told.steps, bookmark={"offsets": self._offsets}, kept=kept)
 
     def close(self, exit_code: int) -> None:
         """Finish the run and wait for wandb-core to end: only then is its file complete."""
@@ -254,11 +297,11 @@ class OfflineSink(WandbSink):
         self._open_run.finish(exit_code=exit_code)
         wandb.teardown(exit_code)
 
-    def _read(self, segment: Path) -> list[int]:
+    def _read(self, segment: Path) -> wandb_log.Told:
         reader = wandb_log.LogReader(segment, self._offsets.get(segment.parent.name, 0))
-        steps = list(wandb_log.steps_of(reader))
+        told = wandb_log.told_in(reader)
         self._offsets[segment.parent.name] = reader.offset
-        return steps
+        return told
 
 
 class Ahead:

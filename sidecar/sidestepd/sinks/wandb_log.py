@@ -185,6 +185,30 @@ def steps_of(reader: LogReader) -> Iterator[int]:
     return (_step(record.history) for record in _parsed(reader) if record.HasField("history"))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Told:
+    """What a file has got: the steps of its rows, the ids of its artifacts, the paths of the run's files."""
+
+    steps: tuple[int, ...]
+    artifacts: tuple[str, ...]
+    files: frozenset[str]
+
+
+def told_in(reader: LogReader) -> Told:
+    """What `reader` has not read yet."""
+    steps: list[int] = []
+    artifacts: list[str] = []
+    files: set[str] = set()
+    for record in _parsed(reader):
+        if record.HasField("history"):
+            steps.append(_step(record.history))
+        elif record.HasField("artifact"):
+            artifacts.append(str(record.artifact.client_id))
+        elif record.HasField("files"):
+            files.update(str(it.path) for it in record.files.files)
+    return Told(steps=tuple(steps), artifacts=tuple(artifacts), files=frozenset(files))
+
+
 def segments(wandb_dir: Path) -> list[Path]:
     """Every run's file in `wandb_dir`, oldest first: by its directory's second, then by its last change."""
     found = [*wandb_dir.glob("offline-run-*/run-*.wandb"), *wandb_dir.glob("run-*/run-*.wandb")]

@@ -26,7 +26,7 @@ from typing import Any
 
 import zmq
 
-from sidestep.wire import BLOBS, Frame, Refuse
+from sidestep.wire import LANES, Frame, Refuse
 from sidestepd import placement
 from sidestepd.clock import Clock, Horizon
 from sidestepd.config import Config
@@ -148,7 +148,7 @@ class Forwarder:
         return self._behind
 
     def _restore(self, state: Mapping[bytes, Mapping[str, Any]]) -> None:
-        media = {id_: facts for id_, facts in state.items() if facts["hello"].get("role") == BLOBS}
+        media = {id_: facts for id_, facts in state.items() if facts["hello"].get("role") in LANES}
         self.metrics.legs.restore({id_: facts for id_, facts in state.items() if id_ not in media})
         self.media.legs.restore(media)
         self.settling.media = {id_: facts["through"] for id_, facts in media.items()}
@@ -229,7 +229,7 @@ class Forwarder:
 
     def _legs_of(self, entry: Entry) -> Legs:
         is_media = entry.session in self.media.legs.legs or (
-            entry.kind is EntryKind.HELLO and entry.facts.get("role") == BLOBS
+            entry.kind is EntryKind.HELLO and entry.facts.get("role") in LANES
         )
         return self.media.legs if is_media else self.metrics.legs
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sidestep.dialogue import Dialogue, Phase
-from sidestep.wire import BLOBS, RELAY, WORKER, Frame, Hello, Message, Refuse, RunInfo, Status, Welcome
+from sidestep.wire import LANES, RELAY, WORKER, Frame, Hello, Message, Refuse, RunInfo, Status, Welcome
 from sidestepd.entries import Entry, EntryKind
 from sidestepd.upstream.passage import Carried, Passage
 
@@ -63,7 +63,7 @@ class Leg:
     @property
     def given_up(self) -> bool:
         """Whether it was refused, and is nobody that a run would miss."""
-        return self.refused is not None and self.role not in (WORKER, BLOBS)
+        return self.refused is not None and self.role not in (WORKER, *LANES)
 
     @property
     def over(self) -> bool:
@@ -197,7 +197,7 @@ class Legs:
         if not leg.hello or leg.refused is not None:
             return False
         upper = self._upper
-        is_rank = leg.role in (WORKER, BLOBS)
+        is_rank = leg.role in (WORKER, *LANES)
         run = upper.run if is_rank else self.run.get("id") or upper.run
         if not is_rank and not run:
             return False
@@ -268,7 +268,7 @@ class Legs:
     @property
     def refused(self) -> Refuse | None:
         """Why the daemon above will never take what workers said."""
-        ranks = (leg for leg in self.legs.values() if leg.role in (WORKER, BLOBS))
+        ranks = (leg for leg in self.legs.values() if leg.role in (WORKER, *LANES))
         return next((leg.refused for leg in ranks if leg.refused is not None), None)
 
     @property
