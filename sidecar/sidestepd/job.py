@@ -1,7 +1,7 @@
 """Which of the commands of a job this one is: those that one launcher started together, on one node or on many.
 
-- `sidestep run` may be started once on each node, or once for each rank; who of them has a daemon, and whose daemon
-  makes the run, follows from what the launcher says to each
+- `sidestep run` may be started once on each node, or once for each rank; who of them has a daemon, and whose
+  daemon makes the run, follows from what the launcher says to each
 - a torchrun inside the command counts too: by its own options it is known that it is one of several
 - all commands of a job find the same name for it, which nobody else uses, and which a later start does not share
 - the environment and the command's words in, values out: nothing is asked, nothing waits
