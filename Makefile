@@ -9,7 +9,8 @@ help:
 	@echo "make demo          train on handwritten digits with two processes, into one offline wandb run"
 	@echo "make test          all tests but the long forms of the fault tests"
 	@echo "make test-nightly  the long forms of the fault tests too"
-	@echo "make bench         the cost of log(), beside wandb.log, SummaryWriter and no logging"
+	@echo "make bench         the cost of log(), beside wandb.log, SummaryWriter and no logging; that it waits for"
+	@echo "                   nobody, whatever is broken; and what a worker costs beside the calls"
 	@echo "make bench-media   the cost of logging an image, beside wandb.log"
 	@echo "make bench-throughput  how much the daemon takes, and how fast it hands it on"
 	@echo "make lint          ruff, mypy --strict, import-linter"
@@ -35,7 +36,10 @@ test-nightly: $(VENV)/.test
 	$(BIN)/python -m pytest -m "not gpu"
 
 bench: $(VENV)/.test
-	$(BIN)/python -m tests.benchmarks.hot_path
+	$(BIN)/python -m tests.benchmarks.hot_path && hot=0 || hot=$$?; \
+	$(BIN)/python -m tests.benchmarks.never_blocks && never=0 || never=$$?; \
+	$(BIN)/python -m tests.benchmarks.worker_cost && worker=0 || worker=$$?; \
+	exit $$((hot | never | worker))
 
 bench-media: $(VENV)/.test
 	$(BIN)/python -m tests.benchmarks.media_cost

@@ -25,7 +25,9 @@ _KNOWN: tuple[str, ...] = (
 def facts_of(run: RunFile, run_dir: Path, *, is_relay: bool) -> dict[str, Any]:
     """What is known of the run by now."""
     about = read_json(run_dir / "about.json")
-    facts = {name: getattr(run, name) for name in TOLD} | {"tags": list(run.tags)}
+    facts = {name: getattr(run, name) for name in TOLD}
+    if run.tags:  # none yet are not known to be none: a worker may have given some
+        facts["tags"] = list(run.tags)
     names = _KNOWN
     if is_relay:
         names = (*_KNOWN, "id")
