@@ -2,8 +2,8 @@
 
 torchrun --nnodes 3 ... -m tests.support.in_nodes --until FILE --report DIR
 
-All ranks end at the same step: rank 0 tells the others when FILE is there. Each writes what it saw to DIR/RANK: how
-many steps it took, and the longest that a call of log() took, in seconds.
+All ranks end at the same step: rank 0 tells the others when FILE is there. Each writes what it saw to DIR/RANK:
+how many steps it took, and the longest that a call of log() took, in seconds.
 """
 
 from __future__ import annotations

@@ -97,20 +97,7 @@ class Network:
         script = f'hostname node{number} && mount --bind {self._base}/hosts /etc/hosts && exec "$@"'
         with (self._base / f"node{number}.log").open("ab") as log:
             process = subprocess.Popen(
-                [
-                    "ip",
-                    "netns",
-                    "exec",
-                    self._name(number),
-                    "unshare",
-                    "--uts",
-                    "--mount",
-                    "sh",
-                    "-c",
-                    script,
-                    "sh",
-                    *words,
-                ],
+                [*inside, script, "sh", *words],
                 env=plain | own | dict(environ or {}),
                 cwd=ROOT,
                 stdin=subprocess.DEVNULL,
