@@ -100,6 +100,10 @@ class Daemon:
         answer = self.ask()
         return None if answer is None else int(answer.get("live", 0))
 
+    def report(self) -> Mapping[str, Any] | None:
+        """What intake tells of itself and its runs; None if it does not."""
+        return self._control.ask_status()
+
     def close(self, exit_code: int) -> None:
         """Have all finished, a single run with `exit_code`; returns when that is settled. Raises Incomplete."""
         self._exit_code = exit_code

@@ -34,11 +34,12 @@ from sidestepd.exits import Exits, Lifeline, is_here
 from sidestepd.intake.blobs import CREDIT_BYTES, BlobStore
 from sidestepd.intake.facts import facts_of, intervals_of
 from sidestepd.intake.frames import FrameStore
+from sidestepd.intake.place import open_room
 from sidestepd.keeper import DeliveryKeeper
 from sidestepd.listen import Listener
 from sidestepd.processes import Lock
 from sidestepd.relays import Relays
-from sidestepd.room import RETRY_S, Ballast, Room, open_spool
+from sidestepd.room import RETRY_S, Room
 from sidestepd.roster import Roster, Session, Verdict
 from sidestepd.rowlog import RowLogReader
 from sidestepd.rundir import BLOBS, DEATHS, TROUBLE, RunFile
@@ -119,7 +120,7 @@ class Intake:
         lock.acquire()
         for told in (TROUBLE, DEATHS):  # that was then
             (run_dir / told).unlink(missing_ok=True)
-        spool, room = _open_spool(run_dir, config)
+        spool, room = open_room(run_dir, config)
         clock = SpoolClock.starting_after(spool.latest())
         roster = Roster(
             spool.sessions(),
@@ -219,7 +220,7 @@ class Intake:
             boot=self.boot,
             credit=self._credit(session),
             heartbeat_s=self.relays.heartbeat_s if session.is_relay else self.config.intake.heartbeat_s,
-            **intervals_of(self.config, self.run_dir),
+            **intervals_of(self.config, self.run_dir, hello.world),
             run=self.facts(),
         )
         self._replies.append((route, welcome))
@@ -389,7 +390,11 @@ class Intake:
         """How many processes still send files of workers; one that died is not waited for."""
         couriers = [it for it in self.roster.awaited if it.is_courier]
         for one in couriers:
-            if is_here(one.hello.get("node", "")) and not Lifeline(one.hello.get("pid", 0)).is_alive():
+            if (
+                not one.relay
+                and is_here(one.hello.get("node", ""))
+                and not Lifeline(one.hello.get("pid", 0)).is_alive()
+            ):
                 self.lose(one.id)
         return sum(it.state == "live" for it in couriers)
 
@@ -584,6 +589,7 @@ class Intake:
             "sessions": len(self.roster.workers),
             "live": len(self.roster.live),
             "relays": self.relays.report(),
+            "exit_code": self.roster.exit_code,
             "duplicates": self.roster.duplicates,
             "gaps": self.roster.gaps,
             "salvaged": self.spool.salvaged,
@@ -593,13 +599,3 @@ class Intake:
             "delivery": {"pid": self.keeper.pid, "restarts": self.keeper.restarts},
             "samplers": {"pid": self.samplers.pid, "restarts": self.samplers.restarts},
         }
-
-
-def _open_spool(run_dir: Path, config: Config) -> tuple[Spool, Room]:
-    """The spool, wherever it lies, and how much it may still take."""
-    options = config.spool
-    home = placement.settle(run_dir, options.dir)
-    above = RowLogReader(home / placement.ROW_LOG).newest()
-    ballast = Ballast(home / "spool.ballast", options.ballast_bytes)
-    spool = open_spool(lambda: Spool(home / placement.SPOOL, above=above, quota=options.max_bytes), ballast)
-    return spool, Room(spool, ballast, [home, run_dir], quota=options.max_bytes, reserve=options.reserve_bytes)
