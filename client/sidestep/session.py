@@ -36,7 +36,7 @@ from sidestep.head import head_of
 from sidestep.lane import Lane, lane_of
 from sidestep.notices import Notices, say
 from sidestep.outbox import DropReason, Outbox
-from sidestep.ranks import Identity, is_on_one_node
+from sidestep.ranks import Identity, is_on_one_node, pid_namespace
 from sidestep.sender import Sender  # with zmq: loaded here, since init() has no time for it
 from sidestep.settings import WorkerSettings
 from sidestep.spill import Spill, folders, private_folder, waiting
@@ -66,6 +66,7 @@ WHY = {
     "new records are dropped",
     DropReason.AFTER_FINISH: "log() after finish(): dropped",
     DropReason.REFUSED: "the daemon takes no more from this process: dropped",
+    DropReason.NO_SENDER: "this process could not start what sends its records: dropped",
     DropReason.OUTPUT: "the program prints more than is kept of it",
     DropReason.INTERNAL: "a mistake in sidestep itself, please report it",
 }
@@ -326,7 +327,7 @@ class Session:
         """Wait until the daemon has what was said so far, media too; False if it has not, or will not."""
         deadline = monotonic() + timeout
         if self.sender is None:
-            said = self.outbox.pending == 0
+            said = self.outbox.pending == 0 and self.outbox.shut is not DropReason.NO_SENDER
         else:
             said = self.sender.flush(timeout) and self.outbox.shut is not DropReason.REFUSED
         return self.lane.flush(max(deadline - monotonic(), 0.0)) and said
@@ -416,16 +417,28 @@ class Session:
         self.packers = [new_packer()]
         self._spill = self._new_spill()
         self.outbox = Outbox(self.id, self.settings.outbox_bytes, self._spill)
-        self.sender = None if self.silent else self._new_carrier(self._hello(), self.outbox)
+        self.sender = None if self.silent else self._started(self.outbox)
         self.dormant = False
-        if self.sender is not None:
-            self.sender.start()
         if (
             not self.silent
             and self._beside is None
             and (util := sys.modules.get("multiprocessing.util")) is not None
         ):
             util.Finalize(None, self.at_exit, exitpriority=0)  # its children leave without atexit
+
+    def _started(self, outbox: Outbox) -> Carrier | None:
+        """The sender, at work; without one nothing is taken, which is said, and counted for each record."""
+        try:
+            carrier = self._new_carrier(self._hello(), outbox)
+            if carrier is not None:
+                carrier.start()
+            return carrier
+        except (OSError, RuntimeError) as error:  # no descriptor, or no thread, to be had in this process
+            if self.settings.strict:
+                raise
+            outbox.close(DropReason.NO_SENDER)
+            self.notices.once("no sender", f"nothing that this process logs can be sent: {error}")
+            return None
 
     def _new_spill(self) -> Spill | None:
         if not self._spills:
@@ -541,6 +554,7 @@ class Session:
             settings=self._keywords,
             role=self.role,
             beside=self._beside_id().hex(),
+            pids=pid_namespace(),
         )
 
     def _beside_id(self) -> bytes:

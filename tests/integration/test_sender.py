@@ -26,6 +26,7 @@ from sidestep.session import Session
 from sidestep.settings import WorkerSettings
 from sidestep.testing import FakeDaemon, environment
 from sidestep.wire import Bye, Frame, Hello, Record, Refuse, RunInfo, Status
+from tests.support.ledgers import balanced_daemon
 from tests.support.waiting import eventually
 
 ME = Identity(rank=1, world=2, local_rank=1, node="here", pid=os.getpid(), launch="test", attempt=0)
@@ -34,7 +35,7 @@ MakeRun = Callable[..., Run]
 
 @pytest.fixture
 def daemon() -> Iterator[FakeDaemon]:
-    with FakeDaemon() as made:
+    with balanced_daemon() as made:
         yield made
 
 

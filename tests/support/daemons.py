@@ -48,6 +48,7 @@ from sidestepd.rowlog import RowLogReader
 from sidestepd.rundir import RunFile
 from sidestepd.sinks import wandb_log
 from sidestepd.spool import SpoolReader
+from tests.support.ledgers import assert_balances
 from tests.support.waiting import eventually
 
 M = TypeVar("M", bound=Message)
@@ -116,6 +117,8 @@ class ServedRun:
             worker.leave()
         self.kill()
         Path(self.address.removeprefix("ipc://")).unlink(missing_ok=True)
+        if kind is None:
+            assert_balances(self.run_dir)
 
     # Its life
 
