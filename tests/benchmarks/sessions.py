@@ -38,6 +38,7 @@ from sidestep.outbox import Outbox
 from sidestep.sender import OPTIONS, connect
 from sidestep.wire import Hello, Kind, decode, encode
 from sidestep.wire.plain import dump
+from sidestepd import status
 from sidestepd.addresses import BOUND
 from sidestepd.keygen import make_keys
 from sidestepd.processes import read_json
@@ -271,7 +272,7 @@ def daemons(base: Path, options: argparse.Namespace) -> Iterator[tuple[Head, lis
 def in_the_run(run: ServedRun, load: Load) -> dict[str, Any]:
     """What became of it behind the acknowledgement."""
     code = run.finish()
-    ledger = run.report().ledger
+    ledger = status.report(run.run_dir).ledger
     return {"exit_code": code, "delivered": ledger.delivered, "balances": ledger.balances, "rows": len(run.rows())}
 
 
