@@ -21,7 +21,7 @@ from sidestep.errors import SettingsError, SidestepError
 from sidestepd import collect, command, rundir, running, serving, status
 from sidestepd.command import Signals
 from sidestepd.config import SECTIONS, Given, is_option, variables
-from sidestepd.control import Control
+from sidestepd.control import Control, unwell
 from sidestepd.errors import AlreadyRunning, CanNotRun, ExitCode, Incomplete, Unreachable
 from sidestepd.rundir import RunFile
 from sidestepd.saying import say, table
@@ -250,12 +250,14 @@ def stop(run_dir: Path | None, address: str | None, timeout_s: float) -> None:
     sys.exit(_saying_why(lambda: serving.stop(_address_of(run_dir, address), timeout_s)))
 
 
-@main.command(epilog=f"\b\nExit codes:\n    0  it answers\n   {ExitCode.UNAVAILABLE}  nobody does\n")
+@main.command(
+    epilog=f"\b\nExit codes:\n    0  it answers\n   {ExitCode.UNAVAILABLE}  nobody does, or its disk hangs\n"
+)
 @_target
 @click.option("--timeout", "timeout_s", type=click.FloatRange(min=0), default=2.0, show_default=True,
               help="Seconds to wait for an answer.")  # fmt: skip
 def ping(run_dir: Path | None, address: str | None, timeout_s: float) -> None:
-    """See whether a daemon answers: for health checks."""
+    """See whether a daemon answers, and its disk does: for health checks."""
 
     def answer() -> int:
         where = _address_of(run_dir, address)
@@ -263,6 +265,8 @@ def ping(run_dir: Path | None, address: str | None, timeout_s: float) -> None:
             info = control.ask_status(timeout_s)
         if info is None:
             raise Unreachable(f"nobody answers at {where}")
+        if why := unwell(info):
+            raise Unreachable(f"the daemon at {where} answers, but {why}")
         click.echo(f"process {info['pid']}, {info['live']} workers")
         return 0
 

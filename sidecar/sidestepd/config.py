@@ -271,6 +271,16 @@ class ServeOptions(Section):
     max_runs: int = Field(
         default=32, gt=0, le=64, description="Runs open at once; workers of further ones wait for their turn."
     )
+    socket_mode: str = Field(
+        default="600",
+        pattern="^0?[0-7]{3}$",
+        description="Who may connect to an ipc address, as chmod says it: 660 for the daemon's group too.",
+    )
+    metrics: str | None = Field(
+        default=None,
+        pattern=r"^\S+:\d{1,5}$",
+        description="HOST:PORT of /metrics for Prometheus and of /healthz; nowhere when not given.",
+    )
 
 
 class WatchOptions(Section):

@@ -17,7 +17,17 @@ from sidestep.errors import RemoteProtocolError
 from sidestep.wire import Control as ControlMessage
 from sidestep.wire import Message, RunInfo, Status, decode, encode
 
+STUCK_S = 30.0
+"""A disk that has not answered for so long is trouble to who asks."""
 _RECONNECT_MS = 50
+
+
+def unwell(info: Mapping[str, Any] | None, stuck_s: float = STUCK_S) -> str:
+    """What is wrong with a daemon that answered `info`; "" if nothing is. To answer alone proves no health."""
+    if info is None:
+        return "it does not answer"
+    silent_s = float(info.get("silent_s", 0.0))
+    return f"its disk has not answered for {silent_s:.0f} s" if silent_s > stuck_s else ""
 
 
 class Control:

@@ -39,7 +39,7 @@ from sidestepd.facts import wait_for_facts
 from sidestepd.match import Event, Matcher
 from sidestepd.media import Media
 from sidestepd.order import ReorderBuffer
-from sidestepd.processes import Beat, Lock, die_with_parent, read_json, write_json
+from sidestepd.processes import Beat, Lock, die_with_parent, read_json, step_back, write_json
 from sidestepd.quota import Names
 from sidestepd.recovery import Recovery
 from sidestepd.resolve import Closed, Folded, LaneEnded, Lost, Resolver
@@ -499,7 +499,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--parent", type=int, required=True, help="die when this process ends")
     options = parser.parse_args(arguments)
     die_with_parent(options.parent)
-    os.nice(NICENESS)
+    step_back(NICENESS)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is for the command; the run is drained after it
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     directory: Path = options.run_dir

@@ -170,6 +170,7 @@ class Roster:
                 "role",
                 "beside",
                 "relay",
+                "pids",
             )
         }
         self._count(session, hello)

@@ -43,6 +43,7 @@ async def serve(directory: Path, parent: int) -> int:
         kind = SeveralRuns if several else OneRun
         runs = front.runs = kind(directory, front.send, orphaned)
         bind(front.socket, address)
+        rundir.open_to(address, rundir.stored_config(directory).serve.socket_mode)
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, runs.stop)
         return await front.serve()
     finally:
