@@ -27,6 +27,7 @@ from pydantic import (
 
 from sidestep.errors import SettingsError
 from sidestepd.listening import ListenOptions, Section, UpstreamOptions
+from sidestepd.quota import MOST_NAMES
 from sidestepd.rules import operations
 
 _RUN_ID = r"[A-Za-z0-9_][A-Za-z0-9_.=+@-]*"
@@ -179,6 +180,11 @@ class DeliveryOptions(Section):
     )
     batch_rows: int = Field(
         default=500, gt=0, description="While catching up, about so many rows are decided in one commit."
+    )
+    max_names: int = Field(
+        default=MOST_NAMES,
+        gt=0,
+        description="A run may have so many names; values of further ones are left out, and counted.",
     )
     media_threads: int = Field(
         default=2, gt=0, le=64, description="Images and other media are encoded in so many threads."
