@@ -28,6 +28,8 @@ FOLDER = "media"
 class JsonlSink:
     """Appends to one file, and syncs it when asked to confirm."""
 
+    takes_files = False
+
     def __init__(self, path: Path | None = None) -> None:
         """Into `path`, or into `rows.jsonl` in the run directory."""
         self._path = path or Path()

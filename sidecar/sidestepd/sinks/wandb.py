@@ -49,6 +49,8 @@ BROKEN = (ConnectionError, wandb.errors.CommError, wandb.errors.UsageError, OSEr
 class WandbSink:
     """One run in this process, through wandb's public interface alone: what both modes have in common."""
 
+    takes_files = False
+
     def __init__(self) -> None:
         self._run: wandb.Run | None = None
         self._ahead: Ahead | None = None
