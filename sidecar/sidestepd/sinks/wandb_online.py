@@ -5,8 +5,8 @@
   word, so they land in the same lines of its history even if a dead wandb-core's last request comes after all
 - a server that is away, slow or refuses is waited for; nothing is given up for it
 - wandb-core keeps what it could not send yet, so there is a bound to what it is given
-- artifacts go up one after the other, in a thread: one counts once the server has committed it, and the next of its
-  name waits for that. So a crash leaves one at most to be sent again, which the server knows by its digest
+- artifacts go up one after the other, in a thread: one counts once the server has committed it, and the next of
+  its name waits for that. So a crash leaves one at most to be sent again, which the server knows by its digest
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ CLOSE_AGAIN_S = 0.1
 UPLOAD_AGAIN_S = (2.0, 60.0)
 """Between two tries to send an artifact: at first, and at most."""
 MOST_UPLOADS = 12
-"""Tries, before an artifact that the server refuses is given up. A server that is away is waited for without end."""
+"""Tries before an artifact is given up that the server refuses; each has all of wandb-core's own tries in it."""
 FINISH_S = 40
 """How long wandb may take for what is left when all rows are there."""
 _NOT_OPENED = (wandb.errors.Error, ServerResponseError, HandleAbandonedError, TimeoutError, OSError)
