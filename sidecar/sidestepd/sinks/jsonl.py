@@ -133,6 +133,10 @@ class JsonlSink:
         self._append({"files" if version.facts is None else "artifact": prepared})
         self._kept.append(version.id)
 
+    def carry(self, line: Mapping[str, Any]) -> None:
+        """A line of another run."""
+        self._append(line)
+
     def sample(self, sample: Sample) -> None:
         """One line."""
         self._append({"system": dict(sample.values), "node": sample.node, "_timestamp": sample.time})

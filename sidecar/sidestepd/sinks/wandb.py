@@ -26,7 +26,7 @@ from sidestep.media.base import Files
 from sidestepd.errors import Fatal, Reject, Retry
 from sidestepd.rows import Definition, Described, Printed, Row, Sample, Version
 from sidestepd.samplers.names import look_up
-from sidestepd.sinks import wandb_artifacts, wandb_log
+from sidestepd.sinks import wandb_artifacts, wandb_carry, wandb_log
 from sidestepd.sinks.base import Confirmed, RunFacts
 
 logger = logging.getLogger(__name__)
@@ -277,6 +277,12 @@ class OfflineSink(WandbSink):
         super().keep(version, prepared)
         if version.facts is None:
             self._saved[version.id] = frozenset(content.path for content in version.contents)
+
+    def carry_over(self, folder: Path) -> None:
+        """Have what another run's files say of artifacts and files in this run too."""
+        run = self._open_run
+        wandb_carry.carry_files(run, folder)
+        wandb_carry.carry_artifacts(run, folder, skip=(), hand_over=lambda record: self._publish(artifact=record))
 
     def confirm(self) -> Confirmed:
         """Read what the file has got since the last time, then sync it: so what was read is on the disk."""

@@ -182,7 +182,9 @@ class Handler(BaseHTTPRequestHandler):
 
 def operation_of(asked: dict[str, Any]) -> str:
     """What is asked: by its name, or where that is not said, by what the query calls itself."""
-    said = asked.get("operationName") or re.findall(r"^\s*(?:query|mutation)\s+(\w+)", asked.get("query") or "")[:1]
+    said = (
+        asked.get("operationName") or re.findall(r"^\s*(?:query|mutation)\s+(\w+)", asked.get("query") or "")[:1]
+    )
     return said if isinstance(said, str) else "".join(said)
 
 
