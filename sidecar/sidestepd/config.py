@@ -19,25 +19,18 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     ValidationError,
     field_validator,
 )
 
 from sidestep.errors import SettingsError
+from sidestepd.listening import ListenOptions, Section, UpstreamOptions
 from sidestepd.quota import MOST_NAMES
 from sidestepd.rules import operations
 
 _RUN_ID = r"[A-Za-z0-9_][A-Za-z0-9_.=+@-]*"
-
-
-class Section(BaseModel):
-    """What all sections share: frozen, no unknown names, no infinities."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class RunOptions(Section):
@@ -219,14 +212,6 @@ class SinkOptions(Section):
     )
 
 
-class UpstreamOptions(Section):
-    """Where a relay hands its records on to."""
-
-    address: str | None = Field(
-        default=None, description="The daemon above, for sink.kind = upstream: tcp://HOST:PORT or ipc:///PATH."
-    )
-
-
 class SamplerOptions(Section):
     """What is read of the machine beside the training. sidestepd/samplers/NAMES.md lists every name."""
 
@@ -375,6 +360,7 @@ class Config(Section):
     upstream: UpstreamOptions = Field(default_factory=UpstreamOptions)
     samplers: SamplerOptions = Field(default_factory=SamplerOptions)
     serve: ServeOptions = Field(default_factory=ServeOptions)
+    listen: ListenOptions = Field(default_factory=ListenOptions)
     watch: WatchOptions = Field(default_factory=WatchOptions)
     reduce: dict[str, Reduction] = Field(
         default_factory=dict,
