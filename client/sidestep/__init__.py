@@ -64,6 +64,7 @@ if TYPE_CHECKING:  # what a type checker is told of them; a method of the run is
     from sidestep.media.table import Table as Table
     from sidestep.media.video import Video as Video
     from sidestep.plot import plot_table as plot_table
+    from sidestep.plot import visualize as visualize
     from sidestep.session import Stats as Stats
     from sidestep.terminal import termerror as termerror
     from sidestep.terminal import termlog as termlog
@@ -118,6 +119,8 @@ def __getattr__(name: str) -> Any:
         found = getattr(importlib.import_module(_names.LAZY[name]), name)
     elif name in _names.MODULES:
         found = importlib.import_module(f"sidestep.{name}")
+    elif name in _elsewhere.LOGGED_HERE:
+        return _elsewhere.logged_here(name)
     elif name in _elsewhere.WANDBS:
         return _elsewhere.of_wandb(name, _elsewhere.WANDBS[name])
     else:

@@ -75,7 +75,8 @@ class About:
     @property
     def notes(self) -> str | None:
         """A longer description. May be set."""
-        return _str(self._named.get("notes", self._told("notes", self._keywords.get("notes"))))
+        set_here = "notes" in self._named
+        return _str(self._named["notes"] if set_here else self._told("notes", self._keywords.get("notes")))
 
     @notes.setter
     def notes(self, notes: str | None) -> None:
@@ -84,7 +85,8 @@ class About:
     @property
     def tags(self) -> tuple[str, ...]:
         """Its tags. May be set: `run.tags += ("best",)`."""
-        return _strings(self._named.get("tags", self._told("tags", self._keywords.get("tags"))))
+        set_here = "tags" in self._named
+        return _strings(self._named["tags"] if set_here else self._told("tags", self._keywords.get("tags")))
 
     @tags.setter
     def tags(self, tags: Sequence[str] | None) -> None:
@@ -349,5 +351,5 @@ def _strings(tags: Any) -> tuple[str, ...]:
         return (tags,)
     try:
         return tuple(dict.fromkeys(_cut(tag, 1000) for tag in tags or ()))
-    except TypeError:
+    except Exception:  # noqa: BLE001 - likewise
         return ()

@@ -11,9 +11,9 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec
 
 import msgpack
 
@@ -24,6 +24,7 @@ from sidestep.companions import KEYWORDS, accompany
 from sidestep.errors import UnsupportedValue
 from sidestep.keywords import MEANINGS, complain, named_by
 from sidestep.notices import Notices
+from sidestep.outbox import DropReason
 from sidestep.session import EXIT_S, NewCarrier, Session
 from sidestep.settings import Settings, WorkerSettings
 from sidestep.wire import MAX_CONTROL_BYTES, Kind
@@ -43,13 +44,34 @@ VARIABLES = {
 }
 """The variables that stand for a keyword of `init()` where that is not given, the strongest first."""
 
+OWN_SETTINGS = ("address", "autostart", "context", "key_file", "server_key")
+"""What `init(settings=...)` may say of the way to the daemon; it is stronger than the environment."""
+
 _notices = Notices()
 _run: Run | None = None
 _strict: bool | None = None
 _carrier: NewCarrier | None = None
 """What takes records out of a process instead of a sender: a test's recorder."""
 
+_P = ParamSpec("_P")
 
+
+def _harmless(begin: Callable[_P, Run]) -> Callable[_P, Run]:
+    """A training does not die of `init()`, whatever goes wrong in it, unless that was asked for."""
+
+    @wraps(begin)
+    def init(*args: _P.args, **keywords: _P.kwargs) -> Run:
+        try:
+            return begin(*args, **keywords)
+        except Exception as error:
+            if _is_strict(keywords.get("strict")):
+                raise
+            return _in_spite_of(error)
+
+    return init
+
+
+@_harmless
 def init(
     entity: str | None = None,
     project: str | None = None,
@@ -85,7 +107,7 @@ def init(
     if keywords.pop("tensorboard", None):  # wandb's old name of it
         keywords.setdefault("sync_tensorboard", True)
     entries = _entries(settings)
-    autostart = entries.pop("autostart", None)
+    ours = {name: entries.pop(name) for name in OWN_SETTINGS if name in entries}
     named = named_by(entries) | _given(
         project=project, entity=entity, name=name, id=id, group=group, job_type=job_type, tags=tags, notes=notes,
         dir=dir, mode=mode, resume=resume,
@@ -101,8 +123,8 @@ def init(
     if mode == "shared":
         _notices.once("shared", "init(mode='shared'): every process shares the one run here, in any mode")
         wanted.pop("mode")
-    options = WorkerSettings.from_env(os.environ, strict=_strict if strict is None else strict)
-    _run = _new_run(options if autostart is None else replace(options, autostart=bool(autostart)), wanted)
+    options = WorkerSettings.from_env(_over(os.environ, ours), strict=_strict if strict is None else strict)
+    _run = _new_run(options, wanted)
     _configure(_run, wanted_config, sweep)
     accompany(_run, wanted)
     _bind(_run)
@@ -209,6 +231,45 @@ def _new_run(settings: WorkerSettings, keywords: Mapping[str, Any]) -> Run:
 
     session.on_finish = on_finish
     return run
+
+
+def _is_strict(said: Any) -> bool:
+    """Whether mistakes are to be raised, as far as that can be told when something went wrong already."""
+    said = _strict if said is None else said
+    if said is None:
+        return os.environ.get("SIDESTEP_STRICT", "").lower() in ("1", "true", "yes", "on")
+    return said is True
+
+
+def _in_spite_of(error: Exception) -> Run:
+    """The run that there is, or one that takes nothing and counts what it is told."""
+    global _run  # noqa: PLW0603 - as in init()
+    lost = _run is None or _run._session.finished
+    if lost:
+        me = ranks.Identity(rank=0, world=1, local_rank=0, node="", pid=os.getpid(), launch="", attempt=0)
+        session = Session(settings=WorkerSettings(), identity=me, keywords={}, notices=_notices, silent=True)
+        session.outbox.close(DropReason.INTERNAL)
+        _run = Run(session, {})
+    what = "nothing that this process logs is kept" if lost else "not everything that it was given counts"
+    _notices.once("init", f"init() went wrong, {what}: {type(error).__name__}: {_said_of(error)}")
+    assert _run is not None
+    _bind(_run)
+    return _run
+
+
+def _said_of(error: Exception) -> str:
+    try:
+        return str(error)[:500]
+    except Exception:  # noqa: BLE001 - a foreign error's own code may raise anything
+        return ""
+
+
+def _over(environ: Mapping[str, str], ours: Mapping[Any, Any]) -> dict[str, str]:
+    """The environment, with what a script says instead of it."""
+    given = {f"SIDESTEP_{str(name).upper()}": str(value) for name, value in ours.items() if value is not None}
+    where = {"SIDESTEP_ADDRESS", "SIDESTEP_CONTEXT"}
+    weaker = where - given.keys() if where & given.keys() else set()
+    return {name: value for name, value in environ.items() if name not in weaker} | given
 
 
 def _bind(run: Run) -> None:

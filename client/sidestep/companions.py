@@ -28,7 +28,7 @@ def accompany(run: Run, keywords: Mapping[str, Any], environ: Mapping[str, str] 
         return
     if keywords.get("sync_tensorboard"):
         _start(run, "sync_tensorboard", _tensorboard)
-    if not session.is_sent:
+    if not session.is_sent or session.sender is None:
         return
     if session.settings.console and "off" not in (keywords.get("console"), environ.get("WANDB_CONSOLE")):
         _start(run, "console", _console)

@@ -4,14 +4,17 @@
 - without wandb the name is a stand-in, so that `from sidestep import Api` works; using it raises `NeedsWandb`,
   which says what to do
 - what wandb then does is its own: it asks the server itself, it waits, and it needs its own key
+- but for the charts of `wandb.sklearn`: they are drawn by wandb's code and logged here
 """
 
 from __future__ import annotations
 
 import importlib
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NoReturn
 
 from sidestep.errors import NeedsWandb
@@ -47,7 +50,6 @@ WANDBS: Mapping[str, str] = {
     "sweep": "create the sweep outside (`wandb sweep FILE`)",
     "tensorflow": "",
     "trigger": "",
-    "visualize": "",
     "wandb_agent": "",
     "wandb_lib": "",
     "wandb_sdk": "",
@@ -55,6 +57,10 @@ WANDBS: Mapping[str, str] = {
     "xgboost": "",
 }
 """Names that are looked up in wandb itself, and what to do instead where there is something."""
+
+
+LOGGED_HERE: Mapping[str, str] = {"sklearn": "wandb.integration.sklearn"}
+"""Names of wandb's whose code logs into the run of its process, which is ours; and where that code is."""
 
 
 class Missing:
@@ -81,6 +87,22 @@ class Missing:
         )
 
 
+def logged_here(name: str) -> Any:
+    """A module of wandb's, whose code has this package where it had `wandb`; or what stands for it.
+
+    Raises AttributeError if it can not be imported, for want of scikit-learn for instance.
+    """
+    found = of_wandb(name)
+    if isinstance(found, Missing):
+        return found
+    package = LOGGED_HERE[name]
+    module = _module(package)
+    for at, part in list(sys.modules.items()):
+        if (at == package or at.startswith(f"{package}.")) and isinstance(vars(part).get("wandb"), ModuleType):
+            vars(part)["wandb"] = sys.modules["sidestep"]
+    return module
+
+
 def of_wandb(path: str, instead: str = "") -> Any:
     """`wandb.<path>`, or what stands for it; AttributeError if wandb has no such name."""
     try:
@@ -97,8 +119,8 @@ def of_wandb(path: str, instead: str = "") -> Any:
 def _module(name: str) -> Any:
     try:
         return importlib.import_module(name)
-    except ImportError:
-        raise AttributeError(f"wandb has no {name.removeprefix('wandb.')}") from None
+    except ImportError as error:
+        raise AttributeError(f"wandb has no {name.removeprefix('wandb.')}: {error}") from None
 
 
 class OldApi:

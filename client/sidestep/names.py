@@ -48,6 +48,7 @@ LAZY: Mapping[str, str] = {
     "termlog": "sidestep.terminal",
     "termsetup": "sidestep.terminal",
     "termwarn": "sidestep.terminal",
+    "visualize": "sidestep.plot",
 }
 """Name to the module that has it."""
 

@@ -51,6 +51,8 @@ class DropReason(StrEnum):
     AFTER_FINISH = "after_finish"
     REFUSED = "refused"
     """The daemon said a final no: another protocol, another run, or the run is over."""
+    NO_SENDER = "no_sender"
+    """The process could not have a sender: it has no descriptor or no thread left."""
     OUTPUT = "output"
     """The program prints more than is kept of it."""
     INTERNAL = "internal"

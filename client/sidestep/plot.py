@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from sidestep.media.chart import Chart, Computed
+from sidestep.media.chart import Chart, Computed, Visualize
 from sidestep.media.table import Table
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "pr_curve",
     "roc_curve",
     "scatter",
+    "visualize",
 ]
 
 
@@ -36,6 +37,11 @@ def plot_table(
 ) -> Chart:
     """A drawing of a table by a Vega specification that W&B knows by name."""
     return Chart(vega_spec_name, data_table, fields, string_fields, split_table)
+
+
+def visualize(id: str, value: Table) -> Visualize:  # noqa: A002 - wandb's name for it
+    """A table, and one of W&B's panels for it by its name."""
+    return Visualize(id, value)
 
 
 def line(

@@ -109,7 +109,7 @@ def drawings(run: Path) -> Any:
         if record.HasField("config")
         for item in record.config.update
         for name, value in [("/".join(item.nested_key), item.value_json)]
-        if "visualize" in name
+        if "visualize" in name or "viz" in name
     }
 
 

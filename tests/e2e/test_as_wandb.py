@@ -79,6 +79,22 @@ with run:
     run.notes = "second"
     run.alert("t", "x", level=AlertLevel.WARN, wait_duration=1)
 """
+SCIKIT = """
+import numpy as np
+import wandb
+from sklearn.datasets import load_iris
+from sklearn.linear_model import LogisticRegression
+
+wandb.init(config={"lr": 1.0})
+data, labels = load_iris(return_X_y=True)
+model = LogisticRegression(max_iter=200).fit(data, labels)
+guessed, sure = model.predict(data), model.predict_proba(data)
+names = ["setosa", "versicolor", "virginica"]
+wandb.sklearn.plot_classifier(
+    model, data, data, labels, labels, guessed, sure, names, model_name="L", feature_names=["a", "b", "c", "d"]
+)
+wandb.log({"pair": (data[:, 0], data[:3, 0].tolist(), np.arange(40).reshape(40, 1))})
+"""
 WORKER = """
 import json, os
 import sidestep
@@ -92,6 +108,7 @@ run.finish()
 SCRIPTS = [
     pytest.param(REINFORCEMENT, id="reinforcement"),
     pytest.param(LANGUAGE, id="language", marks=pytest.mark.nightly),
+    pytest.param(SCIKIT, id="charts of scikit-learn", marks=pytest.mark.nightly),
 ]
 
 
@@ -141,8 +158,15 @@ def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _own(values: Mapping[str, Any]) -> dict[str, Any]:
-    ours = ("_", "sidestep/", "system/", "global_step")
-    return {name: value for name, value in values.items() if not name.startswith(ours)}
+    """Without what is said of the run itself, and the names of artifacts, which are made up anew each time."""
+    ours, made_up = ("_", "sidestep/", "system/", "global_step"), "artifact_path"
+    return {
+        name: {key: it for key, it in value.items() if not key.endswith(made_up)}
+        if isinstance(value, dict)
+        else value
+        for name, value in values.items()
+        if name.startswith("_wandb.vi") or not (name.startswith(ours) or name.endswith(made_up))
+    }
 
 
 @pytest.fixture

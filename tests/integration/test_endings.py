@@ -19,6 +19,7 @@ from sidestep import spill
 from sidestep.collect import collect
 from sidestep.testing import FakeDaemon, environment
 from sidestep.wire import Bye, Record
+from tests.support.ledgers import balanced_daemon
 
 DEADLINE_S = 100.0
 STARTING_S = 20.0
@@ -40,7 +41,7 @@ def _temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def daemon() -> Iterator[FakeDaemon]:
-    with FakeDaemon() as made:
+    with balanced_daemon() as made:
         yield made
 
 

@@ -76,6 +76,7 @@ class TestLife:
 
         assert welcome.run == info
         assert ("tested", str(shared.run_dir)) == (info["id"], info["dir"])
+        assert "tags" not in info, "that a run has none is told by nobody: a worker may have given it some"
 
     def test_a_second_one_on_the_same_directory_ends_and_leaves_the_socket_alone(self, shared: ServedRun):
         worker = shared.worker()

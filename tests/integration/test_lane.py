@@ -17,6 +17,7 @@ from sidestep.errors import UnsupportedValue
 from sidestep.media.base import Blobs, Media
 from sidestep.testing import FakeDaemon, environment, record
 from sidestep.wire import BLOBS, FILES, WORKER, Frame, Hello, Kind, Refuse
+from tests.support.ledgers import balanced_daemon
 
 MB = 1024 * 1024
 
@@ -37,7 +38,7 @@ class Thing(Media):
 @pytest.fixture
 def daemon(monkeypatch, tmp_path):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    with FakeDaemon() as daemon:
+    with balanced_daemon() as daemon:
         for name, value in environment(daemon).items():
             monkeypatch.setenv(name, value)
         yield daemon

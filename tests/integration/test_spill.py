@@ -21,6 +21,7 @@ from sidestep.ranks import Identity
 from sidestep.session import Session
 from sidestep.settings import WorkerSettings
 from sidestep.testing import FakeDaemon, environment
+from tests.support.ledgers import balanced_daemon
 from tests.support.waiting import eventually
 
 ME = Identity(rank=1, world=2, local_rank=1, node="here", pid=os.getpid(), launch="test", attempt=0)
@@ -45,7 +46,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def daemon() -> Iterator[FakeDaemon]:
-    with FakeDaemon() as made:
+    with balanced_daemon() as made:
         yield made
 
 

@@ -21,6 +21,7 @@ from sidestepd.rowlog import RowLogReader
 from sidestepd.rundir import RunFile, newest_run_dir
 from sidestepd.sinks import wandb_log
 from tests.support.daemons import HeldRow, read_jsonl, see_gone
+from tests.support.ledgers import assert_all_balance
 from tests.support.waiting import eventually
 from tests.support.wandb_server import StandIn
 
@@ -80,6 +81,8 @@ class Training:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.kill()
         self.supervisor.wait()
+        if kind is None:
+            assert_all_balance(self.base)
 
     @property
     def supervisor(self) -> psutil.Popen:

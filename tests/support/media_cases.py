@@ -169,6 +169,8 @@ def others(m: Any, folder: Path) -> dict[str, Any]:
         "molecule/stream": m.Molecule(io.StringIO(PDB), file_type="pdb"),
         "plotly/figure": m.Plotly(plotly_figure()),
         "plotly/itself": plotly_figure(),
+        "list/arrays": (NUMBERS, np.arange(40.0).reshape(40, 1), np.arange(3), [NUMBERS, 2.5], {"deep": NUMBERS}),
+        "list/histograms": [m.Histogram(NUMBERS), m.Histogram([1, 2, 2, 3.5])],
         "list/html": [m.Html("<p>1</p>"), m.Html("<p>2</p>")],
         "list/mixed": [m.Image(PIXELS), m.Html("<p>2</p>")],
         "nested": {"deeper": {"image": m.Image(GRAY, caption="deep")}, "number": 3},
@@ -187,6 +189,7 @@ def charts(m: Any, folder: Path) -> dict[str, Any]:
         "plot/scatter": m.plot.scatter(table(), "x", "y"),
         "plot/bar": m.plot.bar(table(), "s", "y", title="bars"),
         "plot/histogram": m.plot.histogram(table(), "y", split_table=True),
+        "plot/visualized": m.visualize("wandb/elbow/v1", table()),
         "plot/series": m.plot.line_series([0, 1, 2], [[1, 2, 3], [3, 2, 1]], keys=["up", "down"], title="t"),
         "plot/series_each": m.plot.line_series([[0, 1], [5, 6]], [[1, 2], [3, 2]]),
         "plot/confusion": m.plot.confusion_matrix(

@@ -17,6 +17,7 @@ from sidestepd import status
 from sidestepd.config import Config
 from sidestepd.home import ServiceHome
 from tests.support.daemons import DEADLINE_S, RawWorker, read_jsonl
+from tests.support.ledgers import assert_all_balance
 from tests.support.waiting import eventually
 
 QUICK = {
@@ -55,6 +56,8 @@ class Service:
             worker.leave()
         self.kill()
         Path(self.address.removeprefix("ipc://")).unlink(missing_ok=True)
+        if kind is None:
+            assert_all_balance(self.base)
 
     def start(self) -> Self:
         """Start intake, and see it answer."""

@@ -112,6 +112,8 @@ def run_names() -> list[str]:
 
 def of_module(name: str) -> tuple[str, str]:
     """The verdict over a name of the module, and what there is to say."""
+    if name in elsewhere.LOGGED_HERE:
+        return WANDBS, "if wandb is installed; what it logs is logged here"
     if name in sidestep.__all__:
         return MODULE.get(name, (SAME, ""))
     if name in elsewhere.WANDBS:

@@ -70,6 +70,22 @@ class Computed(Value):
         super().__init__(facts)
 
 
+class Visualize(Value):
+    """A table that stays a table of the run, under its own name, and is drawn there by the panel `spec`."""
+
+    kind: ClassVar[str] = "chart"
+
+    __slots__ = ()
+
+    def __init__(self, spec: str, table: Table) -> None:
+        def facts() -> dict[str, Any]:
+            if not isinstance(table, Table):
+                raise UnsupportedValue(f"what is drawn is a sidestep.Table, not a {type(table).__name__}")
+            return {"spec": str(spec), "table": table}
+
+        super().__init__(facts)
+
+
 def _drawing(spec: str, fields: Mapping[str, Any], strings: Any, split: bool) -> dict[str, Any]:
     return {
         "spec": str(spec),
@@ -90,4 +106,6 @@ def show(facts: Mapping[str, Any], files: Files) -> Any:
     else:
         columns, rows = curves.computed(facts, files)
         table = wandb.Table(columns=[*columns], data=rows, allow_mixed_types=True)
+    if "fields" not in facts:
+        return wandb.visualize(facts["spec"], table)  # type: ignore[attr-defined]
     return wandb.plot_table(facts["spec"], table, facts["fields"], facts["strings"], facts["split"])

@@ -23,6 +23,7 @@ from wandb.proto import wandb_internal_pb2 as pb
 
 from sidestep import media
 from sidestep.media.base import Files
+from sidestepd import credentials
 from sidestepd.errors import Fatal, Reject, Retry
 from sidestepd.rows import Definition, Described, Printed, Row, Sample, Version
 from sidestepd.samplers.names import look_up
@@ -121,7 +122,7 @@ class WandbSink:
     def show(self, value: Any, files: Files) -> Any:
         """wandb's own objects."""
         try:
-            return media.shown(value, files)
+            return _histograms_in_lists(media.shown(value, files))
         except (wandb.errors.Error, TypeError, KeyError, IndexError) as error:
             raise ValueError(f"wandb does not take it: {error!r}") from error
 
@@ -349,6 +350,7 @@ def init(
 ) -> wandb.Run:
     """Open the run by `names`, with everything switched off that looks at this process or its machine."""
     os.environ["WANDB_ERROR_REPORTING"] = "false"
+    credentials.take(os.environ)
     os.environ.pop("WANDB_SERVICE", None)  # another process's core would die with that process
     for variable in OF_A_SWEEP:
         os.environ.pop(variable, None)
@@ -413,6 +415,15 @@ def _each(values: Mapping[str, Any], tell: Callable[[dict[str, Any]], object]) -
                 tell({name: value})
             except REFUSED as error:
                 logger.warning("wandb refuses %.80r: %s", name, error)
+
+
+def _histograms_in_lists(value: Any, inside: bool = False) -> Any:
+    """In a list, as wandb tells it of a list of arrays; it knows media there only among themselves."""
+    if isinstance(value, list):
+        return [_histograms_in_lists(item, inside=True) for item in value]
+    if isinstance(value, dict):
+        return {name: _histograms_in_lists(item, inside) for name, item in value.items()}
+    return value.to_json() if inside and isinstance(value, wandb.Histogram) else value
 
 
 def wait_for_free_name(folder: Path) -> None:

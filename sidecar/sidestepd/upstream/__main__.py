@@ -20,16 +20,18 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import zmq
 
+from sidestep.endpoint import Endpoint
 from sidestep.wire import LANES, Frame, Refuse
 from sidestepd import placement
 from sidestepd.clock import Clock, Horizon
 from sidestepd.config import Config
+from sidestepd.control import endpoint_at
 from sidestepd.crashpoints import crash_point
 from sidestepd.entries import Entry, EntryKind
 from sidestepd.errors import ExitCode, Fatal, SpoolDamaged, Trouble
@@ -55,6 +57,8 @@ SETTLE_S = 0.5
 TELL_S = 1.0
 ASK_EARLY_S, ASK_S = 2.0, 30.0
 """How often it is asked what the run is called, before and after it has an address in the browser."""
+PROMPT_S = 0.5
+"""A frame that is sent on within this was not held up here."""
 AWAY_S = 5.0
 """When nobody answers above for so long, it is said."""
 NICENESS = 5
@@ -104,13 +108,13 @@ class Forwarder:
         rowlog: RowLog,
         run: RunFile,
         *,
-        address: str,
+        endpoint: Endpoint,
         horizon: Clock,
         beat: Callable[[], None],
         poll_interval_s: float,
         troubled: Callable[[Trouble | None], None],
     ) -> None:
-        self.spool, self.rowlog, self.run, self.address = spool, rowlog, run, address
+        self.spool, self.rowlog, self.run, self.address = spool, rowlog, run, endpoint.address
         self.horizon, self.beat, self.troubled = horizon, beat, troubled
         self.run_dir = Path(run.dir)
         self.exit_code: int | None = None
@@ -124,7 +128,7 @@ class Forwarder:
         self.read_through = checkpoint.cursor
         self._lost_before = totals.get("lost", 0)
         self._poll_ms = int(poll_interval_s * 1000)
-        self._behind = self._dirty = True
+        self._behind, self._dirty = True, False
         self._settle_at = self._ask_at = 0.0
         self._told = Told()
         self._context = zmq.Context()
@@ -137,7 +141,7 @@ class Forwarder:
             turn=run.turn,
         )
         self.metrics, self.media = (
-            Road(Link(self._context, address, relay), Legs(upper, jitter=random.random, behind=self._is_behind))
+            Road(Link(self._context, endpoint, relay), Legs(upper, jitter=random.random, behind=self._is_behind))
             for _ in range(2)
         )
         self._restore(rowlog.meta("sessions", {}))
@@ -216,7 +220,7 @@ class Forwarder:
     def _take(self, entry: Entry) -> None:
         match entry.kind:
             case EntryKind.FRAME:
-                self.metrics.legs.carry(entry.session, _carried(entry), more=entry.more)
+                self.metrics.legs.carry(entry.session, _carried(entry, self.horizon), more=entry.more)
             case EntryKind.BLOBS:
                 self.media.legs.carry(entry.session, self.files.take(entry), more=False)
             case EntryKind.BOOT:
@@ -333,7 +337,8 @@ def relay_of(run: RunFile) -> bytes:
     return hashlib.blake2b(f"{run.dir}\0{run.created}\0{os.uname().nodename}".encode(), digest_size=16).digest()
 
 
-def _carried(entry: Entry) -> Carried:
+def _carried(entry: Entry, now: Clock) -> Carried:
+    """A frame; one that has lain here says so by MORE: how long it took tells nothing of clocks."""
     frame = Frame(
         session=entry.session,
         first=entry.first,
@@ -342,7 +347,11 @@ def _carried(entry: Entry) -> Carried:
         crc=entry.crc,
         more=entry.more,
     )
-    return Carried(first=entry.first, count=entry.count, size=len(entry.body), load=lambda: frame)
+
+    def load() -> Frame:
+        return replace(frame, more=True) if now() - entry.received > PROMPT_S else frame
+
+    return Carried(first=entry.first, count=entry.count, size=len(entry.body), load=load)
 
 
 def _of_session(leg: Any) -> dict[str, Any]:
@@ -390,7 +399,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         SpoolReader(home / placement.SPOOL),
         rowlog,
         run.at(directory, run.address),
-        address=config.upstream.address or "",
+        endpoint=endpoint_at(config.upstream.address or "", config.upstream.key_file),
         horizon=Horizon(directory / "horizon"),
         beat=beat,
         poll_interval_s=config.delivery.poll_interval_s,
