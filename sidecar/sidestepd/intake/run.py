@@ -390,11 +390,8 @@ class Intake:
         """How many processes still send files of workers; one that died is not waited for."""
         couriers = [it for it in self.roster.awaited if it.is_courier]
         for one in couriers:
-            if (
-                not one.relay
-                and is_here(one.hello.get("node", ""))
-                and not Lifeline(one.hello.get("pid", 0)).is_alive()
-            ):
+            here = not one.relay and is_here(one.hello.get("node", ""), pids=one.hello.get("pids", ""))
+            if here and not Lifeline(one.hello.get("pid", 0)).is_alive():
                 self.lose(one.id)
         return sum(it.state == "live" for it in couriers)
 
