@@ -131,7 +131,7 @@ class TestTheImage:
         assert "sidestep" == config["Labels"]["org.opencontainers.image.title"]
         assert ["/usr/bin/tini", "--", "sidestep"] == config["Entrypoint"]
         assert '"CMD", "sidestep", "ping", "--timeout", "5"' in json.dumps(podman.inspect(IMAGE))
-        assert size_mb < 300
+        assert size_mb < 400
 
     def test_holds_no_pip_no_compiler_and_nothing_of_the_tree_but_the_wheel(self, podman):
         words = (

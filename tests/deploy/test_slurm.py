@@ -34,6 +34,7 @@ StateSaveLocation=/var/lib/slurm/slurmctld
 SlurmdSpoolDir=/var/lib/slurm/slurmd
 SchedulerParameters=batch_sched_delay=0,requeue_setup_env_fail
 JobRequeue=1
+SlurmdParameters=config_overrides
 KillWait=60
 MinJobAge=3600
 Epilog=/etc/slurm/sidestep-epilog.sh
@@ -129,7 +130,11 @@ class Job:
         return sum(status.report(path.parent).rows for path in self.folder.glob("sidestep-runs/*/delivery.db"))
 
     def reaches(self, rows: int) -> None:
-        eventually(lambda: self.rows() >= rows, WAIT_S, lambda: self.said() + self.machine.ask("squeue"))
+        def held() -> bool:
+            assert self.show("JobState") not in ("FAILED", "COMPLETED", "NODE_FAIL"), self.said()
+            return self.rows() >= rows
+
+        eventually(held, WAIT_S, lambda: self.said() + self.machine.ask("squeue"))
 
     def ends(self, state: str = "COMPLETED") -> None:
         eventually(lambda: self.show("JobState") == state, WAIT_S,

@@ -576,8 +576,8 @@ class Intake:
 
     @property
     def silent_s(self) -> float:
-        """For how long the loop has not come back from the threads that write; about a second if all is well."""
-        return round(time.monotonic() - self._went_round_at, 3)
+        """How long the loop has not come back from the threads that write; about a second if all is well."""
+        return time.monotonic() - self._went_round_at
 
     def report(self) -> dict[str, Any]:
         """How this run is, for a tool that asks."""
