@@ -19,24 +19,18 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     ValidationError,
     field_validator,
 )
 
 from sidestep.errors import SettingsError
+from sidestepd.listening import ListenOptions, Section, UpstreamOptions
+from sidestepd.quota import MOST_NAMES
 from sidestepd.rules import operations
 
 _RUN_ID = r"[A-Za-z0-9_][A-Za-z0-9_.=+@-]*"
-
-
-class Section(BaseModel):
-    """What all sections share: frozen, no unknown names, no infinities."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class RunOptions(Section):
@@ -187,6 +181,11 @@ class DeliveryOptions(Section):
     batch_rows: int = Field(
         default=500, gt=0, description="While catching up, about so many rows are decided in one commit."
     )
+    max_names: int = Field(
+        default=MOST_NAMES,
+        gt=0,
+        description="A run may have so many names; values of further ones are left out, and counted.",
+    )
     media_threads: int = Field(
         default=2, gt=0, le=64, description="Images and other media are encoded in so many threads."
     )
@@ -210,14 +209,6 @@ class SinkOptions(Section):
     )
     ask_every_s: float = Field(
         default=15.0, gt=0, le=600, description="Online, how often the server is asked which rows it holds."
-    )
-
-
-class UpstreamOptions(Section):
-    """Where a relay hands its records on to."""
-
-    address: str | None = Field(
-        default=None, description="The daemon above, for sink.kind = upstream: tcp://HOST:PORT or ipc:///PATH."
     )
 
 
@@ -369,6 +360,7 @@ class Config(Section):
     upstream: UpstreamOptions = Field(default_factory=UpstreamOptions)
     samplers: SamplerOptions = Field(default_factory=SamplerOptions)
     serve: ServeOptions = Field(default_factory=ServeOptions)
+    listen: ListenOptions = Field(default_factory=ListenOptions)
     watch: WatchOptions = Field(default_factory=WatchOptions)
     reduce: dict[str, Reduction] = Field(
         default_factory=dict,
