@@ -18,7 +18,9 @@ import os
 import ray
 import ray.train
 from ray.train import ScalingConfig
-from ray.train.data_parallel_trainer import DataParallelTrainer
+from ray.train.v2.api.data_parallel_trainer import (
+    DataParallelTrainer,
+)  # what TorchTrainer and its like are made of
 
 import sidestep
 

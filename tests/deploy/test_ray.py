@@ -30,7 +30,7 @@ def python(workshop: Workshop) -> Path:
 
 def test_all_workers_are_one_run(python: Path, tmp_path: Path):
     environ = {name: value for name, value in os.environ.items() if not name.startswith(("SIDESTEP_", "WANDB_"))}
-    environ |= {"RAY_USAGE_STATS_ENABLED": "0", "SIDESTEP_SAMPLERS_ENABLED": "off"}
+    environ |= {"RAY_USAGE_STATS_ENABLED": "0", "SIDESTEP_SAMPLERS_ENABLED": "off", "HOME": str(tmp_path)}
     words = [python.parent / "sidestep", "run", "--id", "rayed", "--", python, DEPLOY / "ray/train.py"]
 
     do(*words, "--workers", "2", "--steps", "50", env=environ, cwd=tmp_path)
