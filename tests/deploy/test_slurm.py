@@ -122,6 +122,11 @@ class Job:
     def said(self) -> str:
         return (self.folder / "out").read_text() if (self.folder / "out").exists() else ""
 
+    def told(self) -> str:
+        """All that helps to understand what it did."""
+        log = self.machine.ask("journalctl", "-u", "slurmd", "-u", "slurmctld", "-n", "30", "-o", "cat")
+        return f"{self.machine.ask('scontrol', 'show', 'job', self.id)}\n{log}\n{self.said()}"
+
     def show(self, what: str) -> str:
         words = self.machine.ask("scontrol", "show", "job", self.id).split()
         return next((word.partition("=")[2] for word in words if word.startswith(f"{what}=")), "")
@@ -131,14 +136,14 @@ class Job:
 
     def reaches(self, rows: int) -> None:
         def held() -> bool:
-            assert self.show("JobState") not in ("FAILED", "COMPLETED", "NODE_FAIL"), self.said()
+            assert self.show("JobState") not in ("FAILED", "COMPLETED", "NODE_FAIL"), self.told()
             return self.rows() >= rows
 
-        eventually(held, WAIT_S, lambda: self.said() + self.machine.ask("squeue"))
+        eventually(held, WAIT_S, self.told)
 
     def ends(self, state: str = "COMPLETED") -> None:
         eventually(lambda: self.show("JobState") == state, WAIT_S,
-                   lambda: f"{self.show('JobState')}\n{self.said()}")  # fmt: skip
+                   self.told)  # fmt: skip
 
     def run_dirs(self) -> list[Path]:
         return sorted(path.parent for path in self.folder.glob("sidestep-runs/*/run.json"))
@@ -169,9 +174,9 @@ class TestOneNode:
 
         cluster.do("scontrol", "requeue", job.id, user="alice")
 
-        eventually(lambda: job.show("Restarts") == "1", WAIT_S, job.said)
+        eventually(lambda: job.show("Restarts") == "1", WAIT_S, job.told)
         cluster.ask("scontrol", "update", f"jobid={job.id}", "starttime=now")
-        eventually(lambda: "from" in job.said() and job.said().count("from") == 2, 2 * WAIT_S, job.said)
+        eventually(lambda: "from" in job.said() and job.said().count("from") == 2, 2 * WAIT_S, job.told)
         job.reaches(before + 50)
         (job.folder / "until").touch()
         job.ends()
@@ -186,7 +191,7 @@ class TestOneNode:
 
         cluster.do("scancel", "--batch", "--signal=USR1", job.id, user="alice")
 
-        eventually(lambda: job.show("Restarts") == "1", WAIT_S, job.said)
+        eventually(lambda: job.show("Restarts") == "1", WAIT_S, job.told)
         cluster.ask("scontrol", "update", f"jobid={job.id}", "starttime=now")
         job.reaches(before + 50)
         (job.folder / "until").touch()
