@@ -24,10 +24,12 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    ValidationInfo,
     field_validator,
 )
 
 from sidestep.errors import SettingsError
+from sidestepd.hosts import host_and_port, is_loopback
 from sidestepd.rules import operations
 
 _RUN_ID = r"[A-Za-z0-9_][A-Za-z0-9_.=+@-]*"
@@ -219,6 +221,14 @@ class UpstreamOptions(Section):
     address: str | None = Field(
         default=None, description="The daemon above, for sink.kind = upstream: tcp://HOST:PORT or ipc:///PATH."
     )
+    key_file: Path | None = Field(
+        default=None, description="Our key, for a daemon above on tcp: a client's, of `sidestep keygen`."
+    )
+
+    @field_validator("key_file")
+    @classmethod
+    def _wherever_we_are_started_again(cls, value: Path | None) -> Path | None:
+        return None if value is None else value.expanduser().absolute()
 
 
 class SamplerOptions(Section):
@@ -265,6 +275,54 @@ class ServeOptions(Section):
     max_runs: int = Field(
         default=32, gt=0, le=64, description="Runs open at once; workers of further ones wait for their turn."
     )
+
+
+class ListenOptions(Section):
+    """Where workers of other nodes are let in, and whom; those of this node always have a socket of their own."""
+
+    key_file: Path | None = Field(
+        default=None, description="The daemon's key pair, for tcp; `sidestep keygen` makes it."
+    )
+    clients: Path | None = Field(
+        default=None, description="The list of public keys that are let in, for tcp; read again when it changes."
+    )
+    tcp: tuple[str, ...] = Field(
+        default=(),
+        validate_default=False,
+        description="Addresses such as tcp://*:7711; beyond this machine only with key_file and clients.",
+    )
+    advertise: str | None = Field(
+        default=None,
+        description="The host name or address by which other nodes reach this one, if not its own name.",
+    )
+    context_file: Path | None = Field(
+        default=None, description="Written when workers can connect: where this daemon is, for SIDESTEP_CONTEXT."
+    )
+
+    @field_validator("key_file", "clients", "context_file")
+    @classmethod
+    def _wherever_we_are_started_again(cls, value: Path | None) -> Path | None:
+        return None if value is None else value.expanduser().absolute()
+
+    @field_validator("tcp", mode="before")
+    @classmethod
+    def _split_at_commas(cls, value: object) -> object:
+        if isinstance(value, str):
+            return tuple(address.strip() for address in value.split(",") if address.strip())
+        return value
+
+    @field_validator("tcp")
+    @classmethod
+    def _asks_who_is_speaking(cls, value: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        without = [f"listen.{name}" for name in ("key_file", "clients") if info.data.get(name) is None]
+        for address in value:
+            host, _ = host_and_port(address)
+            if without and (len(without) == 1 or not is_loopback(host)):
+                raise ValueError(
+                    f"beyond this machine only with keys, and {' and '.join(without)} "
+                    f"{'are' if len(without) > 1 else 'is'} not given: `sidestep keygen` makes what is needed"
+                )
+        return value
 
 
 class WatchOptions(Section):
@@ -359,6 +417,7 @@ class Config(Section):
     upstream: UpstreamOptions = Field(default_factory=UpstreamOptions)
     samplers: SamplerOptions = Field(default_factory=SamplerOptions)
     serve: ServeOptions = Field(default_factory=ServeOptions)
+    listen: ListenOptions = Field(default_factory=ListenOptions)
     watch: WatchOptions = Field(default_factory=WatchOptions)
     reduce: dict[str, Reduction] = Field(
         default_factory=dict,

@@ -165,6 +165,7 @@ class Daemon:
                 [
                     *(sys.executable, "-P", "-m", "sidestepd.intake"),
                     *(str(self.home.directory), "--parent", str(os.getpid())),
+                    *(() if self.home.listens else ("--local",)),
                 ],
                 stdin=subprocess.DEVNULL,
                 stdout=log,

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol, Self
 
 from sidestep.errors import SettingsError, SidestepError
-from sidestepd import rundir, status
+from sidestepd import addresses, rundir, status
 from sidestepd.config import Config
 from sidestepd.errors import AlreadyRunning
 from sidestepd.processes import Lock, read_json, write_json
@@ -40,6 +40,8 @@ class Home(Protocol):
 
     directory: Path
     address: str
+    listens: bool
+    """Whether other nodes are let in, as the options say."""
 
     @property
     def resume(self) -> str:
@@ -62,8 +64,8 @@ class Home(Protocol):
 class RunHome:
     """The directory of one run."""
 
-    def __init__(self, directory: Path, config: Config, run: RunFile) -> None:
-        self.directory, self.address, self.run = directory, run.address, run
+    def __init__(self, directory: Path, config: Config, run: RunFile, *, listens: bool = True) -> None:
+        self.directory, self.address, self.run, self.listens = directory, run.address, run, listens
         self._config = config
 
     @property
@@ -73,6 +75,8 @@ class RunHome:
 
     def begin(self) -> None:
         """Lay it out if it is new."""
+        if self.listens:
+            addresses.check(self._config)
         if not Lock.is_free(self.directory / "intake.lock"):
             raise AlreadyRunning(f"another daemon serves {self.directory}")
         if self.directory.exists():
@@ -129,6 +133,7 @@ class ServiceHome:
     def __init__(self, config: Config, address: str | None = None, *, until_idle: bool = False) -> None:
         folder = config.run.dir.expanduser().absolute()
         base = folder / rundir.RUNS
+        self.listens = True
         self.address = address or rundir.private_address(base)
         self.directory = base / SERVICES / rundir.name_of(self.address)
         run = config.run.model_copy(update={"dir": folder})  # wherever intake is started again
@@ -141,6 +146,7 @@ class ServiceHome:
 
     def begin(self) -> None:
         """With the options of now, and the runs that are still open from before."""
+        addresses.check(self._config)
         if not Lock.is_free(self.directory / "intake.lock"):
             raise AlreadyRunning(f"another daemon serves {self.directory}")
         runs = ServiceFile.read(self.directory).runs if ServiceFile.is_in(self.directory) else ()

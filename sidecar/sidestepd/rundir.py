@@ -213,7 +213,9 @@ def check_address(address: str) -> None:
     if kind != "tcp" or not port.isdecimal() or int(port) == 0:
         raise SettingsError(f"{address}: say ipc:///absolute/path or tcp://127.0.0.1:PORT")
     if host not in _LOOPBACK:
-        raise SettingsError(f"{address}: nothing there would ask who is speaking; only 127.0.0.1 is allowed")
+        raise SettingsError(
+            f"{address}: nothing there would ask who is speaking; --listen lets in other nodes, with keys"
+        )
 
 
 def make_private(directory: Path) -> None:

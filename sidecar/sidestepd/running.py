@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from sidestepd import command, rundir, sweep
+from sidestepd.addresses import CONTEXT
 from sidestepd.command import Command, Signals
 from sidestepd.config import Config, Given
 from sidestepd.control import Control
@@ -22,14 +23,15 @@ from sidestepd.saying import Progress, say, say_in_terminal, sum_up
 STOP = (signal.SIGINT, signal.SIGTERM)
 
 
-def run(words: Sequence[str], toml: Path | None, overrides: Mapping[str, Given], context: Path | None) -> int:
+def run(words: Sequence[str], toml: Path | None, overrides: Mapping[str, Given]) -> int:
     """Run a command whose workers log into one run; returns our exit code, or does not return."""
     environ = dict(os.environ)
     if _joins_outer_run(environ):
-        if overrides:
+        context = overrides.get("listen.context_file")
+        if overrides.keys() - {"listen.context_file"}:
             say(f"joins run {environ.get('SIDESTEP_RUN_ID', '')}: its options are those of the outer command")
         if context:
-            _write_context(context, _inherited(environ))
+            _write_context(Path(str(context.value)), _inherited(environ))
         command.become(words, environ)
     config = rundir.with_run_id(Config.load(toml, environ, overrides))
     if config.run.mode == "disabled":
@@ -41,10 +43,8 @@ def run(words: Sequence[str], toml: Path | None, overrides: Mapping[str, Given],
         daemon = Daemon(RunHome(run_dir, config, found), pause=Drain(signals))
         try:
             daemon.start()
-            if context:
-                _write_context(context, found.exports())
             say_in_terminal(f"run {found.id} in {short(run_dir)}")
-            code = _attend(daemon, words, environ | sweep.exports(environ) | found.exports(), signals)
+            code = _attend(daemon, words, environ | sweep.exports(environ) | _exports(found, config), signals)
             complete = finish(daemon, code)
         finally:
             daemon.release()
@@ -65,6 +65,12 @@ def _joins_outer_run(environ: dict[str, str]) -> bool:
     for name in ("SIDESTEP_ADDRESS", "SIDESTEP_RUN_ID", "SIDESTEP_RUN_DIR"):
         environ.pop(name, None)
     return False
+
+
+def _exports(found: RunFile, config: Config) -> dict[str, str]:
+    """What leads the command's processes here, also those that it starts on other nodes."""
+    elsewhere = {"SIDESTEP_CONTEXT": f"{found.dir}/{CONTEXT}"} if config.listen.tcp else {}
+    return found.exports() | elsewhere
 
 
 def _inherited(environ: Mapping[str, str]) -> dict[str, str]:

@@ -17,6 +17,7 @@ from pathlib import Path
 import psutil
 
 from sidestep.autostart import log_of
+from sidestep.endpoint import Endpoint
 from sidestep.errors import SettingsError
 from sidestepd import rundir, status
 from sidestepd.command import Signals
@@ -77,7 +78,8 @@ def _drain(run_dir: Path) -> int:
     if found.state == "finished":
         return sum_up(run_dir, 0, complete=True)
     left = all(session.state == "bye" for session in found.sessions)
-    home = RunHome(run_dir, rundir.stored_config(run_dir), found.run.at(run_dir, rundir.private_address(run_dir)))
+    here = found.run.at(run_dir, rundir.private_address(run_dir))
+    home = RunHome(run_dir, rundir.stored_config(run_dir), here, listens=False)
     with Signals() as signals:
         daemon = Daemon(home, pause=Drain(signals))
         try:
@@ -88,12 +90,14 @@ def _drain(run_dir: Path) -> int:
     return sum_up(run_dir, 0, complete=complete)
 
 
-def stop(address: str, timeout_s: float) -> int:
-    """Have the daemon at `address` stop, and wait for it. Raises Unreachable."""
-    with Control(address) as control:
+def stop(endpoint: Endpoint, timeout_s: float) -> int:
+    """Have a daemon of this node stop, and wait for it. Raises Unreachable."""
+    with Control(endpoint) as control:
         info = control.ask_status(timeout_s=2.0)
     if info is None:
-        raise Unreachable(f"nobody answers at {address}")
+        raise Unreachable(f"nobody answers at {endpoint}")
+    if info.get("node", os.uname().nodename) != os.uname().nodename:
+        raise Unreachable(f"the daemon at {endpoint} is on node {info['node']}: stop it there")
     daemon = _supervisor(int(info["pid"]), int(info["supervisor"]))
     lifelines = [Lifeline(pid) for pid in dict.fromkeys((daemon, int(info["pid"])))]
     with suppress(ProcessLookupError):
@@ -101,7 +105,7 @@ def stop(address: str, timeout_s: float) -> int:
     deadline = time.monotonic() + timeout_s
     while any(lifeline.is_alive() for lifeline in lifelines):
         if time.monotonic() > deadline:
-            raise Unreachable(f"the daemon at {address} (process {daemon}) did not end in {timeout_s:.0f} s")
+            raise Unreachable(f"the daemon at {endpoint} (process {daemon}) did not end in {timeout_s:.0f} s")
         time.sleep(0.1)
     return 0
 

@@ -24,6 +24,7 @@ from typing import Any
 
 from sidestep.wire import Ack, Bye, Frame, Hello, Message, Refuse, RunInfo, Status, Welcome
 from sidestepd import placement
+from sidestepd.clients import LOCAL
 from sidestepd.clock import Clock, Horizon, SpoolClock
 from sidestepd.collect import Collector
 from sidestepd.config import Config
@@ -182,13 +183,13 @@ class Intake:
 
     # What workers say
 
-    def hear(self, route: bytes, message: Message) -> None:
-        """Take in what a worker of this run said."""
+    def hear(self, route: bytes, message: Message, peer: str = LOCAL) -> None:
+        """Take in what a worker of this run said; `peer` is who it proved to be."""
         match message:
             case Frame():
                 self._on_frame(route, message)
             case Hello():
-                self._on_hello(route, message)
+                self._on_hello(route, message, peer)
             case Status():
                 self._on_status(route, message)
             case Bye():
@@ -198,14 +199,14 @@ class Intake:
             case _:
                 self._refuse(route, message.session, "malformed", "only a daemon says that")
 
-    def _on_hello(self, route: bytes, hello: Hello) -> None:
+    def _on_hello(self, route: bytes, hello: Hello, peer: str) -> None:
         if self.closing:
             self._refuse(route, hello.session, "closed", "the run is being finished", final=True)
             return
         for ended in self.roster.supersede(hello, self._now()):
             self._write(ended)
             self._touched.add(ended.session)
-        self._write(self.roster.hello(hello, self._now()))
+        self._write(self.roster.hello(hello, self._now(), peer=peer))
         self._routes[hello.session] = route
         self._touched.add(hello.session)
         session = self.roster.sessions[hello.session]

@@ -74,9 +74,13 @@ class OneRun:
         """Let go of everything."""
         self.intake.shut()
 
-    def greet(self, route: bytes, hello: Hello) -> None:
+    def greet(self, route: bytes, hello: Hello, peer: str) -> None:
         """Whoever comes joins."""
-        self.intake.hear(route, hello)
+        self.intake.hear(route, hello, peer)
+
+    def owner(self, session: bytes) -> str | None:
+        """Who a session belongs to."""
+        return self.intake.roster.owner(session)
 
     def of(self, session: bytes) -> Intake | None:  # noqa: ARG002 - there is but one
         """The run."""
@@ -155,7 +159,7 @@ class SeveralRuns:
 
     # Opening
 
-    def greet(self, route: bytes, hello: Hello) -> None:
+    def greet(self, route: bytes, hello: Hello, peer: str) -> None:
         """Find the run that a HELLO means, or open it. One whose run is just ending asks again."""
         if hello.session in self._over:
             self._refuse(route, hello, "closed", "the run is finished", final=True)
@@ -166,7 +170,12 @@ class SeveralRuns:
         if not run.intake.closing:
             self._join(run, hello)
         if not run.intake.closing or hello.session in self._sessions:
-            run.intake.hear(route, hello)
+            run.intake.hear(route, hello, peer)
+
+    def owner(self, session: bytes) -> str | None:
+        """Who a session belongs to, if it is in an open run."""
+        run = self._sessions.get(session)
+        return run.intake.roster.owner(session) if run else None
 
     def _find(self, route: bytes, hello: Hello) -> OpenRun | None:
         if hello.role == WORKER:

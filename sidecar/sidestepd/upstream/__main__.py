@@ -26,10 +26,12 @@ from typing import Any
 
 import zmq
 
+from sidestep.endpoint import Endpoint
 from sidestep.wire import LANES, Frame, Refuse
 from sidestepd import placement
 from sidestepd.clock import Clock, Horizon
 from sidestepd.config import Config
+from sidestepd.control import endpoint_at
 from sidestepd.crashpoints import crash_point
 from sidestepd.entries import Entry, EntryKind
 from sidestepd.errors import ExitCode, Fatal, SpoolDamaged, Trouble
@@ -106,13 +108,13 @@ class Forwarder:
         rowlog: RowLog,
         run: RunFile,
         *,
-        address: str,
+        endpoint: Endpoint,
         horizon: Clock,
         beat: Callable[[], None],
         poll_interval_s: float,
         troubled: Callable[[Trouble | None], None],
     ) -> None:
-        self.spool, self.rowlog, self.run, self.address = spool, rowlog, run, address
+        self.spool, self.rowlog, self.run, self.address = spool, rowlog, run, endpoint.address
         self.horizon, self.beat, self.troubled = horizon, beat, troubled
         self.run_dir = Path(run.dir)
         self.exit_code: int | None = None
@@ -139,7 +141,7 @@ class Forwarder:
             turn=run.turn,
         )
         self.metrics, self.media = (
-            Road(Link(self._context, address, relay), Legs(upper, jitter=random.random, behind=self._is_behind))
+            Road(Link(self._context, endpoint, relay), Legs(upper, jitter=random.random, behind=self._is_behind))
             for _ in range(2)
         )
         self._restore(rowlog.meta("sessions", {}))
@@ -397,7 +399,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         SpoolReader(home / placement.SPOOL),
         rowlog,
         run.at(directory, run.address),
-        address=config.upstream.address or "",
+        endpoint=endpoint_at(config.upstream.address or "", config.upstream.key_file),
         horizon=Horizon(directory / "horizon"),
         beat=beat,
         poll_interval_s=config.delivery.poll_interval_s,

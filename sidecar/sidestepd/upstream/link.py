@@ -11,8 +11,9 @@ from collections.abc import Iterable, Iterator
 
 import zmq
 
+from sidestep.endpoint import Endpoint
 from sidestep.errors import RemoteProtocolError
-from sidestep.sender import OPTIONS
+from sidestep.sender import OPTIONS, connect
 from sidestep.wire import (
     MAX_ENVELOPE_BYTES,
     Message,
@@ -34,13 +35,12 @@ _MOST_BYTES = MAX_ENVELOPE_BYTES + 4096
 class Link:
     """A DEALER socket."""
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], address: str, session: bytes) -> None:
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], endpoint: Endpoint, session: bytes) -> None:
         self.connected = False
         self.socket: zmq.Socket[bytes] = context.socket(zmq.DEALER)
         for option, value in {**OPTIONS, zmq.MAXMSGSIZE: _MOST_BYTES}.items():
             self.socket.set(option, value)
-        self.socket.set(zmq.IPV6, int(address.startswith("tcp:")))
-        self.socket.connect(address)
+        connect(self.socket, endpoint)
         self._wrapper = Wrapper(session)
 
     def look(self) -> None:
