@@ -19,26 +19,18 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     ValidationError,
-    ValidationInfo,
     field_validator,
 )
 
 from sidestep.errors import SettingsError
-from sidestepd.hosts import host_and_port, is_loopback
+from sidestepd.nodes import JobOptions, ListenOptions, UpstreamOptions
 from sidestepd.rules import operations
+from sidestepd.section import Section
 
 _RUN_ID = r"[A-Za-z0-9_][A-Za-z0-9_.=+@-]*"
-
-
-class Section(BaseModel):
-    """What all sections share: frozen, no unknown names, no infinities."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class RunOptions(Section):
@@ -215,22 +207,6 @@ class SinkOptions(Section):
     )
 
 
-class UpstreamOptions(Section):
-    """Where a relay hands its records on to."""
-
-    address: str | None = Field(
-        default=None, description="The daemon above, for sink.kind = upstream: tcp://HOST:PORT or ipc:///PATH."
-    )
-    key_file: Path | None = Field(
-        default=None, description="Our key, for a daemon above on tcp: a client's, of `sidestep keygen`."
-    )
-
-    @field_validator("key_file")
-    @classmethod
-    def _wherever_we_are_started_again(cls, value: Path | None) -> Path | None:
-        return None if value is None else value.expanduser().absolute()
-
-
 class SamplerOptions(Section):
     """What is read of the machine beside the training. sidestepd/samplers/NAMES.md lists every name."""
 
@@ -275,54 +251,6 @@ class ServeOptions(Section):
     max_runs: int = Field(
         default=32, gt=0, le=64, description="Runs open at once; workers of further ones wait for their turn."
     )
-
-
-class ListenOptions(Section):
-    """Where workers of other nodes are let in, and whom; those of this node always have a socket of their own."""
-
-    key_file: Path | None = Field(
-        default=None, description="The daemon's key pair, for tcp; `sidestep keygen` makes it."
-    )
-    clients: Path | None = Field(
-        default=None, description="The list of public keys that are let in, for tcp; read again when it changes."
-    )
-    tcp: tuple[str, ...] = Field(
-        default=(),
-        validate_default=False,
-        description="Addresses such as tcp://*:7711; beyond this machine only with key_file and clients.",
-    )
-    advertise: str | None = Field(
-        default=None,
-        description="The host name or address by which other nodes reach this one, if not its own name.",
-    )
-    context_file: Path | None = Field(
-        default=None, description="Written when workers can connect: where this daemon is, for SIDESTEP_CONTEXT."
-    )
-
-    @field_validator("key_file", "clients", "context_file")
-    @classmethod
-    def _wherever_we_are_started_again(cls, value: Path | None) -> Path | None:
-        return None if value is None else value.expanduser().absolute()
-
-    @field_validator("tcp", mode="before")
-    @classmethod
-    def _split_at_commas(cls, value: object) -> object:
-        if isinstance(value, str):
-            return tuple(address.strip() for address in value.split(",") if address.strip())
-        return value
-
-    @field_validator("tcp")
-    @classmethod
-    def _asks_who_is_speaking(cls, value: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
-        without = [f"listen.{name}" for name in ("key_file", "clients") if info.data.get(name) is None]
-        for address in value:
-            host, _ = host_and_port(address)
-            if without and (len(without) == 1 or not is_loopback(host)):
-                raise ValueError(
-                    f"beyond this machine only with keys, and {' and '.join(without)} "
-                    f"{'are' if len(without) > 1 else 'is'} not given: `sidestep keygen` makes what is needed"
-                )
-        return value
 
 
 class WatchOptions(Section):
@@ -418,6 +346,7 @@ class Config(Section):
     samplers: SamplerOptions = Field(default_factory=SamplerOptions)
     serve: ServeOptions = Field(default_factory=ServeOptions)
     listen: ListenOptions = Field(default_factory=ListenOptions)
+    job: JobOptions = Field(default_factory=JobOptions)
     watch: WatchOptions = Field(default_factory=WatchOptions)
     reduce: dict[str, Reduction] = Field(
         default_factory=dict,
@@ -464,9 +393,10 @@ class Config(Section):
             config = cls.model_validate(_nested(given) | {"sources": sources})
         except ValidationError as error:
             raise SettingsError("\n".join(dict.fromkeys(_complaints(error, given)))) from None
-        if config.is_relay and config.upstream.address is None:
+        if config.is_relay and config.upstream.address is None and config.upstream.context is None:
+            source = config.source("sink.kind")
             raise SettingsError(
-                f"sink.kind = upstream (from {config.source('sink.kind')}): say upstream.address too"
+                f"sink.kind = upstream (from {source}): needs upstream.address or upstream.context"
             )
         return config
 
@@ -508,8 +438,8 @@ _OTHER_NAMES = {
     "run.sweep_id": ("WANDB_SWEEP_ID",),
     "run.dir": ("WANDB_DIR",),
 }
-_WORKERS_OWN = frozenset({"SIDESTEP_RUN_DIR"})
-"""Variables that look like an option and are not: this one leads workers to their run."""
+_WORKERS_OWN = frozenset({"SIDESTEP_RUN_DIR", "SIDESTEP_JOB_SECRET"})
+"""Variables that look like an option and are not: one leads workers to their run, one is never written down."""
 
 
 def is_option(key: str) -> bool:

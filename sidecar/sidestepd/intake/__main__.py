@@ -16,12 +16,12 @@ import zmq
 
 from sidestep.errors import SettingsError
 from sidestepd import addresses, rundir
-from sidestepd.config import ListenOptions
 from sidestepd.errors import AlreadyRunning, ExitCode, SpoolError
 from sidestepd.home import ServiceFile
 from sidestepd.intake.front import Front, Runs, bind, bind_tcp
 from sidestepd.intake.gate import Gate
 from sidestepd.intake.runs import OneRun, SeveralRuns
+from sidestepd.nodes import ListenOptions
 from sidestepd.processes import Lock, read_json
 from sidestepd.rundir import RunFile
 
