@@ -36,7 +36,7 @@ from sidestep.head import head_of
 from sidestep.lane import Lane, lane_of
 from sidestep.notices import Notices, say
 from sidestep.outbox import DropReason, Outbox
-from sidestep.ranks import Identity, is_on_one_node
+from sidestep.ranks import Identity, is_on_one_node, pid_namespace
 from sidestep.sender import Sender  # with zmq: loaded here, since init() has no time for it
 from sidestep.settings import WorkerSettings
 from sidestep.spill import Spill, folders, private_folder, waiting
@@ -554,6 +554,7 @@ class Session:
             settings=self._keywords,
             role=self.role,
             beside=self._beside_id().hex(),
+            pids=pid_namespace(),
         )
 
     def _beside_id(self) -> bytes:

@@ -18,7 +18,8 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, S
 from dataclasses import astuple, dataclass, replace
 from typing import Any
 
-from sidestepd.packed import has_media, is_packed
+from sidestepd.packed import has_media
+from sidestepd.quota import leaves
 from sidestepd.reduce import is_number, reduce_parts
 from sidestepd.rows import MAIN_AXIS, Aggregate, Bundle, Definition, Latest, Position, Row
 from sidestepd.rules import Rules
@@ -300,7 +301,7 @@ class Assembler:
         for row in rows:
             if self._settled.issuperset(row.values) and dict not in map(type, row.values.values()):
                 continue
-            for name in _leaves(row.values):
+            for name in leaves(row.values):
                 if self._defined_as_of.get(name) != self.rules.version:
                     self._defined_as_of[name] = self.rules.version
                     definition = self._definition(name, row)
@@ -381,14 +382,3 @@ def _axis_of(name: str, axes: Collection[str]) -> str:
         if stages:
             return max(stages, key=len)
     return next(iter(axes))
-
-
-def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """The names wandb shows: those inside nested dicts are joined by dots."""
-    for name, value in values.items():
-        if not name:
-            continue  # wandb knows no such name
-        if isinstance(value, dict) and value and not is_packed(value):
-            yield from _leaves(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}"

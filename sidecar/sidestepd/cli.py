@@ -22,7 +22,7 @@ from sidestep.errors import SettingsError, SidestepError
 from sidestepd import collect, command, keygen, rundir, running, serving, status
 from sidestepd.command import Signals
 from sidestepd.config import SECTIONS, Given, is_option, variables
-from sidestepd.control import Control, endpoint_at
+from sidestepd.control import Control, endpoint_at, unwell
 from sidestepd.errors import AlreadyRunning, CanNotRun, ExitCode, Incomplete, Unreachable
 from sidestepd.rundir import RunFile
 from sidestepd.saying import say, table
@@ -267,12 +267,14 @@ def stop(run_dir: Path | None, address: str | None, key_file: Path | None, timeo
     sys.exit(_saying_why(lambda: serving.stop(_endpoint_of(run_dir, address, key_file), timeout_s)))
 
 
-@main.command(epilog=f"\b\nExit codes:\n    0  it answers\n   {ExitCode.UNAVAILABLE}  nobody does\n")
+@main.command(
+    epilog=f"\b\nExit codes:\n    0  it answers\n   {ExitCode.UNAVAILABLE}  nobody does, or its disk hangs\n"
+)
 @_target
 @click.option("--timeout", "timeout_s", type=click.FloatRange(min=0), default=2.0, show_default=True,
               help="Seconds to wait for an answer.")  # fmt: skip
 def ping(run_dir: Path | None, address: str | None, key_file: Path | None, timeout_s: float) -> None:
-    """See whether a daemon answers: for health checks."""
+    """See whether a daemon answers, and its disk does: for health checks."""
 
     def answer() -> int:
         where = _endpoint_of(run_dir, address, key_file)
@@ -280,6 +282,8 @@ def ping(run_dir: Path | None, address: str | None, key_file: Path | None, timeo
             info = control.ask_status(timeout_s)
         if info is None:
             raise Unreachable(f"nobody answers at {where}")
+        if why := unwell(info):
+            raise Unreachable(f"the daemon at {where} answers, but {why}")
         click.echo(f"process {info['pid']}, {info['live']} workers")
         return 0
 

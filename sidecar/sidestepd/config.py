@@ -26,9 +26,9 @@ from pydantic import (
 )
 
 from sidestep.errors import SettingsError
-from sidestepd.nodes import JobOptions, ListenOptions, UpstreamOptions
+from sidestepd.listening import JobOptions, ListenOptions, Section, UpstreamOptions
+from sidestepd.quota import MOST_NAMES
 from sidestepd.rules import operations
-from sidestepd.section import Section
 
 _RUN_ID = r"[A-Za-z0-9_][A-Za-z0-9_.=+@-]*"
 
@@ -181,6 +181,11 @@ class DeliveryOptions(Section):
     batch_rows: int = Field(
         default=500, gt=0, description="While catching up, about so many rows are decided in one commit."
     )
+    max_names: int = Field(
+        default=MOST_NAMES,
+        gt=0,
+        description="A run may have so many names; values of further ones are left out, and counted.",
+    )
     media_threads: int = Field(
         default=2, gt=0, le=64, description="Images and other media are encoded in so many threads."
     )
@@ -250,6 +255,16 @@ class ServeOptions(Section):
     )
     max_runs: int = Field(
         default=32, gt=0, le=64, description="Runs open at once; workers of further ones wait for their turn."
+    )
+    socket_mode: str = Field(
+        default="600",
+        pattern="^0?[0-7]{3}$",
+        description="Who may connect to an ipc address, as chmod says it: 660 for the daemon's group too.",
+    )
+    metrics: str | None = Field(
+        default=None,
+        pattern=r"^\S+:\d{1,5}$",
+        description="HOST:PORT of /metrics for Prometheus and of /healthz; nowhere when not given.",
     )
 
 

@@ -20,12 +20,22 @@ from sidestep.sender import connect
 from sidestep.wire import Control as ControlMessage
 from sidestep.wire import Message, RunInfo, Status, decode, encode
 
+STUCK_S = 30.0
+"""A disk that has not answered for so long is trouble to who asks."""
 _RECONNECT_MS = 50
 
 
 def endpoint_at(address: str, key_file: Path | None) -> Endpoint:
     """The daemon there, as a tool speaks to it: with the first of the daemons' keys that our key file names."""
     return endpoints(address, KeyFile.read(key_file) if key_file and address.startswith("tcp:") else None)[0]
+
+
+def unwell(info: Mapping[str, Any] | None, stuck_s: float = STUCK_S) -> str:
+    """What is wrong with a daemon that answered `info`; "" if nothing is. To answer alone proves no health."""
+    if info is None:
+        return "it does not answer"
+    silent_s = float(info.get("silent_s", 0.0))
+    return f"its disk has not answered for {silent_s:.0f} s" if silent_s > stuck_s else ""
 
 
 class Control:

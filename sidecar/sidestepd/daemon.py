@@ -91,9 +91,13 @@ class Daemon:
                 logger.warning("can not start intake: %s", error)
         return True
 
+    def ask(self, timeout_s: float = 1.0) -> Mapping[str, Any] | None:
+        """How intake says that it is; None if it does not say."""
+        return self._control.ask_status(timeout_s)
+
     def live_sessions(self) -> int | None:
         """How many workers are there, or None if intake does not say."""
-        answer = self._control.ask_status()
+        answer = self.ask()
         return None if answer is None else int(answer.get("live", 0))
 
     def report(self) -> Mapping[str, Any] | None:

@@ -179,6 +179,7 @@ class Roster:
                 "role",
                 "beside",
                 "relay",
+                "pids",
             )
         }
         self._count(session, hello)

@@ -167,6 +167,13 @@ def name_of(address: str) -> str:
     return f"{stem}-{hashlib.sha256(address.encode(errors='surrogateescape')).hexdigest()[:6]}"
 
 
+def open_to(address: str, mode: str) -> None:
+    """Say who may connect to an ipc address: `mode` is octal. Who may enter its directory is not changed."""
+    kind, _, path = address.partition("://")
+    if kind == "ipc":
+        Path(path).chmod(int(mode, 8))
+
+
 def tell_trouble(directory: Path, trouble: Trouble | None) -> None:
     """Write down what keeps rows from the run, for `sidestep status`; intake forgets it when it starts."""
     if trouble:

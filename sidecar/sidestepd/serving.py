@@ -27,7 +27,8 @@ from sidestepd.daemon import Daemon
 from sidestepd.errors import Deleted, ExitCode, Incomplete, Unreachable
 from sidestepd.exits import Lifeline
 from sidestepd.home import Home, RunHome, ServiceHome, short
-from sidestepd.notify import notify
+from sidestepd.metrics import Metrics
+from sidestepd.notify import Watchdog, notify, stopping
 from sidestepd.rundir import RunFile
 from sidestepd.running import STOP, Drain, finish
 from sidestepd.saying import say, sum_up
@@ -147,36 +148,46 @@ def _serve(home: Home, grace_s: float) -> int:
 
 def _until_over(daemon: Daemon, signals: Signals, grace_s: float, *, quiet: bool = False) -> int:
     """Start, serve until told to stop or nobody is left, and end."""
-    home = daemon.home
+    home, watchdog = daemon.home, Watchdog(daemon.ask)
+    metrics = Metrics.of(home)
     try:
         daemon.start()
+        metrics.start()
         if not quiet:
             what = f"run {home.run.id}" if isinstance(home, RunHome) else "runs"
             say(f"{what} at {home.address} in {short(home.directory)}")
         notify("READY=1")
-        complete = _until_stopped(daemon, signals) or _wind_up(daemon, signals, grace_s)
+        complete = _until_stopped(daemon, signals, watchdog) or _wind_up(daemon, signals, watchdog, grace_s)
     except Deleted as error:
         say(str(error))
         return ExitCode.DISK
     finally:
+        metrics.stop()
         daemon.release()
     if isinstance(home, RunHome):
         return sum_up(home.directory, 0, complete=complete)
     return ExitCode.COMPLETE if complete else ExitCode.INTERRUPTED
 
 
-def _until_stopped(daemon: Daemon, signals: Signals) -> bool:
+def _until_stopped(daemon: Daemon, signals: Signals, watchdog: Watchdog) -> bool:
     """Serve; True if all was finished meanwhile, False if we are told to stop."""
     while daemon.tend():
+        watchdog()
         if any(number in STOP for number in signals.wait(0.2)):
             return False
     return True
 
 
-def _wind_up(daemon: Daemon, signals: Signals, grace_s: float) -> bool:
+def _wind_up(daemon: Daemon, signals: Signals, watchdog: Watchdog, grace_s: float) -> bool:
     """Wait for the workers to leave, then finish: all within `grace_s`."""
-    notify("STOPPING=1")
-    pause = daemon.pause = Drain(signals, time.monotonic() + grace_s)
+    notify(stopping(grace_s))
+    drain = Drain(signals, time.monotonic() + grace_s)
+
+    def pause(seconds: float) -> None:
+        watchdog()
+        drain(seconds)
+
+    daemon.pause = pause
     try:
         while daemon.tend() and daemon.live_sessions() != 0:
             pause(0.2)

@@ -21,7 +21,7 @@ from sidestepd.home import ServiceFile
 from sidestepd.intake.front import Front, Runs, bind, bind_tcp
 from sidestepd.intake.gate import Gate
 from sidestepd.intake.runs import OneRun, SeveralRuns
-from sidestepd.nodes import ListenOptions
+from sidestepd.listening import ListenOptions
 from sidestepd.processes import Lock, read_json
 from sidestepd.rundir import RunFile
 
@@ -50,6 +50,7 @@ async def serve(directory: Path, parent: int, *, listens: bool = True) -> int:
         kind = SeveralRuns if several else OneRun
         runs = front.runs = kind(directory, front.send, orphaned)
         bind(front.socket, address)
+        rundir.open_to(address, rundir.stored_config(directory).serve.socket_mode)
         if gate is not None:
             gate.open()
             gate.secure(front.socket)

@@ -24,7 +24,6 @@ from typing import Any
 
 from sidestep.wire import Ack, Bye, Frame, Hello, Message, Refuse, RunInfo, Status, Welcome
 from sidestepd import placement
-from sidestepd.clients import LOCAL
 from sidestepd.clock import Clock, Horizon, SpoolClock
 from sidestepd.collect import Collector
 from sidestepd.config import Config
@@ -105,6 +104,7 @@ class Intake:
         self._horizon = Horizon(self.run_dir / "horizon")
         self._committing = False
         self._awake_at = clock()
+        self._went_round_at = time.monotonic()
         self._cursor = 0
         self.listener = Listener(heartbeat_s=config.intake.heartbeat_s)
         self.relays = Relays(roster, heartbeat_s=config.intake.heartbeat_s, patience_s=config.order.patience_s)
@@ -183,8 +183,8 @@ class Intake:
 
     # What workers say
 
-    def hear(self, route: bytes, message: Message, peer: str = LOCAL) -> None:
-        """Take in what a worker of this run said; `peer` is who it proved to be."""
+    def hear(self, route: bytes, message: Message, peer: str = "") -> None:
+        """Take in what a worker of this run said, and `peer` proved to be."""
         match message:
             case Frame():
                 self._on_frame(route, message)
@@ -407,7 +407,7 @@ class Intake:
 
     def _follow(self, session: Session) -> None:
         """See the end of a worker's process, if it is on this node."""
-        if self.exits is not None and is_here(session.hello.get("node", "")):
+        if self.exits is not None and is_here(session.hello.get("node", ""), pids=session.hello.get("pids", "")):
             self.exits.follow(session.id, session.hello.get("pid", 0))
 
     def _on_exit(self, id_: bytes) -> None:
@@ -550,6 +550,7 @@ class Intake:
             self.collector.tend(time.monotonic())
             if time.monotonic() >= next_look:
                 await self._make_room()
+                self._went_round_at = time.monotonic()
                 next_look = time.monotonic() + LOOK_INTERVAL_S
             await asyncio.sleep(WATCH_INTERVAL_S)
 
@@ -573,12 +574,18 @@ class Intake:
         """What a worker may know of the run."""
         return facts_of(self.run, self.run_dir, is_relay=self.config.is_relay)
 
+    @property
+    def silent_s(self) -> float:
+        """For how long the loop has not come back from the threads that write; about a second if all is well."""
+        return round(time.monotonic() - self._went_round_at, 3)
+
     def report(self) -> dict[str, Any]:
         """How this run is, for a tool that asks."""
         return {
             "run": self.facts(),
             "boot": self.boot,
             "closing": self.closing,
+            "silent_s": self.silent_s,
             "sessions": len(self.roster.workers),
             "live": len(self.roster.live),
             "relays": self.relays.report(),

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import re
 import sqlite3
 import time
@@ -24,7 +23,7 @@ from sidestep.errors import SettingsError
 from sidestep.wire import FILES, LANES, RELAY, WORKER, Hello, Message, Refuse
 from sidestepd import rundir
 from sidestepd.errors import AlreadyRunning, ExitCode, SpoolError
-from sidestepd.exits import Lifeline
+from sidestepd.exits import Lifeline, is_here
 from sidestepd.home import ServiceFile
 from sidestepd.intake.run import Intake, Send
 from sidestepd.launches import Launches
@@ -265,7 +264,8 @@ class SeveralRuns:
 
     def _watch_process(self, run: OpenRun, who: dict[str, Any]) -> None:
         """Only where it is sure that the pid means the same here as there."""
-        if self._file.until_idle and who["node"] == os.uname().nodename and who["pid"] not in run.processes:
+        here = is_here(who["node"], pids=who.get("pids", ""))
+        if self._file.until_idle and here and who["pid"] not in run.processes:
             known = self._processes.get(who["pid"])
             lifeline = known if known is not None and known.is_alive() else Lifeline(who["pid"])
             if lifeline.is_alive():
@@ -357,6 +357,7 @@ class SeveralRuns:
         return {
             "runs": [run.intake.report() for run in self._open.values()],
             "live": sum(len(run.intake.roster.live) for run in self._open.values()),
+            "silent_s": max((run.intake.silent_s for run in self._open.values()), default=0.0),
             "closing": self._draining,
         }
 
@@ -369,7 +370,7 @@ def _key(named: str | None, launch: str, turn: int) -> str:
 
 
 def _who(hello: Hello) -> dict[str, Any]:
-    return {name: getattr(hello, name) for name in ("launch", "rank", "node", "pid", "attempt")}
+    return {name: getattr(hello, name) for name in ("launch", "rank", "node", "pid", "pids", "attempt")}
 
 
 def _usable(named: str) -> str:

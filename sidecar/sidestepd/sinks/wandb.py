@@ -23,6 +23,7 @@ from wandb.proto import wandb_internal_pb2 as pb
 
 from sidestep import media
 from sidestep.media.base import Files
+from sidestepd import credentials
 from sidestepd.errors import Fatal, Reject, Retry
 from sidestepd.rows import Definition, Described, Printed, Row, Sample, Version
 from sidestepd.samplers.names import look_up
@@ -341,6 +342,7 @@ def init(
 ) -> wandb.Run:
     """Open the run by `names`, with everything switched off that looks at this process or its machine."""
     os.environ["WANDB_ERROR_REPORTING"] = "false"
+    credentials.take(os.environ)
     os.environ.pop("WANDB_SERVICE", None)  # another process's core would die with that process
     for variable in OF_A_SWEEP:
         os.environ.pop(variable, None)

@@ -35,7 +35,7 @@ from sidestepd.config import Config
 from sidestepd.crashpoints import crash_point
 from sidestepd.entries import Entry, EntryKind
 from sidestepd.errors import ExitCode, Fatal, SpoolDamaged, Trouble
-from sidestepd.nodes import UpstreamOptions
+from sidestepd.listening import UpstreamOptions
 from sidestepd.processes import Beat, Lock, die_with_parent, write_json
 from sidestepd.room import Ballast, Patience
 from sidestepd.rowlog import RowLog

@@ -1,13 +1,37 @@
-"""Options of what has to do with other nodes: who is let in, which daemon is above, and who belongs to a job."""
+"""Options of the way between daemons and nodes: where one listens, whom it lets in, and which one is above it."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from sidestepd.hosts import host_and_port, is_loopback
-from sidestepd.section import Section
+
+
+class Section(BaseModel):
+    """What all sections share: frozen, no unknown names, no infinities."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class UpstreamOptions(Section):
+    """Where a relay hands its records on to."""
+
+    address: str | None = Field(
+        default=None, description="The daemon above, for sink.kind = upstream: tcp://HOST:PORT or ipc:///PATH."
+    )
+    context: Path | None = Field(
+        default=None, description="Instead of it: a file that tells where it is, now or later."
+    )
+    key_file: Path | None = Field(
+        default=None, description="Our key, for a daemon above on tcp: a client's, of `sidestep keygen`."
+    )
+
+    @field_validator("context", "key_file")
+    @classmethod
+    def _wherever_we_are_started_again(cls, value: Path | None) -> Path | None:
+        return None if value is None else value.expanduser().absolute()
 
 
 class ListenOptions(Section):
@@ -56,26 +80,6 @@ class ListenOptions(Section):
                     f"{'are' if len(without) > 1 else 'is'} not given: `sidestep keygen` makes what is needed"
                 )
         return value
-
-
-class UpstreamOptions(Section):
-    """Where a relay hands its records on to."""
-
-    address: str | None = Field(
-        default=None, description="The daemon above, for sink.kind = upstream: tcp://HOST:PORT or ipc:///PATH."
-    )
-    context: Path | None = Field(
-        default=None,
-        description="Instead of it: a file that tells where it is, now or later.",
-    )
-    key_file: Path | None = Field(
-        default=None, description="Our key, for a daemon above on tcp: a client's, of `sidestep keygen`."
-    )
-
-    @field_validator("context", "key_file")
-    @classmethod
-    def _wherever_we_are_started_again(cls, value: Path | None) -> Path | None:
-        return None if value is None else value.expanduser().absolute()
 
 
 class JobOptions(Section):
