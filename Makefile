@@ -4,11 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo test test-nightly lint bench bench-media bench-throughput format clean
+.PHONY: help demo test test-nightly deploy-test lint bench bench-media bench-throughput format clean
 help:
 	@echo "make demo          train on handwritten digits with two processes, into one offline wandb run"
 	@echo "make test          all tests but the long forms of the fault tests"
 	@echo "make test-nightly  the long forms of the fault tests too"
+	@echo "make deploy-test   systemd booted, containers built and run, a SLURM, manifests: as root on Debian 12"
 	@echo "make bench         the cost of log(), beside wandb.log, SummaryWriter and no logging; that it waits for"
 	@echo "                   nobody, whatever is broken; and what a worker costs beside the calls"
 	@echo "make bench-media   the cost of logging an image, beside wandb.log"
@@ -30,10 +31,15 @@ demo: $(VENV)/.demo
 	$(BIN)/python client/examples/demo.py
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -n 4 --dist loadscope -m "not gpu and not nightly"
+	$(BIN)/python -m pytest -n 4 --dist loadscope -m "not gpu and not nightly and not deploy"
 
 test-nightly: $(VENV)/.test
-	$(BIN)/python -m pytest -m "not gpu"
+	$(BIN)/python -m pytest -m "not gpu and not deploy"
+
+# Says at its end what it skipped, and why: which package has what is not here.
+deploy-test: $(VENV)/.test
+	$(PIP) -e '.[deploy-test]'
+	$(BIN)/python -m pytest tests/deploy -v -rs
 
 bench: $(VENV)/.test
 	$(BIN)/python -m tests.benchmarks.hot_path && hot=0 || hot=$$?; \

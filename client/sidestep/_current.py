@@ -11,7 +11,6 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import wraps
 from pathlib import Path
 from typing import Any, ParamSpec
@@ -44,6 +43,9 @@ VARIABLES = {
     "sweep_id": ("WANDB_SWEEP_ID",),
 }
 """The variables that stand for a keyword of `init()` where that is not given, the strongest first."""
+
+OWN_SETTINGS = ("address", "autostart", "context", "key_file", "server_key")
+"""What `init(settings=...)` may say of the way to the daemon; it is stronger than the environment."""
 
 _notices = Notices()
 _run: Run | None = None
@@ -105,7 +107,7 @@ def init(
     if keywords.pop("tensorboard", None):  # wandb's old name of it
         keywords.setdefault("sync_tensorboard", True)
     entries = _entries(settings)
-    autostart = entries.pop("autostart", None)
+    ours = {name: entries.pop(name) for name in OWN_SETTINGS if name in entries}
     named = named_by(entries) | _given(
         project=project, entity=entity, name=name, id=id, group=group, job_type=job_type, tags=tags, notes=notes,
         dir=dir, mode=mode, resume=resume,
@@ -121,8 +123,8 @@ def init(
     if mode == "shared":
         _notices.once("shared", "init(mode='shared'): every process shares the one run here, in any mode")
         wanted.pop("mode")
-    options = WorkerSettings.from_env(os.environ, strict=_strict if strict is None else strict)
-    _run = _new_run(options if autostart is None else replace(options, autostart=bool(autostart)), wanted)
+    options = WorkerSettings.from_env(_over(os.environ, ours), strict=_strict if strict is None else strict)
+    _run = _new_run(options, wanted)
     _configure(_run, wanted_config, sweep)
     accompany(_run, wanted)
     _bind(_run)
@@ -260,6 +262,14 @@ def _said_of(error: Exception) -> str:
         return str(error)[:500]
     except Exception:  # noqa: BLE001 - a foreign error's own code may raise anything
         return ""
+
+
+def _over(environ: Mapping[str, str], ours: Mapping[Any, Any]) -> dict[str, str]:
+    """The environment, with what a script says instead of it."""
+    given = {f"SIDESTEP_{str(name).upper()}": str(value) for name, value in ours.items() if value is not None}
+    where = {"SIDESTEP_ADDRESS", "SIDESTEP_CONTEXT"}
+    weaker = where - given.keys() if where & given.keys() else set()
+    return {name: value for name, value in environ.items() if name not in weaker} | given
 
 
 def _bind(run: Run) -> None:

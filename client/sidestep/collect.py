@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sidestep import spill
+from sidestep.endpoint import Endpoint
 from sidestep.notices import Notices
 from sidestep.sender import Sender
 from sidestep.spill import LeftBehind
@@ -31,7 +32,7 @@ class Collected:
 
 def collect(
     paths: Iterable[Path],
-    address: str,
+    endpoint: Endpoint,
     *,
     run: str | None,
     notices: Notices | None = None,
@@ -42,11 +43,11 @@ def collect(
 
     What is of no run at all is taken only then.
     """
-    return [_collect(path, address, run, notices or Notices(), any_run, stall_s) for path in paths]
+    return [_collect(path, endpoint, run, notices or Notices(), any_run, stall_s) for path in paths]
 
 
 def _collect(
-    path: Path, address: str, run: str | None, notices: Notices, any_run: bool, stall_s: float
+    path: Path, endpoint: Endpoint, run: str | None, notices: Notices, any_run: bool, stall_s: float
 ) -> Collected:
     left = spill.reopen(path)
     if left is None:
@@ -54,7 +55,7 @@ def _collect(
     if left.hello.run != run and not any_run:
         left.close()
         return Collected(path=path)
-    why = _hand_on(left, address, run, notices, stall_s)
+    why = _hand_on(left, endpoint, run, notices, stall_s)
     if why:
         left.close()
     else:
@@ -62,6 +63,6 @@ def _collect(
     return Collected(path=path, records=left.records, why=why)
 
 
-def _hand_on(left: LeftBehind, address: str, run: str | None, notices: Notices, stall_s: float) -> str:
-    sender = Sender(address, replace(left.hello, run=run), left.outbox(), notices)
+def _hand_on(left: LeftBehind, endpoint: Endpoint, run: str | None, notices: Notices, stall_s: float) -> str:
+    sender = Sender(endpoint, replace(left.hello, run=run), left.outbox(), notices)
     return sender.hand_on(left.bye, stall_s=stall_s)

@@ -259,6 +259,8 @@ class Dialogue:
             self.trouble = refuse
             if refuse.code == "full":
                 self._held_until, self._ack_by = now + HOLD_S, None
+            elif refuse.code == "key" and self.phase is Phase.OPEN:
+                self._greet()
 
     # Sayings
 

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import getpass
 import importlib.metadata
 import json
@@ -115,7 +116,8 @@ def _ask(word: Word, question: bytes, started: list[subprocess.Popen[bytes]]) ->
 
 def main() -> None:
     """Answer on standard output with what the records say."""
-    os.nice(19)
+    with contextlib.suppress(OSError):  # a sandbox may forbid it
+        os.nice(19)
     asked = json.load(sys.stdin)
     directory = Path(asked["directory"])
     root = _git(directory, "rev-parse", "--show-toplevel") if asked.get("git", True) else None

@@ -75,7 +75,7 @@ def identify(
         rank=rank,
         world=max(world, rank + 1),
         local_rank=local_rank or 0,
-        node=(said.text(*launcher.node) or node or said.text("HOSTNAME"))[:MAX_NAME_CHARS],
+        node=(said.text(NODE, *launcher.node) or node or said.text("HOSTNAME"))[:MAX_NAME_CHARS],
         pid=pid,
         launch=(launch or found)[:MAX_NAME_CHARS],
         attempt=_attempt(said, launcher),
@@ -91,6 +91,18 @@ def is_on_one_node(environ: Mapping[str, str], world: int) -> bool:
     if launcher is ALONE:  # somebody who numbers its processes itself, and meets at home
         return said.text("MASTER_ADDR") in ("localhost", "127.0.0.1", "::1")
     return _is_on_one_node(said, launcher, world)
+
+
+NODE = "SIDESTEP_NODE"
+"""What the machine is called, where containers of it have each a host name of their own."""
+
+
+def pid_namespace() -> str:
+    """Of which pid namespace our pids are numbers, where the kernel tells: each container of a pod has its own."""
+    try:
+        return str(Path("/proc/self/ns/pid").readlink())
+    except OSError:
+        return ""
 
 
 def start_of(pid: int) -> str:

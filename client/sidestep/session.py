@@ -30,17 +30,20 @@ from sidestep._version import __version__
 from sidestep.allocator import Allocator
 from sidestep.convert import cuda
 from sidestep.convert.torch import hide_from_compiler
+from sidestep.endpoint import Endpoint
 from sidestep.errors import SidestepError, UnsupportedValue
+from sidestep.head import head_of
 from sidestep.lane import Lane, lane_of
 from sidestep.notices import Notices, say
 from sidestep.outbox import DropReason, Outbox
-from sidestep.ranks import Identity, is_on_one_node
+from sidestep.ranks import Identity, is_on_one_node, pid_namespace
 from sidestep.sender import Sender  # with zmq: loaded here, since init() has no time for it
 from sidestep.settings import WorkerSettings
 from sidestep.spill import Spill, folders, private_folder, waiting
 from sidestep.staging import Deferred, Device, Staging
 from sidestep.steps import Steps
 from sidestep.waiting import Waiting
+from sidestep.whereabouts import Whereabouts
 from sidestep.wire import BLOBS, LANES, MAX_RECORD_BYTES, WORKER, Hello, Kind
 
 if TYPE_CHECKING:
@@ -138,7 +141,7 @@ class Session:
         "__weakref__", "_beside", "_carried", "_devices", "_hidden", "_keywords", "_lock", "_new_carrier",
         "_own_id", "_spill", "_spills", "_starter", "dormant", "exit_code", "finished", "id", "identity", "lane",
         "names", "notices", "on_finish", "outbox", "packers", "role", "sender", "settings", "silent", "staging",
-        "steps", "watcher",
+        "steps", "watcher", "whereabouts",
     )  # fmt: skip
 
     def __init__(
@@ -180,6 +183,7 @@ class Session:
         self._new_carrier = carrier or self._new_sender
         self._spills = not silent and carrier is None and settings.when_full == "spill"
         self._starter: Starter | None = None
+        self.whereabouts = Whereabouts(settings)
         self._lock = threading.Lock()
         self.outbox: Outbox
         self.sender: Carrier | None
@@ -448,15 +452,16 @@ class Session:
         )
 
     def _new_sender(self, hello: Hello, outbox: Outbox) -> Carrier | None:
+        self.whereabouts = self._new_whereabouts()
         when_alone = self._find_daemon()
-        address = self.settings.address
-        if address is None and self._spill is None:
+        if self.whereabouts.is_hopeless and self._spill is None:
             return None
         return Sender(
-            address,
+            self.whereabouts.look(),
             hello,
             outbox,
             self.notices,
+            whereabouts=self.whereabouts,
             flush_interval_s=self.settings.flush_interval_s,
             sample=self._sampler(),
             spill=self._spill,
@@ -479,7 +484,7 @@ class Session:
 
     def _find_daemon(self) -> Callable[[], None] | None:
         """Where no address was given, see to one; returns what the sender shall do while nobody answers."""
-        if self.settings.address is not None and self._starter is None:
+        if not self.whereabouts.is_hopeless and self._starter is None:
             return None
         found: Starter | str | None = self._starter
         if found is None:
@@ -495,7 +500,15 @@ class Session:
             )
             return None
         self._starter, self.settings = found, replace(self.settings, address=found.address)
+        self.whereabouts = self._new_whereabouts()
         return found.look
+
+    def _new_whereabouts(self) -> Whereabouts:
+        node = self.identity.node
+        head = None if is_on_one_node(os.environ, self.identity.world) else head_of(os.environ, node)
+        return Whereabouts(
+            self.settings, head=head, say=lambda text: self.notices.once(("whereabouts", text), text)
+        )
 
     def _new_starter(self) -> Starter | str:
         from sidestep.autostart import starter_for  # only a process that has no address needs it
@@ -510,18 +523,18 @@ class Session:
 
     def _hand_on_what_others_left(self) -> None:
         """Sessions of this run that ended on this node with a spill the daemon could not reach."""
-        run, address = self.settings.run_id, self.settings.address
-        if run is None or address is None or not (left := waiting(private_folder())):
+        run, endpoint = self.settings.run_id, self.whereabouts.look()
+        if run is None or endpoint is None or not (left := waiting(private_folder())):
             return
         threading.Thread(
-            target=self._hand_on, args=(left, address, run), name="sidestep-collect", daemon=True
+            target=self._hand_on, args=(left, endpoint, run), name="sidestep-collect", daemon=True
         ).start()
 
-    def _hand_on(self, left: list[Path], address: str, run: str) -> None:
+    def _hand_on(self, left: list[Path], endpoint: Endpoint, run: str) -> None:
         from sidestep.collect import collect  # as the sender is
 
         try:
-            collect(left, address, run=run, notices=self.notices)
+            collect(left, endpoint, run=run, notices=self.notices)
         except Exception as error:  # noqa: BLE001 - a thread's head: it is others' data, and no harm to this process
             self.notices.once("hand on", f"what other workers kept in {left[0].parent} stays there: {error!r}")
 
@@ -541,6 +554,7 @@ class Session:
             settings=self._keywords,
             role=self.role,
             beside=self._beside_id().hex(),
+            pids=pid_namespace(),
         )
 
     def _beside_id(self) -> bytes:
@@ -548,9 +562,10 @@ class Session:
         return beside.id if isinstance(beside, Session) else beside or b""
 
     def _whose_fault(self, timeout: float) -> str:
-        if self.settings.address is None:
+        endpoint = self.whereabouts.look()
+        if endpoint is None:
             return "because no daemon is known"
-        return f"by the daemon at {self.settings.address} within {timeout:g} s"
+        return f"by the daemon at {endpoint} within {timeout:g} s"
 
     def _where_they_are(self) -> str:
         path = self.sender.kept_in if self.sender is not None else None

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from sidestep.endpoint import DEFAULT_PORT
 from sidestep.errors import SettingsError
 from sidestep.lane import DEFAULT_BYTES as BLOB_BYTES
 from sidestep.lane import FILE_BYTES_PER_S
@@ -29,6 +31,14 @@ class WorkerSettings:
 
     address: str | None = None
     """Where the daemon listens: `ipc:///...` or `tcp://host:port`."""
+    key_file: str | None = None
+    """This worker's key pair, for a daemon that listens on tcp; `sidestep keygen` makes it."""
+    server_key: str | None = None
+    """The daemon's public key, where neither the key file nor the context file names it."""
+    context: str | None = None
+    """A file that tells where the daemon and its run are. It may be written, or replaced, later."""
+    port: int = DEFAULT_PORT
+    """Of the daemon on the node that the launcher calls the first, where nothing else says where it is."""
     run_id: str | None = None
     """The run that the surrounding command is."""
     run_dir: str | None = None
@@ -76,26 +86,49 @@ class WorkerSettings:
                 if values.get("strict"):
                     raise SettingsError(message) from None
                 warn(f"{message}; using {field.default!r}")
-        for name, value in _context(environ, values, warn).items():
-            values.setdefault(name, value)
+        if values.get("context") and not _leads_to(Path(values["context"]), values.get("address")):
+            del values["context"]
+        if values.get("context"):
+            values.pop("address", None)
+            values = {**_context(Path(values["context"]), values.get("strict", False), warn), **values}
         if "mode" not in values and environ.get("WANDB_MODE", "").strip() == "disabled":
             values["mode"] = "disabled"
         return cls(**values)
 
 
-def _context(environ: Mapping[str, str], values: Mapping[str, Any], warn: Callable[[str], None]) -> dict[str, str]:
-    """What the file that SIDESTEP_CONTEXT names says of the run to join, where no address is given."""
-    path = environ.get("SIDESTEP_CONTEXT", "").strip()
-    if not path or values.get("address"):
-        return {}
+def told_by(context: Path) -> dict[str, str]:
+    """What a context file says of the daemon and the run to join. Raises OSError, or ValueError for a strange one.
+
+    The address is that of the daemon's own node if this is it, else the one for other nodes.
+    """
+    said = json.loads(context.read_bytes())
+    if not isinstance(said, dict):
+        raise ValueError("no context of a run")
+    elsewhere = said.get("remote") and said.get("node") != os.uname().nodename
+    told = {**said, "address": said["remote"]} if elsewhere else said
+    return {name: str(told[name]) for name in ("address", "server_key", "run_id", "run_dir") if told.get(name)}
+
+
+def _leads_to(context: Path, address: str | None) -> bool:
+    """Whether a context file counts: an address that is said counts more, unless the file leads there too.
+
+    Then the file knows the address for other nodes besides.
+    """
     try:
-        said = json.loads(Path(path).read_bytes())
-        return {name: str(said[name]) for name in ("address", "run_id", "run_dir") if said.get(name)}
-    except (OSError, ValueError, AttributeError) as error:
+        return address is None or json.loads(context.read_bytes()).get("address") == address
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _context(path: Path, strict: bool, warn: Callable[[str], None]) -> dict[str, str]:
+    """What the file that SIDESTEP_CONTEXT names says now; one that is not there yet is looked for again."""
+    try:
+        return told_by(path)
+    except (OSError, ValueError) as error:
         message = f"context = {path} (from SIDESTEP_CONTEXT): can not be read: {error}"
-        if values.get("strict"):
+        if strict:
             raise SettingsError(message) from None
-        warn(message)
+        warn(f"{message}; it is looked for again")
         return {}
 
 
@@ -150,6 +183,12 @@ def _bytes(raw: str) -> int:
     return value
 
 
+def _port(raw: str) -> int:
+    if not raw.isdecimal() or not 0 < int(raw) < 65536:
+        raise ValueError("must be a port: 1 to 65535")
+    return int(raw)
+
+
 def _seconds(raw: str) -> float:
     try:
         value = float(raw)
@@ -171,4 +210,5 @@ _PARSE: Mapping[str, Callable[[str], Any]] = {
     "file_bytes_per_s": _bytes,
     "when_full": _when_full,
     "flush_interval_s": _seconds,
+    "port": _port,
 }

@@ -261,7 +261,7 @@ def private_folder() -> Path:
 def folders(run_dir: str | None) -> list[Path]:
     """Where a worker may spill, the best place first; made, and ours alone."""
     found = []
-    if run_dir is not None and Path(run_dir).is_dir() and _is_private(own := folder_of_run(Path(run_dir))):
+    if run_dir is not None and _is_private(own := folder_of_run(Path(run_dir))):
         found.append(own)
     private = private_folder()
     if _is_private(private.parent) and _is_private(private):

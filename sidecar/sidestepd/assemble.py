@@ -5,7 +5,8 @@
 - a row of another axis waits to be merged into the next main row; when no main row comes in time, or their
   names clash, it takes `last + 1` for itself; so it does when a newer one of its axis comes, as that would merge
 - in a merged row it can be told from a name alone which axis it belongs to
-- the value of the axis is data in every row, and every name is defined once, exactly, with its axis
+- the value of the axis is data in every row, and every name is defined once, exactly, with its axis. Where a
+  user's own metric has the axis's name, its value is there, and that of the axis under `sidestep/` and that name
 - a late row is a row of its own; a share of a value that was already written goes under `<name>.late`
 - attempts do not meet in a row; a step that an earlier attempt has in a row is said again, and says so
 - no I/O and no clock here: callers pass `now`
@@ -18,15 +19,14 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, S
 from dataclasses import astuple, dataclass, replace
 from typing import Any
 
-from sidestepd.packed import has_media, is_packed
+from sidestepd.packed import has_media
+from sidestepd.quota import leaves
 from sidestepd.reduce import is_number, reduce_parts
-from sidestepd.rows import MAIN_AXIS, Aggregate, Bundle, Definition, Latest, Position, Row
+from sidestepd.rows import MAIN_AXIS, OWN_PREFIX, Aggregate, Bundle, Definition, Latest, Position, Row
 from sidestepd.rules import Rules
 
 NOWHERE = (-1, -1)
 """The attempt and step of an axis that is in no row."""
-OWN_PREFIX = "sidestep/"
-"""Names that sidestep itself adds to rows."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -129,7 +129,7 @@ class Assembler:
             attempt=bundle.attempt,
             step=bundle.step,
             time=first.time,
-            values={bundle.axis: bundle.step, **reduced.values},
+            values=_with_axis(bundle, reduced.values),
             positions=tuple(part.position for part in bundle.parts if not part.settled),
             ranks=len({part.rank for part in bundle.parts}),
             since=now,
@@ -175,7 +175,8 @@ class Assembler:
         axes = [draft.axis for draft in drafts]
         names = [(name, draft.axis) for draft in drafts for name in draft.values]
         return len(names) == len(dict(names)) and all(
-            axis == _axis_of(name, axes) or name in self.rules.step_metrics for name, axis in names
+            axis == _axis_of(name, axes) or name in self.rules.step_metrics or name.startswith(OWN_PREFIX)
+            for name, axis in names
         )
 
     def _alone(self, *axes: str) -> list[Row]:
@@ -184,7 +185,7 @@ class Assembler:
         return [self._row(draft, (), step=self.last + 1, values=draft.values) for draft in drafts]
 
     def _late(self, draft: _Draft) -> Row:
-        written = self._names_at(draft) - {draft.axis, *self.rules.step_metrics}
+        written = self._names_at(draft) - {draft.axis, OWN_PREFIX + draft.axis, *self.rules.step_metrics}
         self.late_rows += 1
         self.late_values += len(written & draft.values.keys())
         values = {f"{name}.late" if name in written else name: value for name, value in draft.values.items()}
@@ -300,7 +301,7 @@ class Assembler:
         for row in rows:
             if self._settled.issuperset(row.values) and dict not in map(type, row.values.values()):
                 continue
-            for name in _leaves(row.values):
+            for name in leaves(row.values):
                 if self._defined_as_of.get(name) != self.rules.version:
                     self._defined_as_of[name] = self.rules.version
                     definition = self._definition(name, row)
@@ -374,6 +375,15 @@ class Assembler:
         self._forgotten = dict(self.released)
 
 
+def _with_axis(bundle: Bundle, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values with that of the axis. A user's own metric of that name takes its place, and it another one."""
+    values = {bundle.axis: bundle.step, **values}
+    shown = values[bundle.axis]
+    if type(shown) is not int or shown != bundle.step:
+        values[OWN_PREFIX + bundle.axis] = bundle.step
+    return values
+
+
 def _axis_of(name: str, axes: Collection[str]) -> str:
     """The axis among those that meet in a row to which a name belongs: the one whose stage it is under."""
     if len(axes) > 1:
@@ -381,14 +391,3 @@ def _axis_of(name: str, axes: Collection[str]) -> str:
         if stages:
             return max(stages, key=len)
     return next(iter(axes))
-
-
-def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """The names wandb shows: those inside nested dicts are joined by dots."""
-    for name, value in values.items():
-        if not name:
-            continue  # wandb knows no such name
-        if isinstance(value, dict) and value and not is_packed(value):
-            yield from _leaves(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}"

@@ -17,11 +17,12 @@ from typing import Any, TypeVar
 
 import click
 
+from sidestep.endpoint import Endpoint
 from sidestep.errors import SettingsError, SidestepError
-from sidestepd import collect, command, rundir, running, serving, status
+from sidestepd import collect, command, keygen, rundir, running, serving, status
 from sidestepd.command import Signals
 from sidestepd.config import SECTIONS, Given, is_option, variables
-from sidestepd.control import Control
+from sidestepd.control import Control, endpoint_at, unwell
 from sidestepd.errors import AlreadyRunning, CanNotRun, ExitCode, Incomplete, Unreachable
 from sidestepd.rundir import RunFile
 from sidestepd.saying import say, table
@@ -42,6 +43,8 @@ _OPTIONS = {
     "--dir": "run.dir",
     "--sink": "sink.kind",
     "--patience": "order.patience_s",
+    "--listen": "listen.tcp",
+    "--context-file": "listen.context_file",
     "--samplers": "samplers.enabled",
     "--sample-interval": "samplers.interval_s",
 }
@@ -110,6 +113,12 @@ def _run_options(function: _F) -> _F:
             help="How values of several ranks become one, by name or pattern.",
         ),
         click.option(
+            "--keys",
+            metavar="DIR",
+            type=click.Path(path_type=Path, file_okay=False),
+            help="For --listen: what `sidestep keygen DIR` made.",
+        ),
+        click.option(
             "--config", metavar="FILE", type=click.Path(path_type=Path), help="A TOML file with options."
         ),
         *(
@@ -123,15 +132,21 @@ def _run_options(function: _F) -> _F:
 
 def _target(function: _F) -> _F:
     """Which daemon is meant."""
-    function = click.option("--address", help="Where it listens.")(function)
+    function = _key_file(click.option("--address", help="Where it listens.")(function))
     return click.argument("run_dir", type=click.Path(path_type=Path, file_okay=False), required=False)(function)
 
 
-def _address_of(run_dir: Path | None, address: str | None) -> str:
+def _key_file(function: _F) -> _F:
+    return click.option("--key-file", metavar="FILE", type=click.Path(path_type=Path), envvar="SIDESTEP_KEY_FILE",
+                        help="Our key, for a daemon on tcp that asks for one.")(function)  # fmt: skip
+
+
+def _endpoint_of(run_dir: Path | None, address: str | None, key_file: Path | None) -> Endpoint:
     """The daemon at an address, of a run, of our environment, or of the newest run here."""
     if run_dir:
-        return RunFile.read(run_dir).address
-    return address or os.environ.get("SIDESTEP_ADDRESS") or RunFile.read(_newest(os.environ)).address
+        return Endpoint(address=RunFile.read(run_dir).address)
+    said = address or os.environ.get("SIDESTEP_ADDRESS") or RunFile.read(_newest(os.environ)).address
+    return endpoint_at(said, key_file)
 
 
 def _parameter(key: str) -> str:
@@ -162,12 +177,9 @@ def main() -> None:
     context_settings={"allow_interspersed_args": False, "ignore_unknown_options": False},
 )
 @_run_options
-@click.option("--context-file", metavar="FILE", type=click.Path(path_type=Path),
-              help="Write down where the run is, for those that join later by SIDESTEP_CONTEXT=FILE.")  # fmt: skip
 @click.argument("words", metavar="-- CMD...", nargs=-1, type=click.UNPROCESSED, required=True)
 def run(
     words: tuple[str, ...],
-    context_file: Path | None,
     config: Path | None,
     settings: tuple[str, ...],
     **options: Any,
@@ -183,7 +195,7 @@ def run(
     by SIDESTEP_ADDRESS, SIDESTEP_RUN_ID and SIDESTEP_RUN_DIR, which CMD gets.
     Inside another `sidestep run` it joins that one's run.
     """
-    sys.exit(_saying_why(lambda: running.run(words, config, _overrides(options, settings), context_file)))
+    sys.exit(_saying_why(lambda: running.run(words, config, _overrides(options, settings))))
 
 
 @main.command(epilog=f"{_SERVE_CODES}\n{_ENVIRONMENT}")
@@ -205,6 +217,11 @@ def serve(
     \b
     sidestep serve --address ipc:///run/sidestep/train.sock
     SIDESTEP_ADDRESS=ipc:///run/sidestep/train.sock torchrun ... train.py
+
+    Workers of other nodes are let in by keys, and so are their tools:
+    \b
+    sidestep keygen sidestep-keys
+    sidestep serve --listen tcp://*:7711 --keys sidestep-keys
 
     Workers name their run by init(id=...), WANDB_RUN_ID or SIDESTEP_RUN_ID; those
     that name none share one run per launch, and the second init() of a process
@@ -240,29 +257,33 @@ def drain(run_dirs: tuple[Path, ...]) -> None:
 @_target
 @click.option("--timeout", "timeout_s", type=click.FloatRange(min=0), default=120.0, show_default=True,
               help="Seconds to wait for its end.")  # fmt: skip
-def stop(run_dir: Path | None, address: str | None, timeout_s: float) -> None:
-    """Stop a daemon as SIGTERM does, and wait for it.
+def stop(run_dir: Path | None, address: str | None, key_file: Path | None, timeout_s: float) -> None:
+    """Stop a daemon of this node as SIGTERM does, and wait for it.
 
     Its runs are finished if that is possible within its --grace; what is not done
     stays on disk, for `sidestep drain`. The command of a `sidestep run` is sent
     SIGTERM, and decides.
     """
-    sys.exit(_saying_why(lambda: serving.stop(_address_of(run_dir, address), timeout_s)))
+    sys.exit(_saying_why(lambda: serving.stop(_endpoint_of(run_dir, address, key_file), timeout_s)))
 
 
-@main.command(epilog=f"\b\nExit codes:\n    0  it answers\n   {ExitCode.UNAVAILABLE}  nobody does\n")
+@main.command(
+    epilog=f"\b\nExit codes:\n    0  it answers\n   {ExitCode.UNAVAILABLE}  nobody does, or its disk hangs\n"
+)
 @_target
 @click.option("--timeout", "timeout_s", type=click.FloatRange(min=0), default=2.0, show_default=True,
               help="Seconds to wait for an answer.")  # fmt: skip
-def ping(run_dir: Path | None, address: str | None, timeout_s: float) -> None:
-    """See whether a daemon answers: for health checks."""
+def ping(run_dir: Path | None, address: str | None, key_file: Path | None, timeout_s: float) -> None:
+    """See whether a daemon answers, and its disk does: for health checks."""
 
     def answer() -> int:
-        where = _address_of(run_dir, address)
+        where = _endpoint_of(run_dir, address, key_file)
         with Control(where) as control:
             info = control.ask_status(timeout_s)
         if info is None:
             raise Unreachable(f"nobody answers at {where}")
+        if why := unwell(info):
+            raise Unreachable(f"the daemon at {where} answers, but {why}")
         click.echo(f"process {info['pid']}, {info['live']} workers")
         return 0
 
@@ -345,6 +366,41 @@ def replay(run_dir: Path, sink: str) -> None:
     sys.exit(_saying_why(write))
 
 
+@main.command("keygen", epilog="\b\nExit codes:\n    0  done\n    2  it can not be; the line says why\n")
+@click.option("--client", "names", multiple=True, metavar="NAME", help="A further client, with a key of its own.")
+@click.option("--rotate", "rotated", multiple=True, metavar="NAME",
+              help="Replace the key of this client, or of `server`; the old one stays valid.")  # fmt: skip
+@click.argument("folder", metavar="[DIR]", type=click.Path(path_type=Path, file_okay=False), required=False)
+def make_keys(folder: Path | None, names: tuple[str, ...], rotated: tuple[str, ...]) -> None:
+    """Make keys, so that workers of other nodes can speak to a daemon.
+
+    \b
+    sidestep keygen sidestep-keys
+    sidestep serve --listen 'tcp://*:7711' --keys sidestep-keys
+    export SIDESTEP_ADDRESS=tcp://head:7711             # on each node
+    export SIDESTEP_KEY_FILE=sidestep-keys/client.key
+
+    Writes DIR/server.key, the daemon's secret; DIR/clients, the public keys that
+    it lets in; and DIR/client.key, which workers need and nobody else may read.
+    DIR is by default ./sidestep-keys. What is there stays.
+
+    To replace a key while a job runs: `--rotate client` lets a new one in beside
+    the old one, and writes it into DIR/client.key. Bring that file to the workers;
+    they read it whenever they connect. Then take the old line out of DIR/clients:
+    who still uses it is refused, and comes back with the new key. `--rotate server`
+    tells the clients here of a new key of the daemon's: bring their files to the
+    workers first, then restart the daemon. Nothing is lost meanwhile: workers keep
+    what was not acknowledged.
+    """
+
+    def make() -> int:
+        for path in keygen.keygen(folder or Path("sidestep-keys"), names, rotated):
+            click.echo(path)
+        return 0
+
+    sys.exit(_saying_why(make))
+
+
 main.add_command(collect.command)
 
 
@@ -358,6 +414,9 @@ def _overrides(options: Mapping[str, Any], settings: Sequence[str]) -> dict[str,
         for flag, key in _OPTIONS.items()
         if options[_parameter(key)] is not None
     }
+    if keys := options["keys"]:
+        names = {"listen.key_file": keys / f"{keygen.SERVER}.key", "listen.clients": keys / keygen.CLIENTS}
+        given |= {key: Given(str(path), "--keys") for key, path in names.items()}
     for setting in settings:
         key, equals, value = setting.partition("=")
         if not equals or not is_option(key):

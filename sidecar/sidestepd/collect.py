@@ -19,8 +19,10 @@ from pathlib import Path
 import click
 
 from sidestep.collect import Collected, collect
+from sidestep.endpoint import Endpoint
+from sidestep.errors import SettingsError
 from sidestep.spill import folder_of_run, is_free, private_folder, waiting
-from sidestepd.control import Control
+from sidestepd.control import Control, endpoint_at
 from sidestepd.errors import ExitCode
 
 logger = logging.getLogger(__name__)
@@ -74,7 +76,7 @@ class Collector:
         try:
             for path in files:
                 ours = path.parent == self._own
-                for one in collect([path], self._address, run=self._run, any_run=ours):
+                for one in collect([path], Endpoint(address=self._address), run=self._run, any_run=ours):
                     self._note(one)
         except Exception:
             logger.exception("spill files could not be collected")
@@ -92,9 +94,11 @@ class Collector:
 
 @click.command("collect")
 @click.option("--address", help="Where a daemon listens; by default that of SIDESTEP_ADDRESS.")
+@click.option("--key-file", metavar="FILE", type=click.Path(path_type=Path), envvar="SIDESTEP_KEY_FILE",
+              help="Our key, for a daemon on tcp that asks for one.")  # fmt: skip
 @click.option("--any", "any_run", is_flag=True, help="Also what belongs to another run, or to none.")
 @click.argument("folder", type=click.Path(path_type=Path, file_okay=False), required=False)
-def command(folder: Path | None, address: str | None, any_run: bool) -> None:
+def command(folder: Path | None, address: str | None, key_file: Path | None, any_run: bool) -> None:
     """Hand on to a daemon what workers kept on disk.
 
     \b
@@ -108,30 +112,34 @@ def command(folder: Path | None, address: str | None, any_run: bool) -> None:
     line makes a new run of them. Files are removed once all of them is on the
     daemon's disk. The exit code is 75 if something is left.
     """
-    sys.exit(
-        _collect_here(folder or private_folder(), address or os.environ.get("SIDESTEP_ADDRESS"), any_run, _say)
-    )
+    address = address or os.environ.get("SIDESTEP_ADDRESS")
+    try:
+        endpoint = endpoint_at(address, key_file) if address else None
+    except SettingsError as error:
+        _say(str(error))
+        sys.exit(2)
+    sys.exit(_collect_here(folder or private_folder(), endpoint, any_run, _say))
 
 
-def _collect_here(folder: Path, address: str | None, any_run: bool, say: Callable[[str], object]) -> int:
+def _collect_here(folder: Path, endpoint: Endpoint | None, any_run: bool, say: Callable[[str], object]) -> int:
     files = waiting(folder)
     if not files:
         say(f"there is nothing in {folder}")
         return 0
-    if not address:
+    if endpoint is None:
         say("no daemon is known: say --address, or `sidestep run -- sidestep collect`")
         return ExitCode.UNAVAILABLE
-    if (run := _run_at(address)) is None:
-        say(f"nobody answers at {address}")
+    if (run := _run_at(endpoint)) is None:
+        say(f"nobody answers at {endpoint}")
         return ExitCode.UNAVAILABLE
-    done = collect(files, address, run=run, any_run=any_run)
+    done = collect(files, endpoint, run=run, any_run=any_run)
     for one in done:
         say(f"{one.path}: {_words(one)}")
     return 0 if all(one.why == "" for one in done) else ExitCode.INTERRUPTED
 
 
-def _run_at(address: str) -> str | None:
-    with Control(address) as control:
+def _run_at(endpoint: Endpoint) -> str | None:
+    with Control(endpoint) as control:
         deadline = time.monotonic() + ANSWER_S
         while time.monotonic() < deadline:
             if (answer := control.ask_status()) is not None:

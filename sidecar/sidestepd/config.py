@@ -19,24 +19,18 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     ValidationError,
     field_validator,
 )
 
 from sidestep.errors import SettingsError
+from sidestepd.listening import JobOptions, ListenOptions, Section, UpstreamOptions
+from sidestepd.quota import MOST_NAMES
 from sidestepd.rules import operations
 
 _RUN_ID = r"[A-Za-z0-9_][A-Za-z0-9_.=+@-]*"
-
-
-class Section(BaseModel):
-    """What all sections share: frozen, no unknown names, no infinities."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class RunOptions(Section):
@@ -187,6 +181,11 @@ class DeliveryOptions(Section):
     batch_rows: int = Field(
         default=500, gt=0, description="While catching up, about so many rows are decided in one commit."
     )
+    max_names: int = Field(
+        default=MOST_NAMES,
+        gt=0,
+        description="A run may have so many names; values of further ones are left out, and counted.",
+    )
     media_threads: int = Field(
         default=2, gt=0, le=64, description="Images and other media are encoded in so many threads."
     )
@@ -210,14 +209,6 @@ class SinkOptions(Section):
     )
     ask_every_s: float = Field(
         default=15.0, gt=0, le=600, description="Online, how often the server is asked which rows it holds."
-    )
-
-
-class UpstreamOptions(Section):
-    """Where a relay hands its records on to."""
-
-    address: str | None = Field(
-        default=None, description="The daemon above, for sink.kind = upstream: tcp://HOST:PORT or ipc:///PATH."
     )
 
 
@@ -264,6 +255,16 @@ class ServeOptions(Section):
     )
     max_runs: int = Field(
         default=32, gt=0, le=64, description="Runs open at once; workers of further ones wait for their turn."
+    )
+    socket_mode: str = Field(
+        default="600",
+        pattern="^0?[0-7]{3}$",
+        description="Who may connect to an ipc address, as chmod says it: 660 for the daemon's group too.",
+    )
+    metrics: str | None = Field(
+        default=None,
+        pattern=r"^\S+:\d{1,5}$",
+        description="HOST:PORT of /metrics for Prometheus and of /healthz; nowhere when not given.",
     )
 
 
@@ -359,6 +360,8 @@ class Config(Section):
     upstream: UpstreamOptions = Field(default_factory=UpstreamOptions)
     samplers: SamplerOptions = Field(default_factory=SamplerOptions)
     serve: ServeOptions = Field(default_factory=ServeOptions)
+    listen: ListenOptions = Field(default_factory=ListenOptions)
+    job: JobOptions = Field(default_factory=JobOptions)
     watch: WatchOptions = Field(default_factory=WatchOptions)
     reduce: dict[str, Reduction] = Field(
         default_factory=dict,
@@ -405,9 +408,10 @@ class Config(Section):
             config = cls.model_validate(_nested(given) | {"sources": sources})
         except ValidationError as error:
             raise SettingsError("\n".join(dict.fromkeys(_complaints(error, given)))) from None
-        if config.is_relay and config.upstream.address is None:
+        if config.is_relay and config.upstream.address is None and config.upstream.context is None:
+            source = config.source("sink.kind")
             raise SettingsError(
-                f"sink.kind = upstream (from {config.source('sink.kind')}): say upstream.address too"
+                f"sink.kind = upstream (from {source}): needs upstream.address or upstream.context"
             )
         return config
 
@@ -449,8 +453,8 @@ _OTHER_NAMES = {
     "run.sweep_id": ("WANDB_SWEEP_ID",),
     "run.dir": ("WANDB_DIR",),
 }
-_WORKERS_OWN = frozenset({"SIDESTEP_RUN_DIR"})
-"""Variables that look like an option and are not: this one leads workers to their run."""
+_WORKERS_OWN = frozenset({"SIDESTEP_RUN_DIR", "SIDESTEP_JOB_SECRET"})
+"""Variables that look like an option and are not: one leads workers to their run, one is never written down."""
 
 
 def is_option(key: str) -> bool:

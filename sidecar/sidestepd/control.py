@@ -8,23 +8,41 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import zmq
 
+from sidestep.endpoint import Endpoint, KeyFile, endpoints
 from sidestep.errors import RemoteProtocolError
+from sidestep.sender import connect
 from sidestep.wire import Control as ControlMessage
 from sidestep.wire import Message, RunInfo, Status, decode, encode
 
+STUCK_S = 30.0
+"""A disk that has not answered for so long is trouble to who asks."""
 _RECONNECT_MS = 50
 
 
-class Control:
-    """A client of the daemon at `address` that is no worker."""
+def endpoint_at(address: str, key_file: Path | None) -> Endpoint:
+    """The daemon there, as a tool speaks to it: with the first of the daemons' keys that our key file names."""
+    return endpoints(address, KeyFile.read(key_file) if key_file and address.startswith("tcp:") else None)[0]
 
-    def __init__(self, address: str) -> None:
-        self.address = address
+
+def unwell(info: Mapping[str, Any] | None, stuck_s: float = STUCK_S) -> str:
+    """What is wrong with a daemon that answered `info`; "" if nothing is. To answer alone proves no health."""
+    if info is None:
+        return "it does not answer"
+    silent_s = float(info.get("silent_s", 0.0))
+    return f"its disk has not answered for {silent_s:.0f} s" if silent_s > stuck_s else ""
+
+
+class Control:
+    """A client of a daemon that is no worker; an address alone is one that needs no keys."""
+
+    def __init__(self, endpoint: Endpoint | str) -> None:
+        self._endpoint = Endpoint(address=endpoint) if isinstance(endpoint, str) else endpoint
         self._context = zmq.Context()
         self.files: Mapping[str, Any] = {}
         """What `close_run` was told of files that are still on their way."""
@@ -59,7 +77,7 @@ class Control:
             with self._context.socket(zmq.DEALER) as socket:
                 socket.setsockopt(zmq.LINGER, 0)
                 socket.setsockopt(zmq.RECONNECT_IVL, _RECONNECT_MS)
-                socket.connect(self.address)
+                connect(socket, self._endpoint)
                 socket.send_multipart(encode(question))
                 return _answer(socket, kind, time.monotonic() + timeout_s)
         except zmq.ZMQError:  # An address that is none, or no descriptor to be had.

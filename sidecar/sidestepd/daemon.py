@@ -14,9 +14,9 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from sidestep.errors import SettingsError
 from sidestepd import rundir
@@ -91,10 +91,18 @@ class Daemon:
                 logger.warning("can not start intake: %s", error)
         return True
 
+    def ask(self, timeout_s: float = 1.0) -> Mapping[str, Any] | None:
+        """How intake says that it is; None if it does not say."""
+        return self._control.ask_status(timeout_s)
+
     def live_sessions(self) -> int | None:
         """How many workers are there, or None if intake does not say."""
-        answer = self._control.ask_status()
+        answer = self.ask()
         return None if answer is None else int(answer.get("live", 0))
+
+    def report(self) -> Mapping[str, Any] | None:
+        """What intake tells of itself and its runs; None if it does not."""
+        return self._control.ask_status()
 
     def close(self, exit_code: int) -> None:
         """Have all finished, a single run with `exit_code`; returns when that is settled. Raises Incomplete."""
@@ -161,6 +169,7 @@ class Daemon:
                 [
                     *(sys.executable, "-P", "-m", "sidestepd.intake"),
                     *(str(self.home.directory), "--parent", str(os.getpid())),
+                    *(() if self.home.listens else ("--local",)),
                 ],
                 stdin=subprocess.DEVNULL,
                 stdout=log,

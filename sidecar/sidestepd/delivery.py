@@ -39,7 +39,8 @@ from sidestepd.facts import wait_for_facts
 from sidestepd.match import Event, Matcher
 from sidestepd.media import Media
 from sidestepd.order import ReorderBuffer
-from sidestepd.processes import Beat, Lock, die_with_parent, read_json, write_json
+from sidestepd.processes import Beat, Lock, die_with_parent, read_json, step_back, write_json
+from sidestepd.quota import Names
 from sidestepd.recovery import Recovery
 from sidestepd.resolve import Closed, Folded, LaneEnded, Lost, Resolver
 from sidestepd.resume import resume
@@ -99,7 +100,7 @@ class Delivery:
             for name, reduce in config.reduce.items()
         )
         self.marks: dict[str, Any] = rowlog.meta("marks", {})
-        self.resolver = Resolver(rules)
+        self.resolver = Resolver(rules, Names(config.delivery.max_names))
         self.matcher = Matcher(patience=order.patience_s, capacity=order.capacity_rows)
         self.media = Media(
             shower,
@@ -204,16 +205,20 @@ class Delivery:
         patiently(lambda: self.sink.close(self.exit_code or 0), beat=self.beat, kept=self.keep)
         deadline = time.monotonic() + CLOSE_DEADLINE_S
         self._confirm()
-        while self.settlement.unconfirmed and time.monotonic() < deadline:
+        while (self.settlement.unconfirmed or self.storing.artifacts.waiting) and time.monotonic() < deadline:
             self.beat()
             time.sleep(0.05)
             self._confirm()
         if self.settlement.unconfirmed:
             raise Fatal(f"{self.settlement.unconfirmed} rows were not confirmed after the run was finished")
+        if self.storing.artifacts.waiting:
+            raise Fatal(f"{self.storing.artifacts.waiting} artifacts were not confirmed, likewise")
         self.settlement.snapshot(self.read_through, self._fold())
         self.unmatched = self.resolver.rules.unmatched(self.assembler.defined)
         for pattern in self.unmatched:
             logger.warning("define_metric(%r) matched no metric of the run", pattern)
+        if refused := self.resolver.names.refused:
+            logger.warning("%d values left out: the run has delivery.max_names names already", refused)
         bookmark = self.rowlog.meta("bookmark", {})
         self.settle(Confirmed(steps=(), bookmark=bookmark), state="closed", exit_code=self.exit_code)
         self.media.close()
@@ -223,7 +228,7 @@ class Delivery:
         """Those that are whole are in the run before it is finished, however long they take on their way."""
         self.storing.flush()
         waiting, deadline = 0, 0.0
-        while now := self.storing.artifacts.waiting:
+        while now := self.storing.artifacts.versions:
             if now != waiting or self._watched:
                 waiting, deadline = now, time.monotonic() + ARTIFACT_S
             if time.monotonic() > deadline:
@@ -471,6 +476,7 @@ class Delivery:
             "conflicts": self.assembler.conflicts,
             "waiting": self.matcher.waiting + self.media.held + self.order.waiting + self.assembler.waiting,
             "unmatched": self.unmatched,
+            "values_refused": self.resolver.names.refused,
             "media": self.media.ledger(),
             "artifacts": self.storing.artifacts.ledger(),
             "sessions": {
@@ -495,7 +501,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--parent", type=int, required=True, help="die when this process ends")
     options = parser.parse_args(arguments)
     die_with_parent(options.parent)
-    os.nice(NICENESS)
+    step_back(NICENESS)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is for the command; the run is drained after it
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     directory: Path = options.run_dir

@@ -15,10 +15,13 @@ from collections.abc import Callable, Mapping
 
 import psutil
 
+from sidestep.ranks import NODE, pid_namespace
 
-def is_here(node: str, environ: Mapping[str, str] = os.environ) -> bool:
-    """Whether a worker's name of its node is this node's."""
-    return bool(node) and node in (environ.get("SLURMD_NODENAME"), os.uname().nodename, environ.get("HOSTNAME"))
+
+def is_here(node: str, environ: Mapping[str, str] = os.environ, *, pids: str = "") -> bool:
+    """Whether a worker's name of its node is this node's, and its pid means the same here as there."""
+    names = (environ.get(NODE), environ.get("SLURMD_NODENAME"), os.uname().nodename, environ.get("HOSTNAME"))
+    return bool(node) and node in names and (not pids or pids == pid_namespace())
 
 
 class Lifeline:

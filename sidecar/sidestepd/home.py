@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol, Self
 
 from sidestep.errors import SettingsError, SidestepError
-from sidestepd import rundir, status
+from sidestepd import addresses, rundir, status
 from sidestepd.config import Config
 from sidestepd.errors import AlreadyRunning
 from sidestepd.processes import Lock, read_json, write_json
@@ -40,10 +40,18 @@ class Home(Protocol):
 
     directory: Path
     address: str
+    listens: bool
+    """Whether other nodes are let in, as the options say."""
+    options: Config
 
     @property
     def resume(self) -> str:
         """The command that takes up what is not complete."""
+        ...
+
+    @property
+    def open_runs(self) -> Sequence[Path]:
+        """The directories of the runs that are not finished."""
         ...
 
     def begin(self) -> None:
@@ -62,9 +70,14 @@ class Home(Protocol):
 class RunHome:
     """The directory of one run."""
 
-    def __init__(self, directory: Path, config: Config, run: RunFile) -> None:
-        self.directory, self.address, self.run = directory, run.address, run
-        self._config = config
+    def __init__(self, directory: Path, config: Config, run: RunFile, *, listens: bool = True) -> None:
+        self.directory, self.address, self.run, self.listens = directory, run.address, run, listens
+        self.options = config
+
+    @property
+    def open_runs(self) -> Sequence[Path]:
+        """The run's own."""
+        return [self.directory]
 
     @property
     def resume(self) -> str:
@@ -73,12 +86,14 @@ class RunHome:
 
     def begin(self) -> None:
         """Lay it out if it is new."""
+        if self.listens:
+            addresses.check(self.options)
         if not Lock.is_free(self.directory / "intake.lock"):
             raise AlreadyRunning(f"another daemon serves {self.directory}")
         if self.directory.exists():
             self.run.now("running").write(self.directory)
         else:
-            rundir.lay_out(self.directory, self._config, self.run)
+            rundir.lay_out(self.directory, self.options, self.run)
 
     def standing(self) -> Standing | None:
         """By the run's ledger."""
@@ -129,10 +144,11 @@ class ServiceHome:
     def __init__(self, config: Config, address: str | None = None, *, until_idle: bool = False) -> None:
         folder = config.run.dir.expanduser().absolute()
         base = folder / rundir.RUNS
+        self.listens = True
         self.address = address or rundir.private_address(base)
         self.directory = base / SERVICES / rundir.name_of(self.address)
         run = config.run.model_copy(update={"dir": folder})  # wherever intake is started again
-        self._config, self._until_idle = config.model_copy(update={"run": run}), until_idle
+        self.options, self._until_idle = config.model_copy(update={"run": run}), until_idle
 
     @property
     def resume(self) -> str:
@@ -141,17 +157,18 @@ class ServiceHome:
 
     def begin(self) -> None:
         """With the options of now, and the runs that are still open from before."""
+        addresses.check(self.options)
         if not Lock.is_free(self.directory / "intake.lock"):
             raise AlreadyRunning(f"another daemon serves {self.directory}")
         runs = ServiceFile.read(self.directory).runs if ServiceFile.is_in(self.directory) else ()
         try:
             (self.directory / "logs").mkdir(mode=0o700, parents=True, exist_ok=True)
-            write_json(self.directory / "config.json", self._config.model_dump(mode="json"))
+            write_json(self.directory / "config.json", self.options.model_dump(mode="json"))
             service = ServiceFile(address=self.address, until_idle=self._until_idle, runs=runs)
             service.write(self.directory)
         except OSError as error:
-            source = self._config.source("run.dir")
-            raise SettingsError(f"run.dir = {self._config.run.dir} (from {source}): {error.strerror}") from None
+            source = self.options.source("run.dir")
+            raise SettingsError(f"run.dir = {self.options.run.dir} (from {source}): {error.strerror}") from None
 
     @property
     def open_runs(self) -> list[Path]:

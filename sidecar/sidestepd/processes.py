@@ -107,6 +107,12 @@ def die_with_parent(parent: int) -> None:
         os._exit(1)
 
 
+def step_back(niceness: int) -> None:
+    """Let the training have the processor first, where that is ours to say: a sandbox may forbid it."""
+    with contextlib.suppress(OSError):
+        os.nice(niceness)
+
+
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """Replace a small file as a whole."""
     draft = path.with_name(f".{path.name}.{os.getpid()}")

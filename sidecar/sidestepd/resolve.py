@@ -8,7 +8,8 @@ on, with the state as of that checkpoint, teaches the same. No clock, no I/O.
   it may be matched with that of another rank
 - the value of a declared axis metric is in every row that needs it: if the call lacks it, the session's last,
   also where that metric is an axis of ours
-- what can not be read is `Dead`, once per record, never an exception
+- what can not be read is `Dead`, once per record, never an exception; so is a call of which nothing is left when
+  the run has as many names as it may
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from sidestepd.artifacts import logged_from
 from sidestepd.attempts import Launches
 from sidestepd.beside import described_from, printed_from
 from sidestepd.entries import Entry, EntryKind
+from sidestepd.quota import Names
 from sidestepd.rows import MAIN_AXIS, Blob, Call, Described, Logged, Part, Position, Printed, Raised, Sampled
 from sidestepd.rules import Rules, rule_from
 from sidestepd.samples import alert_from, sampled_from
@@ -133,8 +135,9 @@ Used = Callable[[Position], Mapping[str, int] | None]
 class Resolver:
     """What every session said, up to the entry read last."""
 
-    def __init__(self, rules: Rules | None = None) -> None:
+    def __init__(self, rules: Rules | None = None, names: Names | None = None) -> None:
         self.rules = rules or Rules()
+        self.names = names or Names()
         self.sessions: dict[bytes, SessionFacts] = {}
         self.config: dict[str, tuple[int, Any]] = {}
         """Name to (rank that set it, value)."""
@@ -292,27 +295,35 @@ class Resolver:
         match record.kind:
             case Kind.LOG | Kind.COUNTED:
                 part = self._part(id_, session, record, position, used(position))
-                yield part or self._lose(position, 1, "step")
+                yield self._lose(position, 1, part) if isinstance(part, str) else part
                 return
             case Kind.CONFIG:
-                _set(self.config, session.rank, record.data)
+                _set(self.config, session.rank, self.names.admit_to("config", record.data))
             case Kind.NAMED:
                 _set(self.named, session.rank, record.data)
             case Kind.SUMMARY:
-                self.summary |= {
-                    name: (record.time, value) for name, value in _staged(record.data, record.stage).items()
-                }
+                said = self.names.admit_to("summary", _staged(record.data, record.stage))
+                self.summary |= {name: (record.time, value) for name, value in said.items()}
             case Kind.DEFINE:
-                try:
-                    self.rules.declare(rule_from(record.data, record.stage))
-                except ValueError:
-                    yield self._lose(position, 1, "definition")
+                if why := self._declare(record):
+                    yield self._lose(position, 1, why)
                     return
             case Kind.SAMPLES | Kind.ALERT | Kind.OUTPUT | Kind.PROGRAM | Kind.ARTIFACT:
                 yield self._beside(id_, session, record, position)
                 return
         self.folded += 1
         yield Folded(position)
+
+    def _declare(self, record: Record) -> str:
+        """Take in a declaration; returns why not, "" if it was."""
+        try:
+            rule = rule_from(record.data, record.stage)
+        except ValueError:
+            return "definition"
+        if not self.names.take(f"define\0{rule.pattern}"):
+            return "names"
+        self.rules.declare(rule)
+        return ""
 
     def _beside(
         self, id_: bytes, session: SessionFacts, record: Record, position: Position
@@ -342,7 +353,8 @@ class Resolver:
         record: Record,
         position: Position,
         places: Mapping[str, int] | None,
-    ) -> Part | None:
+    ) -> Part | str:
+        """The part that a call is, or why it is none."""
         axis = f"{record.stage}/step" if record.stage else MAIN_AXIS
         step, call = record.step or 0, None
         if record.kind is Kind.COUNTED:
@@ -350,7 +362,10 @@ class Resolver:
                 call = Call(step, frozenset(record.data))
             step += self._base(session, axis)
         if not 0 <= step < 2 * END_OF_STEPS:
-            return None
+            return "step"
+        values = self.names.admit(_staged(record.data, record.stage)) if self.names.take(axis) else {}
+        if record.data and not values:
+            return "names"
         self._highest[axis] = max(step, self._highest.get(axis, step))
         return Part(
             position=position,
@@ -359,7 +374,7 @@ class Resolver:
             axis=axis,
             step=step if places is None else places.get(axis, step),
             time=record.time,
-            values=self._with_axis_metrics(session, axis, step, _staged(record.data, record.stage)),
+            values=self._with_axis_metrics(session, axis, step, values),
             attempt=session.attempt,
             used=places is not None,
             call=call,
@@ -400,6 +415,7 @@ class Resolver:
             "dead": dict(self.dead),
             "highest": dict(self._highest),
             "launches": self._launches.state(),
+            "names": self.names.state(),
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -413,6 +429,7 @@ class Resolver:
         self.dead = Counter(state["dead"])
         self._highest = dict(state["highest"])
         self._launches.restore(state["launches"])
+        self.names.restore(state.get("names", {}))
 
 
 def _set(values: dict[str, tuple[int, Any]], rank: int, data: Mapping[str, Any]) -> None:

@@ -146,17 +146,26 @@ class Roster:
     def _speaking(self) -> list[Session]:
         return [session for session in self.sessions.values() if session.state == "live"]
 
+    def owner(self, session: bytes) -> str | None:
+        """The name of the client that a session belongs to; "" for one of this node, None if it is not known."""
+        known = self.sessions.get(session)
+        return None if known is None else str(known.hello.get("peer", ""))
+
     def wanted(self, session: Session) -> int:
         """What a session shall send from: what is committed. Without the gate nobody remembers."""
         return session.stored if self._gate else session.next
 
-    def hello(self, hello: Hello, now: float) -> Entry:
-        """A session begins or comes back. A first unacknowledged record above what is stored moves it up."""
+    def hello(self, hello: Hello, now: float, *, peer: str = "") -> Entry:
+        """A session begins or comes back. A first unacknowledged record above what is stored moves it up.
+
+        It belongs to `peer`, who it proved to be, from the first time on.
+        """
         session = self.sessions.setdefault(hello.session, Session(id=hello.session, began=now))
         session.next = max(session.next, hello.first) if self._gate else hello.first
         session.stored = max(session.stored, hello.first)
         session.state, session.heard, session.more = "live", now, hello.more
-        session.hello = {
+        owner = session.hello.get("peer", "") or (peer if not session.hello else "")
+        session.hello = ({"peer": owner} if owner else {}) | {
             name: getattr(hello, name)
             for name in (
                 "rank",
@@ -170,6 +179,7 @@ class Roster:
                 "role",
                 "beside",
                 "relay",
+                "pids",
             )
         }
         self._count(session, hello)

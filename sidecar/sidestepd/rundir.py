@@ -167,6 +167,13 @@ def name_of(address: str) -> str:
     return f"{stem}-{hashlib.sha256(address.encode(errors='surrogateescape')).hexdigest()[:6]}"
 
 
+def open_to(address: str, mode: str) -> None:
+    """Say who may connect to an ipc address: `mode` is octal. Who may enter its directory is not changed."""
+    kind, _, path = address.partition("://")
+    if kind == "ipc":
+        Path(path).chmod(int(mode, 8))
+
+
 def tell_trouble(directory: Path, trouble: Trouble | None) -> None:
     """Write down what keeps rows from the run, for `sidestep status`; intake forgets it when it starts."""
     if trouble:
@@ -188,11 +195,16 @@ def private_address(run_dir: Path, environ: Mapping[str, str] = os.environ) -> s
     name = f"{run_dir.name[-24:]}-{hashlib.sha256(bytes(run_dir)).hexdigest()[:6]}.sock"
     bases = dict.fromkeys(filter(None, (environ.get("XDG_RUNTIME_DIR"), tempfile.gettempdir(), "/tmp")))
     for base in bases:
-        path = Path(base) / f"sidestep-{os.geteuid()}" / name
+        path = Path(base) / private_name() / name
         if len(os.fsencode(path)) <= MAX_IPC_PATH_BYTES and os.access(base, os.W_OK):
             make_private(path.parent)
             return f"ipc://{path}"
     raise SettingsError(f"no place for a socket in any of {', '.join(bases)}: set XDG_RUNTIME_DIR to a short path")
+
+
+def private_name() -> str:
+    """What a directory that is ours alone is called, in one that is everybody's."""
+    return f"sidestep-{os.geteuid()}"
 
 
 def check_address(address: str) -> None:
@@ -208,7 +220,9 @@ def check_address(address: str) -> None:
     if kind != "tcp" or not port.isdecimal() or int(port) == 0:
         raise SettingsError(f"{address}: say ipc:///absolute/path or tcp://127.0.0.1:PORT")
     if host not in _LOOPBACK:
-        raise SettingsError(f"{address}: nothing there would ask who is speaking; only 127.0.0.1 is allowed")
+        raise SettingsError(
+            f"{address}: nothing there would ask who is speaking; --listen lets in other nodes, with keys"
+        )
 
 
 def make_private(directory: Path) -> None:

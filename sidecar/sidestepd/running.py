@@ -8,7 +8,8 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from sidestepd import command, rundir, sweep
+from sidestepd import command, rundir, sweep, together
+from sidestepd.addresses import CONTEXT
 from sidestepd.command import Command, Signals
 from sidestepd.config import Config, Given
 from sidestepd.control import Control
@@ -22,35 +23,72 @@ from sidestepd.saying import Progress, say, say_in_terminal, sum_up
 STOP = (signal.SIGINT, signal.SIGTERM)
 
 
-def run(words: Sequence[str], toml: Path | None, overrides: Mapping[str, Given], context: Path | None) -> int:
+def run(words: Sequence[str], toml: Path | None, overrides: Mapping[str, Given]) -> int:
     """Run a command whose workers log into one run; returns our exit code, or does not return."""
     environ = dict(os.environ)
     if _joins_outer_run(environ):
-        if overrides:
+        context = overrides.get("listen.context_file")
+        if overrides.keys() - {"listen.context_file"}:
             say(f"joins run {environ.get('SIDESTEP_RUN_ID', '')}: its options are those of the outer command")
         if context:
-            _write_context(context, _inherited(environ))
+            _write_context(Path(str(context.value)), _inherited(environ))
         command.become(words, environ)
-    config = rundir.with_run_id(Config.load(toml, environ, overrides))
+    config = Config.load(toml, environ, overrides)
     if config.run.mode == "disabled":
         command.become(words, environ | {"SIDESTEP_MODE": "disabled"})
     command.check(words, environ)
-    run_dir = rundir.new_run_dir(config, now=time.time())
-    found = RunFile.of(config, run_dir, rundir.private_address(run_dir))
+    place = together.place_of(environ, words) if config.job.together and not config.is_relay else None
+    if place is None:
+        return _serve_command(words, environ, Alone(config))
+    part = together.Part(place, config, environ)
+    if not place.hosts:
+        return part.join(words)
+    return _serve_command(words, environ, part)
+
+
+class Alone:
+    """A command that is no part of a job with others."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = rundir.with_run_id(config)
+
+    def home(self, signals: Signals) -> RunHome:  # noqa: ARG002 - nobody is waited for
+        """The directory of its run."""
+        run_dir = rundir.new_run_dir(self.config, now=time.time())
+        return RunHome(run_dir, self.config, RunFile.of(self.config, run_dir, rundir.private_address(run_dir)))
+
+    def started(self, daemon: Daemon, exports: Mapping[str, str]) -> None:
+        """Nobody has to know."""
+
+    def ended(self, daemon: Daemon, code: int) -> int:  # noqa: ARG002
+        """Its exit code is the run's."""
+        return code
+
+    def clear(self) -> None:
+        """There is nothing beside the run."""
+
+
+def _serve_command(words: Sequence[str], environ: Mapping[str, str], part: Alone | together.Part) -> int:
+    """A daemon, and the command beside it; returns our exit code."""
     with Signals() as signals:
-        daemon = Daemon(RunHome(run_dir, config, found), pause=Drain(signals))
         try:
-            daemon.start()
-            if context:
-                _write_context(context, found.exports())
-            say_in_terminal(f"run {found.id} in {short(run_dir)}")
-            code = _attend(daemon, words, environ | sweep.exports(environ) | found.exports(), signals)
-            complete = finish(daemon, code)
+            home = part.home(signals)
+            daemon = Daemon(home, pause=Drain(signals))
+            try:
+                daemon.start()
+                exports = _exports(home.run, part.config)
+                part.started(daemon, exports)
+                say_in_terminal(f"run {home.run.id} in {short(home.directory)}")
+                code = _attend(daemon, words, {**environ, **sweep.exports(environ), **exports}, signals)
+                code = part.ended(daemon, code)
+                complete = finish(daemon, code)
+            finally:
+                daemon.release()
         finally:
-            daemon.release()
+            part.clear()
     if daemon.deleted:
         return code or ExitCode.DISK
-    return sum_up(run_dir, code, complete=complete)
+    return sum_up(home.directory, code, complete=complete)
 
 
 def _joins_outer_run(environ: dict[str, str]) -> bool:
@@ -65,6 +103,12 @@ def _joins_outer_run(environ: dict[str, str]) -> bool:
     for name in ("SIDESTEP_ADDRESS", "SIDESTEP_RUN_ID", "SIDESTEP_RUN_DIR"):
         environ.pop(name, None)
     return False
+
+
+def _exports(found: RunFile, config: Config) -> dict[str, str]:
+    """What leads the command's processes here, also those that it starts on other nodes."""
+    elsewhere = {"SIDESTEP_CONTEXT": f"{found.dir}/{CONTEXT}"} if config.listen.tcp else {}
+    return found.exports() | elsewhere
 
 
 def _inherited(environ: Mapping[str, str]) -> dict[str, str]:

@@ -17,6 +17,7 @@ from pathlib import Path
 import psutil
 
 from sidestep.autostart import log_of
+from sidestep.endpoint import Endpoint
 from sidestep.errors import SettingsError
 from sidestepd import rundir, status
 from sidestepd.command import Signals
@@ -26,7 +27,8 @@ from sidestepd.daemon import Daemon
 from sidestepd.errors import Deleted, ExitCode, Incomplete, Unreachable
 from sidestepd.exits import Lifeline
 from sidestepd.home import Home, RunHome, ServiceHome, short
-from sidestepd.notify import notify
+from sidestepd.metrics import Metrics
+from sidestepd.notify import Watchdog, notify, stopping
 from sidestepd.rundir import RunFile
 from sidestepd.running import STOP, Drain, finish
 from sidestepd.saying import say, sum_up
@@ -77,7 +79,8 @@ def _drain(run_dir: Path) -> int:
     if found.state == "finished":
         return sum_up(run_dir, 0, complete=True)
     left = all(session.state == "bye" for session in found.sessions)
-    home = RunHome(run_dir, rundir.stored_config(run_dir), found.run.at(run_dir, rundir.private_address(run_dir)))
+    here = found.run.at(run_dir, rundir.private_address(run_dir))
+    home = RunHome(run_dir, rundir.stored_config(run_dir), here, listens=False)
     with Signals() as signals:
         daemon = Daemon(home, pause=Drain(signals))
         try:
@@ -88,12 +91,14 @@ def _drain(run_dir: Path) -> int:
     return sum_up(run_dir, 0, complete=complete)
 
 
-def stop(address: str, timeout_s: float) -> int:
-    """Have the daemon at `address` stop, and wait for it. Raises Unreachable."""
-    with Control(address) as control:
+def stop(endpoint: Endpoint, timeout_s: float) -> int:
+    """Have a daemon of this node stop, and wait for it. Raises Unreachable."""
+    with Control(endpoint) as control:
         info = control.ask_status(timeout_s=2.0)
     if info is None:
-        raise Unreachable(f"nobody answers at {address}")
+        raise Unreachable(f"nobody answers at {endpoint}")
+    if info.get("node", os.uname().nodename) != os.uname().nodename:
+        raise Unreachable(f"the daemon at {endpoint} is on node {info['node']}: stop it there")
     daemon = _supervisor(int(info["pid"]), int(info["supervisor"]))
     lifelines = [Lifeline(pid) for pid in dict.fromkeys((daemon, int(info["pid"])))]
     with suppress(ProcessLookupError):
@@ -101,7 +106,7 @@ def stop(address: str, timeout_s: float) -> int:
     deadline = time.monotonic() + timeout_s
     while any(lifeline.is_alive() for lifeline in lifelines):
         if time.monotonic() > deadline:
-            raise Unreachable(f"the daemon at {address} (process {daemon}) did not end in {timeout_s:.0f} s")
+            raise Unreachable(f"the daemon at {endpoint} (process {daemon}) did not end in {timeout_s:.0f} s")
         time.sleep(0.1)
     return 0
 
@@ -143,36 +148,46 @@ def _serve(home: Home, grace_s: float) -> int:
 
 def _until_over(daemon: Daemon, signals: Signals, grace_s: float, *, quiet: bool = False) -> int:
     """Start, serve until told to stop or nobody is left, and end."""
-    home = daemon.home
+    home, watchdog = daemon.home, Watchdog(daemon.ask)
+    metrics = Metrics.of(home)
     try:
         daemon.start()
+        metrics.start()
         if not quiet:
             what = f"run {home.run.id}" if isinstance(home, RunHome) else "runs"
             say(f"{what} at {home.address} in {short(home.directory)}")
         notify("READY=1")
-        complete = _until_stopped(daemon, signals) or _wind_up(daemon, signals, grace_s)
+        complete = _until_stopped(daemon, signals, watchdog) or _wind_up(daemon, signals, watchdog, grace_s)
     except Deleted as error:
         say(str(error))
         return ExitCode.DISK
     finally:
+        metrics.stop()
         daemon.release()
     if isinstance(home, RunHome):
         return sum_up(home.directory, 0, complete=complete)
     return ExitCode.COMPLETE if complete else ExitCode.INTERRUPTED
 
 
-def _until_stopped(daemon: Daemon, signals: Signals) -> bool:
+def _until_stopped(daemon: Daemon, signals: Signals, watchdog: Watchdog) -> bool:
     """Serve; True if all was finished meanwhile, False if we are told to stop."""
     while daemon.tend():
+        watchdog()
         if any(number in STOP for number in signals.wait(0.2)):
             return False
     return True
 
 
-def _wind_up(daemon: Daemon, signals: Signals, grace_s: float) -> bool:
+def _wind_up(daemon: Daemon, signals: Signals, watchdog: Watchdog, grace_s: float) -> bool:
     """Wait for the workers to leave, then finish: all within `grace_s`."""
-    notify("STOPPING=1")
-    pause = daemon.pause = Drain(signals, time.monotonic() + grace_s)
+    notify(stopping(grace_s))
+    drain = Drain(signals, time.monotonic() + grace_s)
+
+    def pause(seconds: float) -> None:
+        watchdog()
+        drain(seconds)
+
+    daemon.pause = pause
     try:
         while daemon.tend() and daemon.live_sessions() != 0:
             pause(0.2)

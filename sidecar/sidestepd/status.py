@@ -32,7 +32,8 @@ class Ledger:
     """What became of every record. `rejected` and `dropped` are by reason.
 
     `pending` is on its way, in a worker or in the spool; `unknown` was offered by a worker that ended without
-    a word, and never came. `values_refused` counts no records but values, which workers left out of theirs.
+    a word, and never came. `values_refused` counts no records but values, which workers left out of theirs, or
+    delivery when the run had as many names as it may.
     """
 
     offered: int = 0
@@ -281,7 +282,7 @@ def _ledger(sessions: Iterable[SessionReport], told: Mapping[str, Any], unread: 
         dropped=dict(by_workers + unreadable),
         pending=told.get("unsettled", 0) + unread + sum(s.missing for s in sessions if s.state != "lost"),
         unknown=sum(session.missing for session in sessions if session.state == "lost"),
-        values_refused=sum(session.values_refused for session in sessions),
+        values_refused=told.get("values_refused", 0) + sum(session.values_refused for session in sessions),
     )
 
 

@@ -106,7 +106,7 @@ def _finish(run_dir: Path, config: Config, pause: Callable[[float], object]) -> 
     """Have the run's own daemon bring it to its end."""
     found = RunFile.read(run_dir)
     here = found.at(run_dir, rundir.private_address(run_dir))
-    daemon = Daemon(RunHome(run_dir, config, here), pause=pause)
+    daemon = Daemon(RunHome(run_dir, config, here, listens=False), pause=pause)
     try:
         daemon.start()
         daemon.close(UNFINISHED if found.exit_code is None else found.exit_code)

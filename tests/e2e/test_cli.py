@@ -410,13 +410,13 @@ class TestServe:
             manager.bind(str(here / "notify"))
             manager.settimeout(WAIT_S)
             with started("serve", "--id", "mine", NOTIFY_SOCKET=str(here / "notify")) as process:
-                said = [manager.recv(100)]
+                said = [manager.recv(100), manager.recv(100)]
                 process.terminate()
                 said.append(manager.recv(100))
 
                 process.communicate(timeout=WAIT_S)
 
-        assert [b"READY=1", b"STOPPING=1"] == said
+        assert [b"READY=1", b"STATUS=0 workers", b"STOPPING=1\nEXTEND_TIMEOUT_USEC=90000000"] == said
         assert (0, "finished") == (process.returncode, only_run(here).state)
 
     def test_it_serves_workers_that_were_told_its_address(self, here):

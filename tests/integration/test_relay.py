@@ -34,8 +34,8 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Topology]:
         sampler.hello()
         lane = nodes.relays[0].worker(role=BLOBS, beside=ranks[0].session.hex(), node="node0", launch="job")
         lane.hello()
-        say_all(ranks, range(STEPS // 2))
         eventually(lambda: nodes.head.status()["sessions"] == 4, DEADLINE_S, nodes.log)
+        say_all(ranks, range(STEPS // 2))
         nodes.proxies[1].set(REFUSE)
         eventually(
             lambda: any(it["state"] == "away" for it in nodes.head.status()["relays"]), DEADLINE_S, nodes.log
@@ -82,6 +82,7 @@ class TestRanksBehindRelays:
         assert list(range(STEPS)) == [row.step for row in rows], ended.log()
         assert {4} == {row.values["sidestep/ranks_reported"] for row in rows}
         assert 0 == status.report(ended.head.run_dir).late_rows, "a cut link makes rows wait"
+        assert max(row.values["sidestep/skew_s"] for row in rows) < 1.0, "what waited says nothing of clocks"
 
     def test_are_accounted_for_from_both_ends(self, ended: Topology):
         head, *relays = ended.ledgers()

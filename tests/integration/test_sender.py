@@ -16,10 +16,12 @@ import pytest
 
 from sidestep import sender
 from sidestep._run import Run
+from sidestep.endpoint import Endpoint
 from sidestep.notices import Notices
 from sidestep.outbox import Outbox
 from sidestep.ranks import Identity
-from sidestep.sender import Sender, _Link
+from sidestep.sender import Sender
+from sidestep.sender.link import Link as RealLink
 from sidestep.session import Session
 from sidestep.settings import WorkerSettings
 from sidestep.testing import FakeDaemon, environment
@@ -148,7 +150,7 @@ class TestOrdinaryTimes:
         """The flag that asks for a wake-up goes up before the queue is looked at for the last time."""
         slept = []
 
-        class Link(_Link):
+        class Link(RealLink):
             def __init__(self) -> None:
                 pass
 
@@ -156,7 +158,7 @@ class TestOrdinaryTimes:
                 slept.append(seconds)
 
         outbox = Outbox(bytes(16))
-        sender = Sender("ipc:///tmp/unused.sock", Hello(session=bytes(16)), outbox, Notices())
+        sender = Sender(Endpoint(address="ipc:///tmp/unused.sock"), Hello(session=bytes(16)), outbox, Notices())
         sender._sleep(Link(), 1.0)
         outbox.offer(b"x")
 

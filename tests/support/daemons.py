@@ -22,6 +22,8 @@ from typing import Any, Self, TypeVar
 import psutil
 import zmq
 
+from sidestep.endpoint import Endpoint
+from sidestep.sender import connect
 from sidestep.wire import (
     NO_SESSION,
     Ack,
@@ -371,7 +373,9 @@ def assert_run_whole(served: ServedRun, steps: Sequence[int], *, per_step: int =
 class RawWorker:
     """One connection of one session."""
 
-    def __init__(self, address: str, *, rank: int = 0, session: bytes | None = None, **facts: Any) -> None:
+    def __init__(
+        self, address: str | Endpoint, *, rank: int = 0, session: bytes | None = None, **facts: Any
+    ) -> None:
         self.session = os.urandom(16) if session is None else session
         self.next = 0
         self._facts = {"rank": rank, "world": 1, "launch": "L", "node": "here", "pid": os.getpid(), **facts}
@@ -379,7 +383,7 @@ class RawWorker:
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.RECONNECT_IVL, 20)
-        self._socket.connect(address)
+        connect(self._socket, Endpoint(address=address) if isinstance(address, str) else address)
 
     def leave(self) -> None:
         """Without a word."""

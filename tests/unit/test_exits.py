@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from sidestep.ranks import pid_namespace
 from sidestepd.exits import Exits, Lifeline, is_here
 from tests.support.waiting import eventually
 
@@ -100,10 +101,19 @@ class TestHere:
     def test_is_what_this_node_calls_itself(self):
         assert is_here(os.uname().nodename, {})
         assert is_here("cn042", {"SLURMD_NODENAME": "cn042"})
+        assert is_here("cn042", {"SIDESTEP_NODE": "cn042"})
 
     def test_is_no_other_node(self):
         assert not is_here("cn043", {"SLURMD_NODENAME": "cn042"})
         assert not is_here("", {})
+
+    def test_is_not_where_pids_have_other_meanings(self):
+        """The containers of a pod have one host name, and pids of their own."""
+        here, ours = os.uname().nodename, pid_namespace()
+
+        assert is_here(here, {}, pids=ours)
+        assert is_here(here, {}, pids="")
+        assert not is_here(here, {}, pids="pid:[1]")
 
 
 class TestLifeline:

@@ -625,6 +625,10 @@ class TestNode:
         """In a container the machine's name is the container's."""
         assert "node002" == identity(SRUN_PER_NODE | TORCHRUN_ON_TWO_NODES, node="3f2a9c").node
 
+    def test_is_what_the_environment_calls_it_before_all(self):
+        """Pods have a host name each, and one machine."""
+        assert "gpu-7" == identity(SRUN | TORCHRUN | {"SIDESTEP_NODE": "gpu-7"}, node="pod-3f2a9c").node
+
     def test_is_not_the_login_nodes_name_that_a_job_carries_along(self):
         assert "here" == identity({"HOSTNAME": "login1"}).node
 

@@ -128,6 +128,7 @@ MESSAGES: dict[str, Message] = {
         beside="0f" * 16,
         relay="0e" * 16,
         turn=2,
+        pids="pid:[4026531836]",
     ),
     "welcome": Welcome(
         session=SESSION,

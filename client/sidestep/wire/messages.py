@@ -77,7 +77,7 @@ class Hello:
     process which sends its files, `beside` its own session, which is named in hexadecimal; or RELAY for a daemon
     that passes on what its own workers say. `relay` is then the session of the one that passed this on, in
     hexadecimal. `turn` is the place of a run without an id among those of its launch, from 1 on, where a relay has
-    counted; else 0.
+    counted; else 0. `pids` names the pid namespace that `pid` is a number of.
     """
 
     session: bytes
@@ -100,6 +100,7 @@ class Hello:
     beside: str = ""
     relay: str = ""
     turn: int = 0
+    pids: str = ""
 
     TYPE: ClassVar = MessageType.HELLO
 
@@ -379,7 +380,7 @@ _COUNTERS = {"offered": _is_count, "dropped": _is_counts, "values_refused": _is_
 _CHECKS: Mapping[type[Control], Mapping[str, Callable[[Any], bool]]] = {
     Hello: {
         **dict.fromkeys(("rank", "world", "local_rank", "pid", "attempt", "turn"), _is_count),
-        **dict.fromkeys(("node", "launch", "client", "role", "beside", "relay"), _is_name),
+        **dict.fromkeys(("node", "launch", "client", "role", "beside", "relay", "pids"), _is_name),
         "run": _is_name_or_none,
         "settings": _is_map,
         **_COUNTERS,

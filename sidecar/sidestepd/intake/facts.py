@@ -38,10 +38,19 @@ def facts_of(run: RunFile, run_dir: Path, *, is_relay: bool) -> dict[str, Any]:
     return _sayable({**facts, **known, "dir": str(run_dir)})
 
 
-def intervals_of(config: Config, run_dir: Path) -> dict[str, float]:
+FRAMES_PER_S = 4000
+"""Of all ranks together. Where they are many each speaks less often, and says more at once."""
+LONGEST_FLUSH_S = 2.0
+FLUSH_TO_RELAY_S = 0.2
+"""A relay's workers do so in any case: each of their frames is one for the daemon above too."""
+
+
+def intervals_of(config: Config, run_dir: Path, world: int) -> dict[str, float]:
     """How often workers speak, and tell samples of their own: never more often than is wanted above."""
-    flush, sample = config.intake.flush_interval_s, config.samplers.torch_interval_s
+    flush = max(config.intake.flush_interval_s, min(LONGEST_FLUSH_S, world / FRAMES_PER_S))
+    sample = config.samplers.torch_interval_s
     if config.is_relay:
+        flush = max(flush, FLUSH_TO_RELAY_S)
         above = read_json(run_dir / UPSTREAM)
         flush = max(flush, above.get("flush_interval_s", 0.0))
         wanted = above.get("sample_interval_s", sample)

@@ -3,6 +3,7 @@
 - reading never waits for a disk: runs commit in threads of their own
 - an answer that can not be sent is forgotten: whoever is gone asks again
 - what comes from no worker is a tool's question, answered here for the whole process
+- a session belongs to who said HELLO first: what is said for it with another key is refused (clients.py)
 - who wraps messages is answered likewise: all that is said to it in one turn is one message
 """
 
@@ -11,13 +12,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import re
 from collections import OrderedDict
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import zmq
 
-from sidestep.errors import ProtocolError
+from sidestep.errors import ProtocolError, SettingsError
 from sidestep.wire import (
     MAX_ENVELOPE_BYTES,
     NO_SESSION,
@@ -34,6 +37,9 @@ from sidestep.wire import (
     session_of,
     unwrap,
 )
+from sidestepd import addresses
+from sidestepd.clients import LOCAL, may_speak
+from sidestepd.intake.gate import Gate
 from sidestepd.intake.run import Intake
 
 logger = logging.getLogger("sidestepd.intake")
@@ -59,8 +65,12 @@ class Runs(Protocol):
         """Let go of everything."""
         ...
 
-    def greet(self, route: bytes, hello: Hello) -> None:
-        """A worker says HELLO: find its run."""
+    def greet(self, route: bytes, hello: Hello, peer: str) -> None:
+        """A worker says HELLO, and `peer` is who it proved to be: find its run."""
+        ...
+
+    def owner(self, session: bytes) -> str | None:
+        """Who a session belongs to; None if it is not known."""
         ...
 
     def of(self, session: bytes) -> Intake | None:
@@ -83,9 +93,12 @@ class Runs(Protocol):
 class Front:
     """One ROUTER socket. `runs` is to be set before `serve`."""
 
-    def __init__(self, socket: zmq.Socket[bytes], *, supervisor: int) -> None:
+    def __init__(self, socket: zmq.Socket[bytes], *, supervisor: int, gate: Gate | None = None) -> None:
         self.socket = socket
         self.runs: Runs
+        self.impostors = 0
+        """HELLOs for sessions that belong to somebody else."""
+        self._gate = gate
         self.malformed = 0
         self._supervisor = supervisor
         self._inbox = asyncio.Event()
@@ -143,25 +156,41 @@ class Front:
             self._inbox.clear()
             for _ in range(MOST_AT_ONCE):
                 try:
-                    route, *parts = self.socket.recv_multipart(zmq.DONTWAIT)
+                    self._take_one()
                 except zmq.Again:
                     break
-                if is_envelope(parts):
-                    self._unwrap(route, parts)
-                else:
-                    self._handle(route, parts)
             else:
                 self._inbox.set()
             await asyncio.sleep(0)
 
-    def _unwrap(self, route: bytes, parts: Sequence[bytes]) -> None:
+    def _take_one(self) -> None:
+        """Raises zmq.Again if nothing is there."""
+        if self._gate is None:
+            route, *parts = self.socket.recv_multipart(zmq.DONTWAIT)
+            self._take(route, parts, LOCAL)
+            return
+        frame = self.socket.recv(zmq.DONTWAIT, copy=False)  # with what the handshake said of who sent it
+        route, parts = frame.bytes, self.socket.recv_multipart()
+        if (peer := self._gate.who(frame)) is not None:
+            self._take(route, parts, peer)
+            return
+        gone = "this key is no longer on the daemon's list of clients"
+        self.send(route, Refuse(session=session_of(parts), code="key", message=gone))
+
+    def _take(self, route: bytes, parts: Sequence[bytes], peer: str) -> None:
+        if is_envelope(parts):
+            self._unwrap(route, parts, peer)
+        else:
+            self._handle(route, parts, peer)
+
+    def _unwrap(self, route: bytes, parts: Sequence[bytes], peer: str) -> None:
         """Each of the messages in it is as if it had come by itself."""
         self._wrapping.setdefault(route, Wrapper())
         if len(self._wrapping) > MOST_WRAPPING:
             self._wrapping.popitem(last=False)
         try:
             for inner in unwrap(parts):
-                self._handle(route, inner)
+                self._handle(route, inner, peer)
         except ProtocolError as error:
             self._refuse(route, parts, error)
 
@@ -171,28 +200,47 @@ class Front:
         code = "version" if other else "malformed"
         self.send(route, Refuse(session=session_of(parts), code=code, message=str(error), final=other))
 
-    def _handle(self, route: bytes, parts: Sequence[bytes]) -> None:
+    def _handle(self, route: bytes, parts: Sequence[bytes], peer: str) -> None:
         try:
             message = decode(parts)
         except ProtocolError as error:
             self._refuse(route, parts, error)
             return
         if isinstance(message, Hello):
-            self.runs.greet(route, message)
+            self._greet(route, message, peer)
         elif message.session == NO_SESSION and isinstance(message, Status | RunInfo):
-            self._answer(route, message)
+            self._answer(route, message, peer)
         elif (run := self.runs.of(message.session)) is not None:
             run.hear(route, message)
         else:
             self.send(route, Refuse(session=message.session, code="hello", message="say HELLO first"))
 
-    def _answer(self, route: bytes, question: Status | RunInfo) -> None:
+    def _greet(self, route: bytes, hello: Hello, peer: str) -> None:
+        beside = bytes.fromhex(hello.beside) if re.fullmatch("[0-9a-f]{32}", hello.beside) else hello.session
+        if all(may_speak(peer, self.runs.owner(session)) for session in (hello.session, beside)):
+            self.runs.greet(route, hello, peer)
+            return
+        self.impostors += 1
+        logger.warning("%.80r speaks for session %s, which is another's", peer, hello.session.hex()[:8])
+        message = f"this session began with another key than one of {peer}"
+        self.send(route, Refuse(session=hello.session, code="key", message=message))
+
+    def _answer(self, route: bytes, question: Status | RunInfo, peer: str) -> None:
         """A tool asks, or the supervisor."""
         if isinstance(question, Status):
-            process = {"pid": os.getpid(), "supervisor": self._supervisor, "malformed": self.malformed}
+            process = {
+                "pid": os.getpid(),
+                "node": os.uname().nodename,
+                "supervisor": self._supervisor,
+                "malformed": self.malformed,
+                "impostors": self.impostors,
+                "refused_keys": 0 if self._gate is None else self._gate.refused,
+            }
             self.send(route, Status(info={**self.runs.report(), **process}))
         elif question.close is None:
             self.send(route, RunInfo(info=self.runs.facts()))
+        elif peer != LOCAL:
+            self.send(route, Refuse(code="key", message="a run is closed on the daemon's own node"))
         else:
             self.runs.close(question.close, (route, RunInfo(info=self.runs.facts(), close=question.close)))
 
@@ -207,4 +255,24 @@ def bind(socket: zmq.Socket[bytes], address: str) -> None:
     socket.setsockopt(zmq.HANDSHAKE_IVL, 5000)
     socket.setsockopt(zmq.HEARTBEAT_IVL, 2000)
     socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 6000)
-    socket.bind(address)
+    _bind(socket, address)
+
+
+def bind_tcp(socket: zmq.Socket[bytes], directory: Path, wanted: Sequence[str]) -> list[str]:
+    """Let others connect too; returns where. Raises SettingsError where that can not be."""
+    bound: dict[str, str] = {}
+    for address in wanted:
+        _bind(socket, addresses.remembered(directory, address))
+        bound[address] = socket.getsockopt(zmq.LAST_ENDPOINT).rstrip(b"\0").decode()  # type: ignore[union-attr]
+        logger.info("listens at %s", bound[address])
+    if any(address.endswith(":0") for address in wanted):
+        addresses.remember(directory, bound)
+    return list(bound.values())
+
+
+def _bind(socket: zmq.Socket[bytes], address: str) -> None:
+    socket.setsockopt(zmq.IPV6, int(address.startswith("tcp:")))
+    try:
+        socket.bind(address)
+    except zmq.ZMQError as error:
+        raise SettingsError(f"can not listen at {address}: {error.strerror}") from None

@@ -34,11 +34,12 @@ from sidestepd.exits import Exits, Lifeline, is_here
 from sidestepd.intake.blobs import CREDIT_BYTES, BlobStore
 from sidestepd.intake.facts import facts_of, intervals_of
 from sidestepd.intake.frames import FrameStore
+from sidestepd.intake.place import open_room
 from sidestepd.keeper import DeliveryKeeper
 from sidestepd.listen import Listener
 from sidestepd.processes import Lock
 from sidestepd.relays import Relays
-from sidestepd.room import RETRY_S, Ballast, Room, open_spool
+from sidestepd.room import RETRY_S, Room
 from sidestepd.roster import Roster, Session, Verdict
 from sidestepd.rowlog import RowLogReader
 from sidestepd.rundir import BLOBS, DEATHS, TROUBLE, RunFile
@@ -103,6 +104,7 @@ class Intake:
         self._horizon = Horizon(self.run_dir / "horizon")
         self._committing = False
         self._awake_at = clock()
+        self._went_round_at = time.monotonic()
         self._cursor = 0
         self.listener = Listener(heartbeat_s=config.intake.heartbeat_s)
         self.relays = Relays(roster, heartbeat_s=config.intake.heartbeat_s, patience_s=config.order.patience_s)
@@ -118,7 +120,7 @@ class Intake:
         lock.acquire()
         for told in (TROUBLE, DEATHS):  # that was then
             (run_dir / told).unlink(missing_ok=True)
-        spool, room = _open_spool(run_dir, config)
+        spool, room = open_room(run_dir, config)
         clock = SpoolClock.starting_after(spool.latest())
         roster = Roster(
             spool.sessions(),
@@ -181,13 +183,13 @@ class Intake:
 
     # What workers say
 
-    def hear(self, route: bytes, message: Message) -> None:
-        """Take in what a worker of this run said."""
+    def hear(self, route: bytes, message: Message, peer: str = "") -> None:
+        """Take in what a worker of this run said, and `peer` proved to be."""
         match message:
             case Frame():
                 self._on_frame(route, message)
             case Hello():
-                self._on_hello(route, message)
+                self._on_hello(route, message, peer)
             case Status():
                 self._on_status(route, message)
             case Bye():
@@ -197,14 +199,14 @@ class Intake:
             case _:
                 self._refuse(route, message.session, "malformed", "only a daemon says that")
 
-    def _on_hello(self, route: bytes, hello: Hello) -> None:
+    def _on_hello(self, route: bytes, hello: Hello, peer: str) -> None:
         if self.closing:
             self._refuse(route, hello.session, "closed", "the run is being finished", final=True)
             return
         for ended in self.roster.supersede(hello, self._now()):
             self._write(ended)
             self._touched.add(ended.session)
-        self._write(self.roster.hello(hello, self._now()))
+        self._write(self.roster.hello(hello, self._now(), peer=peer))
         self._routes[hello.session] = route
         self._touched.add(hello.session)
         session = self.roster.sessions[hello.session]
@@ -218,7 +220,7 @@ class Intake:
             boot=self.boot,
             credit=self._credit(session),
             heartbeat_s=self.relays.heartbeat_s if session.is_relay else self.config.intake.heartbeat_s,
-            **intervals_of(self.config, self.run_dir),
+            **intervals_of(self.config, self.run_dir, hello.world),
             run=self.facts(),
         )
         self._replies.append((route, welcome))
@@ -388,7 +390,11 @@ class Intake:
         """How many processes still send files of workers; one that died is not waited for."""
         couriers = [it for it in self.roster.awaited if it.is_courier]
         for one in couriers:
-            if is_here(one.hello.get("node", "")) and not Lifeline(one.hello.get("pid", 0)).is_alive():
+            if (
+                not one.relay
+                and is_here(one.hello.get("node", ""))
+                and not Lifeline(one.hello.get("pid", 0)).is_alive()
+            ):
                 self.lose(one.id)
         return sum(it.state == "live" for it in couriers)
 
@@ -401,7 +407,7 @@ class Intake:
 
     def _follow(self, session: Session) -> None:
         """See the end of a worker's process, if it is on this node."""
-        if self.exits is not None and is_here(session.hello.get("node", "")):
+        if self.exits is not None and is_here(session.hello.get("node", ""), pids=session.hello.get("pids", "")):
             self.exits.follow(session.id, session.hello.get("pid", 0))
 
     def _on_exit(self, id_: bytes) -> None:
@@ -544,6 +550,7 @@ class Intake:
             self.collector.tend(time.monotonic())
             if time.monotonic() >= next_look:
                 await self._make_room()
+                self._went_round_at = time.monotonic()
                 next_look = time.monotonic() + LOOK_INTERVAL_S
             await asyncio.sleep(WATCH_INTERVAL_S)
 
@@ -567,12 +574,18 @@ class Intake:
         """What a worker may know of the run."""
         return facts_of(self.run, self.run_dir, is_relay=self.config.is_relay)
 
+    @property
+    def silent_s(self) -> float:
+        """For how long the loop has not come back from the threads that write; about a second if all is well."""
+        return round(time.monotonic() - self._went_round_at, 3)
+
     def report(self) -> dict[str, Any]:
         """How this run is, for a tool that asks."""
         return {
             "run": self.facts(),
             "boot": self.boot,
             "closing": self.closing,
+            "silent_s": self.silent_s,
             "sessions": len(self.roster.workers),
             "live": len(self.roster.live),
             "relays": self.relays.report(),
@@ -585,13 +598,3 @@ class Intake:
             "delivery": {"pid": self.keeper.pid, "restarts": self.keeper.restarts},
             "samplers": {"pid": self.samplers.pid, "restarts": self.samplers.restarts},
         }
-
-
-def _open_spool(run_dir: Path, config: Config) -> tuple[Spool, Room]:
-    """The spool, wherever it lies, and how much it may still take."""
-    options = config.spool
-    home = placement.settle(run_dir, options.dir)
-    above = RowLogReader(home / placement.ROW_LOG).newest()
-    ballast = Ballast(home / "spool.ballast", options.ballast_bytes)
-    spool = open_spool(lambda: Spool(home / placement.SPOOL, above=above, quota=options.max_bytes), ballast)
-    return spool, Room(spool, ballast, [home, run_dir], quota=options.max_bytes, reserve=options.reserve_bytes)

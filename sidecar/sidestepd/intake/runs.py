@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import re
 import sqlite3
 import time
@@ -24,7 +23,7 @@ from sidestep.errors import SettingsError
 from sidestep.wire import FILES, LANES, RELAY, WORKER, Hello, Message, Refuse
 from sidestepd import rundir
 from sidestepd.errors import AlreadyRunning, ExitCode, SpoolError
-from sidestepd.exits import Lifeline
+from sidestepd.exits import Lifeline, is_here
 from sidestepd.home import ServiceFile
 from sidestepd.intake.run import Intake, Send
 from sidestepd.launches import Launches
@@ -74,9 +73,13 @@ class OneRun:
         """Let go of everything."""
         self.intake.shut()
 
-    def greet(self, route: bytes, hello: Hello) -> None:
+    def greet(self, route: bytes, hello: Hello, peer: str) -> None:
         """Whoever comes joins."""
-        self.intake.hear(route, hello)
+        self.intake.hear(route, hello, peer)
+
+    def owner(self, session: bytes) -> str | None:
+        """Who a session belongs to."""
+        return self.intake.roster.owner(session)
 
     def of(self, session: bytes) -> Intake | None:  # noqa: ARG002 - there is but one
         """The run."""
@@ -155,7 +158,7 @@ class SeveralRuns:
 
     # Opening
 
-    def greet(self, route: bytes, hello: Hello) -> None:
+    def greet(self, route: bytes, hello: Hello, peer: str) -> None:
         """Find the run that a HELLO means, or open it. One whose run is just ending asks again."""
         if hello.session in self._over:
             self._refuse(route, hello, "closed", "the run is finished", final=True)
@@ -166,7 +169,12 @@ class SeveralRuns:
         if not run.intake.closing:
             self._join(run, hello)
         if not run.intake.closing or hello.session in self._sessions:
-            run.intake.hear(route, hello)
+            run.intake.hear(route, hello, peer)
+
+    def owner(self, session: bytes) -> str | None:
+        """Who a session belongs to, if it is in an open run."""
+        run = self._sessions.get(session)
+        return run.intake.roster.owner(session) if run else None
 
     def _find(self, route: bytes, hello: Hello) -> OpenRun | None:
         if hello.role == WORKER:
@@ -256,7 +264,8 @@ class SeveralRuns:
 
     def _watch_process(self, run: OpenRun, who: dict[str, Any]) -> None:
         """Only where it is sure that the pid means the same here as there."""
-        if self._file.until_idle and who["node"] == os.uname().nodename and who["pid"] not in run.processes:
+        here = is_here(who["node"], pids=who.get("pids", ""))
+        if self._file.until_idle and here and who["pid"] not in run.processes:
             known = self._processes.get(who["pid"])
             lifeline = known if known is not None and known.is_alive() else Lifeline(who["pid"])
             if lifeline.is_alive():
@@ -348,6 +357,7 @@ class SeveralRuns:
         return {
             "runs": [run.intake.report() for run in self._open.values()],
             "live": sum(len(run.intake.roster.live) for run in self._open.values()),
+            "silent_s": max((run.intake.silent_s for run in self._open.values()), default=0.0),
             "closing": self._draining,
         }
 
@@ -360,7 +370,7 @@ def _key(named: str | None, launch: str, turn: int) -> str:
 
 
 def _who(hello: Hello) -> dict[str, Any]:
-    return {name: getattr(hello, name) for name in ("launch", "rank", "node", "pid", "attempt")}
+    return {name: getattr(hello, name) for name in ("launch", "rank", "node", "pid", "pids", "attempt")}
 
 
 def _usable(named: str) -> str:

@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from sidestep.notices import Notices
-from sidestep.ranks import Identity
+from sidestep.ranks import NODE, Identity
 from sidestep.session import Session
 from sidestep.settings import WorkerSettings
 from sidestep.wire import SAMPLER, Kind
 from sidestepd.config import Config
-from sidestepd.processes import die_with_parent, read_json
+from sidestepd.processes import die_with_parent, read_json, step_back
 from sidestepd.samplers.base import Pace, Reading, Sampler
 
 logger = logging.getLogger("sidestepd.samplers")
@@ -66,7 +66,13 @@ def make_session(run: dict[str, Any]) -> Session:
             address=run["address"], run_id=run["id"], outbox_bytes=OUTBOX_BYTES, when_full="drop", autostart=False
         ),
         identity=Identity(
-            rank=0, world=1, local_rank=0, node=os.uname().nodename, pid=os.getpid(), launch=SAMPLER, attempt=0
+            rank=0,
+            world=1,
+            local_rank=0,
+            node=os.environ.get(NODE) or os.uname().nodename,
+            pid=os.getpid(),
+            launch=SAMPLER,
+            attempt=0,
         ),
         keywords={},
         notices=Notices(),
@@ -92,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--interval", type=float, help="seconds, instead of what the run's options say")
     options = parser.parse_args(arguments)
     die_with_parent(options.parent)
-    os.nice(NICENESS)
+    step_back(NICENESS)
     stop = threading.Event()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is for the command
     signal.signal(signal.SIGTERM, lambda *_: stop.set())

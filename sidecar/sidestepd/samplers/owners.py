@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from sidestep.ranks import NODE
 from sidestep.wire import WORKER
 from sidestepd import placement
 from sidestepd.errors import SpoolError
@@ -52,7 +53,9 @@ class Owners:
     @classmethod
     def of_run(cls, run_dir: Path, node: str | None = None) -> Owners:
         """Those that have said HELLO to this run's intake from here."""
-        return cls(_Roster(placement.home(run_dir) / placement.SPOOL, node or os.uname().nodename))
+        return cls(
+            _Roster(placement.home(run_dir) / placement.SPOOL, node or os.environ.get(NODE) or os.uname().nodename)
+        )
 
     def share(self, processes: Mapping[int, int]) -> Shares:
         """Divide the memory of `processes` (pid to bytes) among ranks."""

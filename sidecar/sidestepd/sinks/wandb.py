@@ -23,10 +23,11 @@ from wandb.proto import wandb_internal_pb2 as pb
 
 from sidestep import media
 from sidestep.media.base import Files
+from sidestepd import credentials
 from sidestepd.errors import Fatal, Reject, Retry
 from sidestepd.rows import Definition, Described, Printed, Row, Sample, Version
 from sidestepd.samplers.names import look_up
-from sidestepd.sinks import wandb_artifacts, wandb_log
+from sidestepd.sinks import wandb_artifacts, wandb_carry, wandb_log
 from sidestepd.sinks.base import Confirmed, RunFacts
 
 logger = logging.getLogger(__name__)
@@ -48,6 +49,8 @@ BROKEN = (ConnectionError, wandb.errors.CommError, wandb.errors.UsageError, OSEr
 
 class WandbSink:
     """One run in this process, through wandb's public interface alone: what both modes have in common."""
+
+    takes_files = False
 
     def __init__(self) -> None:
         self._run: wandb.Run | None = None
@@ -276,6 +279,12 @@ class OfflineSink(WandbSink):
         if version.facts is None:
             self._saved[version.id] = frozenset(content.path for content in version.contents)
 
+    def carry_over(self, folder: Path) -> None:
+        """Have what another run's files say of artifacts and files in this run too."""
+        run = self._open_run
+        wandb_carry.carry_files(run, folder)
+        wandb_carry.carry_artifacts(run, folder, skip=(), hand_over=lambda record: self._publish(artifact=record))
+
     def confirm(self) -> Confirmed:
         """Read what the file has got since the last time, then sync it: so what was read is on the disk."""
         self._pass_on()
@@ -341,6 +350,7 @@ def init(
 ) -> wandb.Run:
     """Open the run by `names`, with everything switched off that looks at this process or its machine."""
     os.environ["WANDB_ERROR_REPORTING"] = "false"
+    credentials.take(os.environ)
     os.environ.pop("WANDB_SERVICE", None)  # another process's core would die with that process
     for variable in OF_A_SWEEP:
         os.environ.pop(variable, None)

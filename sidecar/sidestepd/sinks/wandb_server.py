@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import threading
 import time
 import urllib.error
@@ -21,6 +22,7 @@ from typing import Any
 import wandb
 from wandb.sdk.lib import wbauth
 
+from sidestepd import credentials
 from sidestepd.errors import Retry, Trouble
 
 DEADLINE_S = 10.0
@@ -142,6 +144,7 @@ class Server:
 
 
 def _key(url: str) -> str:
+    credentials.take(os.environ)
     try:
         auth = wbauth.authenticate_session(host=url, source="sidestep", prompt=False, update_session=False)
     except wandb.errors.Error as error:

@@ -178,6 +178,8 @@ class Legs:
                 yield message
                 if isinstance(message, Hello):
                     leg.tell_vital = leg.vital is not None and leg.vital[0] != "heard"
+                elif isinstance(message, Frame):
+                    leg.caught_up = not message.more
             if dialogue.phase is Phase.OPEN:
                 yield from self._tell(leg, dialogue, spool_now)
 

@@ -4,32 +4,35 @@
 - while there is traffic it wakes every `flush_interval` and never in between: an answer can wait, the training
   loop's next bytecode can not. When nothing was said for a while it sleeps until it is woken
 - it survives any failure: counted, said once, and on with a fresh socket
+- whoever it speaks to over tcp proves who it is, and so does it: see endpoint.py. A handshake that fails is told
+  in one sentence, and tried again with what the key file says by then
 - when memory fills up it moves records to the spill, and at the end whatever nobody acknowledged; where no daemon
-  is known (`address` is None) that is all it does
+  is known, or ever will be, that is all it does
 - a forked child inherits neither: `Sender` must not be used there (session.py sees to it)
 """
 
 from __future__ import annotations
 
 import random
-import select
-import socket as sockets
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping
-from math import ceil, inf
+from math import inf
 from pathlib import Path
 from time import monotonic
 from typing import Any
 
-import zmq
-
 from sidestep.dialogue import Dialogue, Phase
+from sidestep.endpoint import Endpoint
 from sidestep.errors import RemoteProtocolError
 from sidestep.notices import Notices
 from sidestep.outbox import DropReason, Outbox
+from sidestep.sender.link import OPTIONS, Bell, Failure, Link, connect, require_curve
 from sidestep.spill import Spill
-from sidestep.wire import MAX_CONTROL_BYTES, Bye, Frame, Hello, Refuse, VersionError, decode, encode
+from sidestep.whereabouts import Whereabouts
+from sidestep.wire import Bye, Frame, Hello, Refuse, VersionError, decode, encode
+
+__all__ = ["OPTIONS", "Sender", "connect", "require_curve"]
 
 LULL_S = 1.0
 """After this long without a record the sender sleeps. A shorter pause does not cost `log()` a wake-up call."""
@@ -58,21 +61,10 @@ SILENT_S = 5.0
 
 STARTING_S = 25.0
 """A daemon that was only just started gets so much longer."""
-
-OPTIONS = {
-    zmq.IMMEDIATE: 1,  # nothing is queued for a peer that is not there
-    zmq.LINGER: 0,  # flushing is ours, with a deadline
-    zmq.SNDHWM: 64,
-    zmq.RCVHWM: 64,
-    zmq.RECONNECT_IVL: 50,  # milliseconds, as all below; libzmq adds up to as much again
-    zmq.RECONNECT_IVL_MAX: 500,
-    zmq.CONNECT_TIMEOUT: 3000,
-    zmq.HANDSHAKE_IVL: 5000,
-    zmq.HEARTBEAT_IVL: 2000,
-    zmq.HEARTBEAT_TIMEOUT: 6000,
-    zmq.MAXMSGSIZE: MAX_CONTROL_BYTES + 1024,
-    zmq.TCP_KEEPALIVE: 1,
-}
+LOOK_AGAIN_S = 1.0
+"""How often it is asked anew where the daemon is, while none answers."""
+HANDSHAKES = 3
+"""So many in a row must fail without a reason before it is told: a daemon that is just ending gives none."""
 
 
 class Sender:
@@ -80,18 +72,23 @@ class Sender:
 
     def __init__(
         self,
-        address: str | None,
+        endpoint: Endpoint | None,
         hello: Hello,
         outbox: Outbox,
         notices: Notices,
         *,
+        whereabouts: Whereabouts | None = None,
         flush_interval_s: float | None = None,
         sample: Callable[[], None] | None = None,
         spill: Spill | None = None,
         on_welcome: Callable[[], None] = lambda: None,
         when_alone: Callable[[], None] | None = None,
     ) -> None:
-        self._address = address
+        self._endpoint = endpoint
+        self._whereabouts = whereabouts  # asked anew while nobody answers
+        self._alone = endpoint is None and (whereabouts is None or whereabouts.is_hopeless)
+        self._look_again_at = 0.0
+        self._failed_handshakes = 0
         self._when_alone = when_alone or _nothing  # called again and again, in this thread, while nobody answers
         self._outbox = outbox
         self._notices = notices
@@ -102,7 +99,7 @@ class Sender:
         self._on_welcome: Callable[[], None] | None = on_welcome
         self._spill_at = self._keep_until = 0.0
         self._values_until = inf
-        self._bell = _Bell()
+        self._bell = Bell()
         self._flushes: deque[_Flush] = deque()
         self._questions: deque[threading.Event] = deque()
         self._over = threading.Event()
@@ -130,7 +127,7 @@ class Sender:
     def flush(self, timeout: float) -> bool:
         """Wait until all that was offered before is acknowledged; False when it was not in time, or can not be."""
         flush = _Flush(self._outbox.end)
-        if self._outbox.acknowledged >= flush.end or self._address is None:
+        if self._outbox.acknowledged >= flush.end or self._alone:
             return self._outbox.acknowledged >= flush.end
         self._flushes.append(flush)
         self.wake()
@@ -138,7 +135,7 @@ class Sender:
 
     def ask(self, timeout: float) -> Mapping[str, Any]:
         """What the daemon says of the run, or what is known of it when it does not answer in time."""
-        if self._address is None:
+        if self._alone:
             return self._dialogue.run
         answered = threading.Event()
         self._dialogue.ask()
@@ -153,7 +150,7 @@ class Sender:
         self._values_until = ends - timeout / 2
         self._dialogue.leave(exit_code)
         self.wake()
-        if self._address is not None:
+        if not self._alone:
             self._over.wait(timeout - (min(KEEP_S, timeout / 4) if self._spill is not None else 0.0))
         confirmed = self._dialogue.phase is Phase.OVER
         self._stop(max(ends - monotonic(), JOIN_S))
@@ -206,14 +203,19 @@ class Sender:
         self._when_alone()
         while not self._ended():
             try:
-                with _Link(self._address, self._bell) as link:
-                    while not self._ended():
+                with Link(self._endpoint, self._bell) as link:
+                    while not self._ended() and not self._is_to_be_replaced(link):
                         self._turn(link)
+                if link.failure and not self._ended():
+                    self._bell.wait(pause)
+                    pause = min(pause * 2, RECOVER_S[1])
+                else:
+                    pause = RECOVER_S[0]
             except Exception as error:  # noqa: BLE001 - the loop's head: whatever it is, records must leave
                 self.failures += 1
                 self._notices.once(
                     ("sender", type(error)),
-                    f"no way to the daemon at {self._address}, tried again: {type(error).__name__}: {error}",
+                    f"no way to {self._daemon}, tried again: {type(error).__name__}: {error}",
                 )
                 self._dialogue.interrupted()
                 self._bell.wait(pause)
@@ -222,10 +224,40 @@ class Sender:
         self._settle()
         self._bell.close()
 
+    def _is_to_be_replaced(self, link: Link) -> bool:
+        """Whether there is no way on with this link: the handshake failed for good, or the daemon is elsewhere."""
+        if self._dialogue.phase is Phase.OPEN:
+            self._failed_handshakes = 0
+            return False
+        if link.failure:
+            self._failed_handshakes += 1
+            if self._whereabouts is not None:
+                self._whereabouts.failed()
+            if self._endpoint and (link.failure.told or self._failed_handshakes >= HANDSHAKES):
+                what = (
+                    f"{self._daemon} {link.failure.words(self._endpoint)}. Records wait here until that is mended"
+                )
+                self._notices.once(("handshake", what), what)
+        elif (trouble := self._dialogue.trouble) is not None and trouble.code == "key":
+            self._dialogue.trouble = None
+            link.failure = Failure.KEY
+        return self._is_elsewhere() or link.failure is not None
+
+    def _is_elsewhere(self) -> bool:
+        """Ask anew where the daemon is, now and then; whether it is not where it was looked for."""
+        if self._whereabouts is None or monotonic() < self._look_again_at:
+            return False
+        self._look_again_at = monotonic() + LOOK_AGAIN_S
+        before, now = self._endpoint, self._whereabouts.look()
+        if now is None or now == before:
+            return False
+        self._endpoint = now
+        return True
+
     def _ended(self) -> bool:
         return self._stopping or self._dialogue.phase is Phase.OVER
 
-    def _turn(self, link: _Link) -> None:
+    def _turn(self, link: Link) -> None:
         self._wait(link)
         now = monotonic()
         if self._sample is not None and now >= self._sample_at:
@@ -259,12 +291,13 @@ class Sender:
         if self._dialogue.phase is not Phase.GREETING:
             self._answered_at = now
         elif now - self._answered_at > SILENT_S:
+            where = "where it is looked for" if self._endpoint is None else f"at {self._endpoint}"
             self._notices.once(
                 "nobody answers",
-                f"no daemon answers at {self._address}: records wait here for it, as many as the outbox holds",
+                f"no daemon answers {where}: records wait here for it, as many as the outbox holds",
             )
 
-    def _wait(self, link: _Link) -> None:
+    def _wait(self, link: Link) -> None:
         """Sleep until there is something to do, and no more often than the training loop can bear."""
         now = monotonic()
         longest = SPILL_LOOK_S if self._spill is not None and self._outbox.in_use > SPILL_TO else LONGEST_SLEEP_S
@@ -280,7 +313,7 @@ class Sender:
         else:
             self._sleep(link, due)
 
-    def _sleep(self, link: _Link, seconds: float) -> None:
+    def _sleep(self, link: Link, seconds: float) -> None:
         self._listen_at = 0.0
         self._outbox.idle = True
         if not self._outbox.queued:  # looked at after the flag is up, so that no record goes unnoticed
@@ -291,7 +324,7 @@ class Sender:
         """Whether somebody waits for the daemon's answer."""
         return bool(self._flushes or self._questions or self._dialogue.leaving)
 
-    def _attentive(self, link: _Link, now: float) -> bool:
+    def _attentive(self, link: Link, now: float) -> bool:
         """Whether to look for answers in this turn: a socket costs more to look at than to send to."""
         return (
             now >= self._listen_at
@@ -308,7 +341,7 @@ class Sender:
             return True
         return self._outbox.pending > 0 or now - since < LULL_S
 
-    def _listen(self, link: _Link) -> None:
+    def _listen(self, link: Link) -> None:
         for _ in range(ANSWERS_AT_ONCE):
             if (parts := link.receive()) is None:
                 return
@@ -319,7 +352,7 @@ class Sender:
             except RemoteProtocolError as error:
                 self._notices.once("daemon speaks otherwise", f"{self._daemon}: {error}")
 
-    def _speak(self, link: _Link) -> None:
+    def _speak(self, link: Link) -> None:
         while (message := self._dialogue.say(monotonic())) is not None:
             if not link.send(encode(message)):
                 link.connected = False
@@ -379,7 +412,7 @@ class Sender:
 
     @property
     def _daemon(self) -> str:
-        return "the daemon" if self._address is None else f"the daemon at {self._address}"
+        return "the daemon" if self._endpoint is None else f"the daemon at {self._endpoint}"
 
     def _settle(self) -> None:
         """Tell those who wait what has come of it."""
@@ -408,106 +441,3 @@ class _Flush:
     def __init__(self, end: int) -> None:
         self.end = end
         self.done = threading.Event()
-
-
-class _Bell:
-    """Wakes the sender from any thread. Socket objects, because a late ring on a closed one is harmless."""
-
-    def __init__(self) -> None:
-        self._ear, self._hand = sockets.socketpair()
-        self._ear.setblocking(False)
-        self._hand.setblocking(False)
-        self._poll = select.poll()
-        self._poll.register(self._ear, select.POLLIN)
-
-    def fileno(self) -> int:
-        """The descriptor that becomes readable."""
-        return self._ear.fileno()
-
-    def ring(self) -> None:
-        """Wake; a bell that rings already is left alone."""
-        try:
-            self._hand.send(b"\0")
-        except OSError:
-            pass
-
-    def wait(self, seconds: float) -> None:
-        """Sleep until it rings."""
-        if self._poll.poll(ceil(seconds * 1000)):
-            self.silence()
-
-    def silence(self) -> None:
-        """Forget that it rang."""
-        try:
-            self._ear.recv(4096)
-        except OSError:
-            pass
-
-    def close(self) -> None:
-        """Give the descriptors back."""
-        self._ear.close()
-        self._hand.close()
-
-
-class _Link:
-    """One socket, its context, and the bell beside it.
-
-    `connected`: a daemon is there, with room for a message to it. `heard`: something has come. As of `look`.
-    """
-
-    def __init__(self, address: str | None, bell: _Bell) -> None:
-        self.connected = self.heard = False
-        self._bell = bell
-        self._context = zmq.Context(io_threads=1)
-        try:
-            self._socket: zmq.Socket[bytes] = self._context.socket(zmq.DEALER)
-            for option, value in OPTIONS.items():
-                self._socket.set(option, value)
-            if address is not None:
-                self._socket.set(zmq.IPV6, int(address.startswith("tcp:")))
-                self._socket.connect(address)
-        except BaseException:
-            self._context.destroy(linger=0)
-            raise
-        self._poller = zmq.Poller()
-        self._poller.register(bell.fileno(), zmq.POLLIN)
-
-    def __enter__(self) -> _Link:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._context.destroy(linger=0)
-
-    def look(self) -> None:
-        """See how things are; once a turn, since it costs microseconds."""
-        events = int(self._socket.get(zmq.EVENTS))
-        self.connected = bool(events & zmq.POLLOUT)
-        self.heard = bool(events & zmq.POLLIN)
-
-    def wait_for_connection(self, seconds: float) -> None:
-        """Sleep until a message could be sent or has come, or the bell rings."""
-        self._wait(zmq.POLLIN | zmq.POLLOUT, seconds)
-
-    def wait_for_answer(self, seconds: float) -> None:
-        """Sleep until a message has come, or the bell rings."""
-        self._wait(zmq.POLLIN, seconds)
-
-    def send(self, parts: list[bytes]) -> bool:
-        """Hand a message to libzmq, if it takes one."""
-        try:
-            self._socket.send_multipart(parts, zmq.NOBLOCK)
-        except zmq.Again:
-            return False
-        return True
-
-    def receive(self) -> list[bytes] | None:
-        """A message that has come, if one has."""
-        try:
-            return self._socket.recv_multipart(zmq.NOBLOCK)
-        except zmq.Again:
-            return None
-
-    def _wait(self, events: int, seconds: float) -> None:
-        self._poller.register(self._socket, events)
-        if any(ready == self._bell.fileno() for ready, _ in self._poller.poll(ceil(seconds * 1000))):
-            self._bell.silence()

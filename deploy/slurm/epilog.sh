@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# For slurm.conf: Epilog=/etc/slurm/sidestep-epilog.sh. Runs as root on each node of a job when it ends there.
+#
+# What a killed daemon left on this node's own disk can be finished on this node alone, and what workers kept when they
+# found no daemon is in this node's temporary directory. Both are taken care of in the name of the job's user, for as
+# long as PATIENCE_S allows; what is not done then is where it was, and `sidestep drain` goes on with it.
+# It never fails: a node is not drained because of logging.
+
+set -uo pipefail
+
+PATIENCE_S=${PATIENCE_S:-240}
+SIDESTEP=${SIDESTEP:-/opt/sidestep/bin/sidestep}
+SERVICE=ipc:///run/sidestep/train/daemon.sock
+
+[[ -x $SIDESTEP && -n ${SLURM_JOB_USER:-} && -n ${SLURM_JOB_ID:-} ]] || exit 0
+
+as_user() {
+    timeout --kill-after=10 "$PATIENCE_S" runuser -u "$SLURM_JOB_USER" -- env -u SLURM_JOB_ID "$@"
+}
+
+for run_dir in "${SLURM_JOB_WORK_DIR:-/nowhere}"/sidestep-runs/*-slurm-"$SLURM_JOB_ID"; do
+    if [[ -d $run_dir ]]; then
+        as_user "$SIDESTEP" drain "$run_dir"
+    fi
+done
+
+# The node's own daemon, where there is one (deploy/systemd).
+if [[ -S ${SERVICE#ipc://} ]]; then
+    as_user "$SIDESTEP" collect --address "$SERVICE"
+fi
+exit 0

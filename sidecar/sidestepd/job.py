@@ -1,0 +1,172 @@
+"""Which of the commands of a job this one is: those that one launcher started together, on one node or on many.
+
+- `sidestep run` may be started once on each node, or once for each rank; who of them has a daemon, and whose
+  daemon makes the run, follows from what the launcher says to each
+- a torchrun inside the command counts too: by its own options it is known that it is one of several
+- all commands of a job find the same name for it, which nobody else uses, and which a later start does not share
+- the environment and the command's words in, values out: nothing is asked, nothing waits
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from sidestep.ranks import identify, is_on_one_node
+
+_TORCHRUN = ("torchrun", "torch.distributed.run", "torch.distributed.launch")
+_LOCAL = ("localhost", "127.0.0.1", "::1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """One of the commands of a job. `nodes` and `tasks`, those of this node, are None where nobody says."""
+
+    job: str
+    """The name of the job, as a directory may be called."""
+    node: str
+    first: bool
+    """Whether the run is made here: this is on node 0, and has its daemon."""
+    hosts: bool = True
+    """Whether this one has the daemon of its node; the others join it."""
+    nodes: int | None = None
+    tasks: int | None = None
+    master: str | None = None
+    """The host of node 0, where the command says it."""
+
+    @property
+    def alone(self) -> bool:
+        """Whether there is no other node."""
+        return self.nodes == 1
+
+
+def place_of(
+    environ: Mapping[str, str],
+    words: Sequence[str],
+    *,
+    node: str,
+    pid: int,
+    parent: int,
+    started: Callable[[int], str],
+    is_here: Callable[[str], bool] = lambda _: False,
+) -> Place | None:
+    """Which command of its job this is, None for one that is by itself. `is_here`: whether a host is this node."""
+    found = identify(environ, pid=pid, parent=parent, node=node, started=started, warn=lambda _: None, modules={})
+    index_alone = environ.get("JOB_COMPLETION_INDEX") and not (environ.get("WORLD_SIZE") or environ.get("RANK"))
+    if found.world > 1 and not index_alone:
+        nodes = _nodes(environ, found.world)
+        return Place(
+            job=_name(f"{found.launch}~{found.attempt}"),
+            node=found.node,
+            first=found.rank == 0,
+            hosts=found.local_rank == 0,
+            nodes=nodes,
+            tasks=_tasks(environ, found.world, nodes),
+        )
+    return _by_torchrun(environ, words, node, is_here) or _by_index(environ, node)
+
+
+def _nodes(environ: Mapping[str, str], world: int) -> int | None:
+    """How many nodes the tasks of a launcher are on."""
+    for name in ("SLURM_STEP_NUM_NODES", "SLURM_NNODES", "FLUX_JOB_NNODES", "GROUP_WORLD_SIZE", "NNODES"):
+        if nodes := _number(environ.get(name)):
+            return nodes
+    if is_on_one_node(environ, world):
+        return 1
+    if per_node := _local_world(environ):
+        return -(-world // per_node)
+    has_places = any(environ.get(name) for name in _LOCAL_RANK)
+    return None if has_places else world  # who numbers no places on a node has one command on each
+
+
+def _tasks(environ: Mapping[str, str], world: int, nodes: int | None) -> int | None:
+    """How many commands of the job are on this node."""
+    node = _number(environ.get("SLURM_NODEID"))
+    per_node = _per_node(environ.get("SLURM_STEP_TASKS_PER_NODE") or environ.get("SLURM_TASKS_PER_NODE") or "")
+    if node is not None and node < len(per_node):
+        return per_node[node]
+    return _local_world(environ) or (world if nodes == 1 else 1 if nodes == world else None)
+
+
+_LOCAL_RANK = (
+    "LOCAL_RANK", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID",
+    "PALS_LOCAL_RANKID", "FLUX_TASK_LOCAL_ID", "JSM_NAMESPACE_LOCAL_RANK", "PMI_LOCAL_RANK",
+)  # fmt: skip
+_LOCAL_WORLD = (
+    "LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS",
+    "PALS_LOCAL_SIZE", "JSM_NAMESPACE_LOCAL_SIZE", "PMI_LOCAL_SIZE",
+)  # fmt: skip
+
+
+def _local_world(environ: Mapping[str, str]) -> int | None:
+    return next((count for name in _LOCAL_WORLD if (count := _number(environ.get(name)))), None)
+
+
+def _per_node(said: str) -> list[int]:
+    """SLURM's `2(x3),1`: so many tasks on each node."""
+    counts: list[int] = []
+    for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", said):
+        counts += [int(count)] * min(int(times or 1), 1_000_000)
+    return counts
+
+
+def _by_torchrun(
+    environ: Mapping[str, str], words: Sequence[str], node: str, is_here: Callable[[str], bool]
+) -> Place | None:
+    """A torchrun on each of several nodes, started by hand or by something that numbers nothing."""
+    if not any(word.rsplit("/", 1)[-1] in _TORCHRUN for word in words):
+        return None
+    said = _Torchrun(environ, words)
+    nodes = [_number(part) or 1 for part in said("nnodes", "1").split(":")]
+    if max(nodes) < 2:
+        return None
+    endpoint = said("rdzv_endpoint") or f"{said('master_addr', '127.0.0.1')}:{said('master_port', '29500')}"
+    master = endpoint.rpartition(":")[0].strip("[]") or endpoint
+    rank = _number(said("node_rank", environ.get("JOB_COMPLETION_INDEX", "")))
+    named = said("rdzv_id", "none")
+    job = endpoint if named == "none" else f"{named}@{endpoint}"
+    return Place(
+        job=_name(f"torchrun {job}"),
+        node=node,
+        first=rank == 0 if rank is not None else is_here(master),
+        nodes=nodes[0] if len(nodes) == 1 else None,
+        tasks=1,
+        master=None if master in _LOCAL else master,
+    )
+
+
+class _Torchrun:
+    """Options of torchrun: what its words say, else the environment."""
+
+    def __init__(self, environ: Mapping[str, str], words: Sequence[str]) -> None:
+        self._environ = environ
+        self._said: dict[str, str] = {}
+        for word, after in zip(words, [*words[1:], ""], strict=True):
+            name, equals, value = word.partition("=")
+            if name.startswith("--"):
+                self._said.setdefault(name[2:].replace("-", "_"), value if equals else after)
+
+    def __call__(self, name: str, default: str = "") -> str:
+        return self._said.get(name) or self._environ.get(f"PET_{name.upper()}") or default
+
+
+def _by_index(environ: Mapping[str, str], node: str) -> Place | None:
+    """A pod of an indexed job, which says nothing of how many there are."""
+    index = _number(environ.get("JOB_COMPLETION_INDEX"))
+    if index is None:
+        return None
+    pods = node.partition(".")[0].removesuffix(f"-{index}")
+    nodes = _number(environ.get("NNODES"))
+    return Place(job=_name(f"pods {pods}"), node=node, first=index == 0, nodes=nodes, tasks=1)
+
+
+def _name(said: str) -> str:
+    stem = re.sub(r"[^A-Za-z0-9]+", "-", said).strip("-")[:32].strip("-")
+    return f"{stem}-{hashlib.sha256(said.encode(errors='surrogateescape')).hexdigest()[:12]}"
+
+
+def _number(raw: str | None) -> int | None:
+    raw = (raw or "").strip()
+    return int(raw) if raw.isdecimal() and len(raw) < 10 else None

@@ -1,0 +1,325 @@
+"""Many sessions from few processes: what so many ranks mean to one daemon over tcp with keys, or to its relays.
+
+    python -m tests.benchmarks.sessions [--sessions 1024] [--rate 10] [--scalars 10] [--seconds 30] [--processes 4]
+                                        [--plain] [--only-intake] [--relays N]
+    python -m tests.benchmarks.sessions --address tcp://... --address tcp://... --key-file client.key
+
+- each session is a DEALER socket of its own, and speaks the wire with the client's own outbox and dialogue:
+  credit, acknowledgements, heartbeats, resending and BYE are those of a worker
+- without an address a daemon is started here, with keys; with `--relays N` that many relays in front of it, each
+  of which serves its share of the sessions
+- told: whether all was acknowledged and is in the run, the time from `log()` to the acknowledgement, and what each
+  process of the daemon used of CPU and memory while the load lasted
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import random
+import tempfile
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+import psutil
+import zmq
+
+from sidestep.dialogue import Dialogue, Phase
+from sidestep.endpoint import Endpoint, KeyFile, endpoints
+from sidestep.outbox import Outbox
+from sidestep.sender import OPTIONS, connect
+from sidestep.wire import Hello, Kind, decode, encode
+from sidestep.wire.plain import dump
+from sidestepd import status
+from sidestepd.addresses import BOUND
+from sidestepd.keygen import make_keys
+from sidestepd.processes import read_json
+from tests.benchmarks.measuring import busy_elsewhere, machine
+from tests.support.daemons import ServedRun, freeze
+
+FLUSH_S = 0.05
+"""What is said within this goes out together, as the daemon asks of its workers."""
+START_S, END_S = 60.0, 120.0
+LISTEN = "tcp://127.0.0.1:0"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Load:
+    """What is said, and by how many."""
+
+    sessions: int
+    rate: float
+    scalars: int
+    seconds: float
+    processes: int
+
+    @property
+    def records(self) -> int:
+        """Of all sessions."""
+        return self.sessions * round(self.rate * self.seconds)
+
+
+class Speaker:
+    """One session: offers records at its rate, and remembers when each was offered until it is acknowledged."""
+
+    def __init__(self, context: zmq.Context[Any], endpoint: Endpoint, rank: int, load: Load) -> None:
+        self.id, self.rank, self._load = os.urandom(16), rank, load
+        self.outbox = Outbox(self.id)
+        hello = Hello(session=self.id, rank=rank, world=load.sessions, launch="load", node=f"n{rank // 8}", pid=1)
+        self.dialogue = Dialogue(self.outbox, hello, jitter=random.random, flush_interval_s=FLUSH_S)
+        self.socket = context.socket(zmq.DEALER)
+        for option, value in OPTIONS.items():
+            self.socket.set(option, value)
+        connect(self.socket, endpoint)
+        self.step = 0
+        self._offered: deque[tuple[int, float]] = deque()
+        self.waits: list[float] = []
+
+    def offer(self, now: float) -> None:
+        """One more record."""
+        values = {f"train/metric_{at}": self.step + at + 0.25 for at in range(self._load.scalars)}
+        assert self.outbox.offer(dump([int(Kind.LOG), time.time(), self.step, values]))
+        self.step += 1
+        self._offered.append((self.outbox.end, now))
+
+    def turn(self) -> None:
+        """Hear and say what there is to."""
+        while self.socket.get(zmq.EVENTS) & zmq.POLLIN:
+            self.dialogue.hear(decode(self.socket.recv_multipart(zmq.NOBLOCK)), time.monotonic())
+        now = time.monotonic()
+        while self._offered and self._offered[0][0] <= self.outbox.acknowledged:
+            self.waits.append(now - self._offered.popleft()[1])
+        if not self.socket.get(zmq.EVENTS) & zmq.POLLOUT:
+            self.dialogue.interrupted()
+            return
+        while (message := self.dialogue.say(now)) is not None:
+            self.socket.send_multipart(encode(message), zmq.NOBLOCK)
+
+
+def speak(endpoint: Endpoint, ranks: Sequence[int], load: Load, ready: Any, go: Any, results: Any) -> None:
+    """The sessions of one process, from HELLO to BYE."""
+    with zmq.Context(io_threads=1) as context:
+        context.set(zmq.MAX_SOCKETS, len(ranks) + 8)
+        speakers = [Speaker(context, endpoint, rank, load) for rank in ranks]
+        _until(speakers, lambda one: one.dialogue.phase is Phase.OPEN, START_S)
+        ready.release()
+        go.wait()
+        began, total = time.monotonic(), round(load.rate * load.seconds)
+        offsets = [random.random() / load.rate for _ in speakers]
+        behind = 0.0
+        while any(one.step < total for one in speakers):
+            now = time.monotonic()
+            for one, offset in zip(speakers, offsets, strict=True):
+                while one.step < total and now >= (due := began + offset + one.step / load.rate):
+                    behind = max(behind, now - due)
+                    one.offer(due)
+            for one in speakers:
+                one.turn()
+            time.sleep(max(0.0, now + FLUSH_S / 2 - time.monotonic()))
+        ended = time.monotonic()
+        for one in speakers:
+            one.dialogue.leave(0)
+        _until(speakers, lambda one: one.dialogue.phase is Phase.OVER, END_S)
+        results.put(
+            {
+                "waits": sorted(wait for one in speakers for wait in one.waits),
+                "pending": sum(one.outbox.pending for one in speakers),
+                "dropped": sum(sum(one.outbox.dropped.values()) for one in speakers),
+                "reconnects": sum(one.dialogue.reconnects for one in speakers),
+                "seconds": ended - began,
+                "behind": behind,
+                "cpu": time.process_time(),
+            }
+        )
+        for one in speakers:
+            one.socket.close(linger=0)
+
+
+def _until(speakers: Sequence[Speaker], done: Any, within_s: float) -> None:
+    deadline = time.monotonic() + within_s
+    while not all(map(done, speakers)) and time.monotonic() < deadline:
+        for one in speakers:
+            one.turn()
+        time.sleep(FLUSH_S / 2)
+
+
+def run_load(places: Sequence[Endpoint], load: Load, watched: Sequence[psutil.Process]) -> dict[str, Any]:
+    """Have the load said, divided evenly among the endpoints, and see what the watched processes use meanwhile."""
+    ctx = multiprocessing.get_context("spawn")
+    ready, go, results = ctx.Semaphore(0), ctx.Event(), ctx.Queue()
+    count = max(load.processes, len(places))
+    share = ceil(load.sessions / count)
+    workers = [
+        ctx.Process(
+            target=speak,
+            args=(
+                places[n % len(places)],
+                range(n * share, min((n + 1) * share, load.sessions)),
+                load,
+                ready,
+                go,
+                results,
+            ),
+        )
+        for n in range(count)
+    ]
+    for worker in workers:
+        worker.start()
+    for _ in workers:
+        assert ready.acquire(timeout=START_S + 30), "the sessions were not welcomed"
+    before = {process.pid: _used(process) for process in watched}
+    busy = busy_elsewhere()
+    go.set()
+    said = [results.get(timeout=load.seconds + END_S + 60) for _ in workers]
+    used = {process.name: _used(it) - before[it.pid] for it in watched for process in [_Named(it)]}
+    for worker in workers:
+        worker.join()
+    waits = sorted(wait for one in said for wait in one["waits"])
+    return {
+        "records": load.records,
+        "acknowledged": len(waits),
+        "pending": sum(one["pending"] for one in said),
+        "dropped": sum(one["dropped"] for one in said),
+        "reconnects": sum(one["reconnects"] for one in said),
+        "seconds": max(one["seconds"] for one in said),
+        "generator_behind_s": max(one["behind"] for one in said),
+        "generator_cpu_s": sum(one["cpu"] for one in said),
+        "ack_ms": {str(q): 1000 * waits[min(int(len(waits) * q), len(waits) - 1)] for q in (0.5, 0.9, 0.99, 1.0)},
+        "cpu_s": used,
+        "rss_mb": {_Named(it).name: it.memory_info().rss / 1e6 for it in watched},
+        "busy_elsewhere": busy,
+    }
+
+
+class _Named:
+    """What a process of the daemon is called here."""
+
+    def __init__(self, process: psutil.Process) -> None:
+        words = [word for word in process.cmdline() if word.startswith("sidestepd.")]
+        self.name = f"{words[0] if words else process.name()} {process.pid}"
+
+
+def _used(process: psutil.Process) -> float:
+    times = process.cpu_times()
+    return float(times.user + times.system)
+
+
+class Head:
+    """A daemon with keys, of which this process makes the clients."""
+
+    def __init__(self, base: Path, *, plain: bool, sink: str, lone: bool, **options: Any) -> None:
+        base.mkdir()
+        self._keys = base / "keys"
+        make_keys(self._keys)
+        keys = {"listen__key_file": str(self._keys / "server.key"), "listen__clients": str(self._keys / "clients")}
+        self.run = ServedRun(
+            base, sink=sink, listen__tcp=LISTEN, order__patience_s=5.0, delivery__stall_s=3600.0,
+            **({} if plain else keys), **options,
+        )  # fmt: skip
+        self._plain, self._lone = plain, lone
+
+    def start(self) -> None:
+        """Have it serve; without its delivery if intake is to be measured alone."""
+        self.run.start()
+        self.address = str(read_json(self.run.run_dir / BOUND)[LISTEN])
+        if self._lone:
+            freeze(self.run.delivery())
+
+    @property
+    def key_file(self) -> Path:
+        """What a client needs."""
+        return self._keys / "client.key"
+
+    @property
+    def endpoint(self) -> Endpoint:
+        """Where a client finds it."""
+        return endpoints(self.address, None if self._plain else KeyFile.read(self.key_file))[0]
+
+    def processes(self) -> list[psutil.Process]:
+        """Intake and what it has started."""
+        assert self.run.process is not None
+        intake = psutil.Process(self.run.process.pid)
+        return [intake, *intake.children(recursive=True)]
+
+
+@contextmanager
+def daemons(base: Path, options: argparse.Namespace) -> Iterator[tuple[Head, list[Head]]]:
+    """The head, and what its workers speak to: its relays, if there shall be any."""
+    with ExitStack() as stack:
+        head = Head(base / "head", plain=options.plain, sink="jsonl", lone=options.only_intake)
+        stack.enter_context(head.run)
+        head.start()
+        doors = []
+        for number in range(options.relays):
+            upstream = {"upstream__address": head.address}
+            if not options.plain:
+                upstream["upstream__key_file"] = str(head.key_file)
+            relay = Head(base / f"relay{number}", plain=options.plain, sink="upstream", lone=False, **upstream)
+            stack.enter_context(relay.run)
+            relay.start()
+            doors.append(relay)
+        yield head, doors
+
+
+def in_the_run(run: ServedRun, load: Load) -> dict[str, Any]:
+    """What became of it behind the acknowledgement."""
+    code = run.finish()
+    ledger = status.report(run.run_dir).ledger
+    return {"exit_code": code, "delivered": ledger.delivered, "balances": ledger.balances, "rows": len(run.rows())}
+
+
+def main() -> None:
+    """Measure, and print it."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--sessions", type=int, default=1024)
+    parser.add_argument("--rate", type=float, default=10.0, help="records a second of each session")
+    parser.add_argument("--scalars", type=int, default=10)
+    parser.add_argument("--seconds", type=float, default=30.0)
+    parser.add_argument("--processes", type=int, default=4)
+    parser.add_argument("--relays", type=int, default=0)
+    parser.add_argument("--plain", action="store_true", help="without keys, to see what those cost")
+    parser.add_argument("--only-intake", action="store_true", help="with delivery stopped where it is")
+    parser.add_argument("--address", action="append", default=[], help="of daemons that are there already")
+    parser.add_argument("--key-file", type=Path)
+    parser.add_argument("--json", type=Path, help="where the figures go too")
+    options = parser.parse_args()
+    load = Load(
+        sessions=options.sessions,
+        rate=options.rate,
+        scalars=options.scalars,
+        seconds=options.seconds,
+        processes=options.processes,
+    )
+    figures: dict[str, Any] = {"machine": machine(), "load": vars(options) | {"json": None}}
+    if options.address:
+        keys = KeyFile.read(options.key_file) if options.key_file else None
+        figures |= run_load([endpoints(address, keys)[0] for address in options.address], load, [])
+    else:
+        with (
+            tempfile.TemporaryDirectory(prefix="sidestep-sessions-") as base,
+            daemons(Path(base), options) as made,
+        ):
+            head, doors = made
+            watched = [process for one in (head, *doors) for process in one.processes()]
+            figures["head"] = [_Named(process).name for process in head.processes()]
+            figures |= run_load([one.endpoint for one in doors or [head]], load, watched)
+            for door in doors:
+                figures.setdefault("relays", []).append(door.run.finish())
+            if not options.only_intake:
+                figures |= in_the_run(head.run, load)
+    text = json.dumps(figures, indent=2, default=str)
+    print(text)
+    if options.json:
+        options.json.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+"""Ranks log through relays while relays, the daemon above and the links between them are killed and cut."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import psutil
+import pytest
+
+from sidestepd import status
+from tests.support.chaos import steps_of_ranks, steps_taken
+from tests.support.daemons import DEADLINE_S, killed
+from tests.support.proxy import PASS, REFUSE, STALL
+from tests.support.relays import Topology, command
+from tests.support.waiting import eventually
+
+pytestmark = [pytest.mark.chaos, pytest.mark.nightly]
+
+CUT_S = 15.0
+
+
+def assert_whole(nodes: Topology, taken: Mapping[int, int], *, late: int = 0) -> None:
+    """Every step of every rank once, no row late, and both ends of the ledger agree."""
+    rows = nodes.head.rows()
+    assert {rank: list(range(steps)) for rank, steps in taken.items()} == steps_of_ranks(rows), nodes.log()
+    steps = [row.step for row in rows]
+    assert sorted(set(steps)) == steps
+    head, *relays = nodes.ledgers()
+    assert all(ledger.balances for ledger in (head, *relays)), (head, relays)
+    assert head.offered == head.delivered == sum(ledger.delivered for ledger in relays)
+    assert (0, 0) == (head.pending, sum(ledger.pending for ledger in relays))
+    assert ([], []) == (
+        [n for n in head.dropped.values() if n],
+        [n for it in relays for n in it.dropped.values() if n],
+    )
+    assert late == status.report(nodes.head.run_dir).late_rows
+
+
+class TestKillNine:
+    def test_of_everybody_in_turn(self, tmp_path: Path):
+        enough = tmp_path / "enough"
+        with Topology(tmp_path, order__patience_s=3.0) as nodes:
+            with nodes.kept_alive():
+                nodes.train(command(steps=10, until=enough))
+                for _ in range(2):
+                    nodes.wait_for_rows()
+                    nodes.kill_forwarder(0)
+                    nodes.wait_for_rows()
+                    killed(psutil.Process(nodes.relays[1].process.pid))
+                    nodes.wait_for_rows()
+                    killed(nodes.head.delivery())
+                    nodes.wait_for_rows()
+                    killed(psutil.Process(nodes.head.process.pid))
+                nodes.wait_for_rows()
+                enough.touch()
+                assert [0] * 4 == nodes.wait(), nodes.log()
+            nodes.finish()
+
+            assert (3, 3) == (nodes.relays[1].starts, nodes.head.starts)
+            assert_whole(nodes, steps_taken(enough))
+
+    def test_of_a_relay_whose_daemon_above_is_away(self, tmp_path: Path):
+        enough = tmp_path / "enough"
+        with Topology(tmp_path, order__patience_s=3.0) as nodes:
+            with nodes.kept_alive():
+                nodes.train(command(steps=10, until=enough))
+                nodes.wait_for_rows()
+                nodes.proxies[0].set(REFUSE)
+                eventually(lambda: nodes.relays[0].ledger().pending > 200, DEADLINE_S, nodes.log)
+                killed(psutil.Process(nodes.relays[0].process.pid))
+                enough.touch()
+                assert [0] * 4 == nodes.wait(), nodes.log()
+                nodes.proxies[0].set(PASS)
+            nodes.finish()
+
+            assert (2, True) == (nodes.relays[0].starts, nodes.proxies[0].refused > 0)
+            assert_whole(nodes, steps_taken(enough))
+
+
+class TestPlaces:
+    @pytest.mark.parametrize("place", ["upstream.settle", "upstream.settled", "intake.commit", "intake.committed"])
+    def test_at_which_a_relay_may_die(self, tmp_path: Path, place: str):
+        with Topology(tmp_path, order__patience_s=3.0) as nodes:
+            relay = nodes.relays[0]
+            relay.stop()
+            with relay.kept_alive(crash_at=f"{place}:{9 if place.startswith('intake') else 2}") as codes:
+                nodes.train(command(steps=150))
+                assert [0] * 4 == nodes.wait(), nodes.log()
+                eventually(lambda: relay.ledger().pending == 0, DEADLINE_S, nodes.log)
+            killed(psutil.Process(relay.process.pid))
+            relay.start()
+            nodes.finish()
+
+            restarts = relay.log().count("delivery ended with -9") + len(codes)
+            assert restarts > 0
+            late = status.report(nodes.head.run_dir).late_rows
+            if place.startswith("upstream"):
+                assert late == 0
+            assert_whole(nodes, dict.fromkeys(range(4), 150), late=late)  # who dies at its start comes late
+
+
+class TestACutLink:
+    @pytest.mark.parametrize("how", [STALL, REFUSE])
+    def test_makes_rows_wait_and_none_late(self, tmp_path: Path, how: str):
+        enough = tmp_path / "enough"
+        with Topology(tmp_path, order__patience_s=3.0) as nodes:
+            nodes.train(command(steps=10, until=enough))
+            nodes.wait_for_rows()
+            nodes.proxies[1].set(how)
+            cut = time.monotonic()
+            eventually(lambda: nodes.head.status()["relays"][1]["state"] == "away", DEADLINE_S, nodes.log)
+            time.sleep(max(0.0, cut + CUT_S - time.monotonic()))  # a cut has a length
+            backlog = nodes.relays[1].ledger().pending
+            nodes.proxies[1].set(PASS)
+            healed = time.monotonic()
+            eventually(lambda: nodes.relays[1].ledger().pending < 100, DEADLINE_S, nodes.log)
+            print(f"{how}: {backlog} records waited, there after {time.monotonic() - healed:.1f} s")
+            enough.touch()
+            assert [0] * 4 == nodes.wait(), nodes.log()
+            nodes.finish()
+
+            assert backlog > 200
+            assert nodes.proxies[1].refused > 0 if how is REFUSE else nodes.proxies[1].held_bytes > 0
+            assert_whole(nodes, steps_taken(enough))
+
+
+class TestARelayOfARelay:
+    def test_is_a_relay(self, tmp_path: Path):
+        with Topology(tmp_path, order__patience_s=3.0, nodes=1) as nodes:
+            upper = nodes.relays[0]
+            with Topology(tmp_path / "lower", nodes=1, relay={"upstream__address": upper.address}) as below:
+                below.train(command(steps=100), ranks_per_node=2)
+                assert [0, 0] == below.wait(), below.log()
+                assert 0 == below.relays[0].finish()
+                assert 0 == upper.finish()
+                assert 0 == nodes.head.finish()
+
+        assert {rank: list(range(100)) for rank in range(2)} == steps_of_ranks(nodes.head.rows())
+        assert nodes.head.ledger().balances
+        assert ["bye", "bye"] == [
+            it.state for it in status.report(nodes.head.run_dir).sessions if it.role == "relay"
+        ]

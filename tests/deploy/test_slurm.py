@@ -1,0 +1,204 @@
+"""The scripts of deploy/slurm under a real SLURM: controller and node in one Debian that systemd booted.
+
+The training saves a checkpoint when it is sent SIGTERM, as trainings do, and goes on from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from sidestepd import status
+from tests.support.machines import Machine
+from tests.support.waiting import eventually
+from tests.support.workshop import DEPLOY, Workshop, do, lines, need, steps_in, unpack
+
+pytestmark = [pytest.mark.deploy, pytest.mark.timeout(900)]
+
+WAIT_S = 180.0
+CONF = """
+ClusterName=tested
+SlurmctldHost=node1(127.0.0.1)
+SlurmUser=slurm
+AuthType=auth/munge
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+MpiDefault=none
+ReturnToService=2
+SlurmctldPidFile=/run/slurmctld.pid
+SlurmdPidFile=/run/slurmd.pid
+StateSaveLocation=/var/lib/slurm/slurmctld
+SlurmdSpoolDir=/var/lib/slurm/slurmd
+SchedulerParameters=batch_sched_delay=0,requeue_setup_env_fail
+JobRequeue=1
+KillWait=60
+MinJobAge=3600
+Epilog=/etc/slurm/sidestep-epilog.sh
+TaskProlog=/etc/slurm/sidestep-task-prolog.sh
+NodeName=node1 NodeAddr=127.0.0.1 CPUs=4 State=UNKNOWN
+PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+"""
+TRAIN = """
+import signal, sys, time
+from pathlib import Path
+import sidestep
+folder, stops = Path(sys.argv[1]), []
+signal.signal(signal.SIGTERM, lambda *_: stops.append(1))
+saved = folder / "checkpoint"
+step = int(saved.read_text()) if saved.exists() else 0
+run = sidestep.init(project="queued")
+print("from", step, flush=True)
+while step < 30 or not (folder / "until").exists():
+    if stops:
+        saved.write_text(str(step))
+        run.finish(timeout=60)
+        sys.exit(85)
+    run.log({"loss": 1 / (step + 1)}, step=step)
+    step += 1
+    time.sleep(0.01)
+run.finish(timeout=60)
+(folder / "steps").write_text(str(step))
+"""
+
+
+@pytest.fixture(scope="module")
+def cluster(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
+    """One node that is its own controller, and alice."""
+    need("systemd-nspawn", "nsenter", "ip", root=True)
+    tree = unpack(workshop.slurm, tmp_path_factory.mktemp("cluster") / "tree")
+    (tree / "root/install").write_text(
+        lines(
+            [
+                "set -e",
+                "python3 -m venv /opt/sidestep",
+                "/opt/sidestep/bin/pip -q install --no-index --find-links /wheels 'sidestep[daemon]'",
+                "ln -s /opt/sidestep/bin/sidestep /usr/local/bin/",
+                "useradd --create-home --shell /bin/bash alice",
+                "cp /deploy/slurm/epilog.sh /etc/slurm/sidestep-epilog.sh",
+                "cp /deploy/slurm/task_prolog.sh /etc/slurm/sidestep-task-prolog.sh",
+                "cp /deploy/slurm/*.sh /home/alice/",
+                "install -d -o slurm -g slurm /var/lib/slurm/slurmctld /var/lib/slurm/slurmd",
+                "chown -R alice: /home/alice",
+            ]
+        )
+    )
+    (tree / "etc/slurm").mkdir(exist_ok=True)
+    (tree / "etc/slurm/slurm.conf").write_text(CONF)
+    (tree / "etc/hostname").write_text("node1\n")
+    (tree / "etc/hosts").write_text("127.0.0.1 localhost node1\n")
+    do("systemd-nspawn", "-q", f"--directory={tree}", f"--bind-ro={workshop.wheels}:/wheels",
+       f"--bind-ro={DEPLOY}:/deploy", "--register=no", "--keep-unit", "--", "sh", "/root/install")  # fmt: skip
+    (tree / "home/alice/train.py").write_text(TRAIN)
+    with Machine(tree, "node1") as machine:
+        machine.call_it("192.0.2.1")
+        machine.do("systemctl", "start", "munge", "slurmctld", "slurmd")
+        eventually(
+            lambda: "idle" in machine.ask("sinfo", "-h", "-o", "%t"),
+            WAIT_S,
+            lambda: machine.ask("journalctl", "-u", "slurmd", "-u", "slurmctld", "-n", "40"),
+        )
+        yield machine
+
+
+class Job:
+    """A job of alice's, in a directory of its own."""
+
+    def __init__(self, machine: Machine, name: str, script: str = "single.sh", *options: str) -> None:
+        self.machine = machine
+        self.folder = machine.tree / "home/alice" / name
+        here = f"/home/alice/{name}"
+        machine.do("mkdir", here, user="alice")
+        told = machine.do(
+            "env", f"--chdir={here}", "SIDESTEP_ORDER_PATIENCE_S=1", "SIDESTEP_DELIVERY_CONFIRM_INTERVAL_S=0.2",
+            "sbatch", "--parsable", "--output=out", *options, f"/home/alice/{script}",
+            "/opt/sidestep/bin/python", "/home/alice/train.py", here, user="alice",
+        )  # fmt: skip
+        self.id = told.strip()
+
+    def said(self) -> str:
+        return (self.folder / "out").read_text() if (self.folder / "out").exists() else ""
+
+    def show(self, what: str) -> str:
+        words = self.machine.ask("scontrol", "show", "job", self.id).split()
+        return next((word.partition("=")[2] for word in words if word.startswith(f"{what}=")), "")
+
+    def rows(self) -> int:
+        return sum(status.report(path.parent).rows for path in self.folder.glob("sidestep-runs/*/delivery.db"))
+
+    def reaches(self, rows: int) -> None:
+        eventually(lambda: self.rows() >= rows, WAIT_S, lambda: self.said() + self.machine.ask("squeue"))
+
+    def ends(self, state: str = "COMPLETED") -> None:
+        eventually(lambda: self.show("JobState") == state, WAIT_S,
+                   lambda: f"{self.show('JobState')}\n{self.said()}")  # fmt: skip
+
+    def run_dirs(self) -> list[Path]:
+        return sorted(path.parent for path in self.folder.glob("sidestep-runs/*/run.json"))
+
+    def is_whole(self) -> None:
+        """Each step is in one of the run's directories, once, and all of them are balanced."""
+        steps = int((self.folder / "steps").read_text())
+        reports = [status.report(path) for path in self.run_dirs()]
+        assert list(range(steps)) == [step for path in self.run_dirs() for step in steps_in(path)]
+        assert {f"slurm-{self.id}"} == {report.run.id for report in reports}
+        assert all(one.ledger.balances and not one.ledger.pending and one.state == "finished" for one in reports)
+
+
+class TestOneNode:
+    def test_a_job_is_a_run(self, cluster):
+        job = Job(cluster, "plain")
+        job.reaches(30)
+        (job.folder / "until").touch()
+        job.ends()
+
+        job.is_whole()
+        assert 1 == len(job.run_dirs())
+
+    def test_a_job_that_is_requeued_goes_on_in_the_same_run(self, cluster):
+        job = Job(cluster, "requeued")
+        job.reaches(50)
+        before = job.rows()
+
+        cluster.do("scontrol", "requeue", job.id, user="alice")
+
+        eventually(lambda: job.show("Restarts") == "1", WAIT_S, job.said)
+        cluster.ask("scontrol", "update", f"jobid={job.id}", "starttime=now")
+        eventually(lambda: "from" in job.said() and job.said().count("from") == 2, 2 * WAIT_S, job.said)
+        job.reaches(before + 50)
+        (job.folder / "until").touch()
+        job.ends()
+        job.is_whole()
+        assert 2 == len(job.run_dirs())
+
+    def test_a_job_whose_training_asks_for_it_is_queued_again(self, cluster):
+        """As at the end of its time: SLURM tells the script, the script tells the training."""
+        job = Job(cluster, "over")
+        job.reaches(50)
+        before = job.rows()
+
+        cluster.do("scancel", "--batch", "--signal=USR1", job.id, user="alice")
+
+        eventually(lambda: job.show("Restarts") == "1", WAIT_S, job.said)
+        cluster.ask("scontrol", "update", f"jobid={job.id}", "starttime=now")
+        job.reaches(before + 50)
+        (job.folder / "until").touch()
+        job.ends()
+        job.is_whole()
+
+    def test_a_job_that_is_cancelled_stays_so_and_its_run_is_finished(self, cluster):
+        job = Job(cluster, "cancelled")
+        job.reaches(50)
+
+        cluster.do("scancel", job.id, user="alice")
+
+        job.ends("CANCELLED")
+        eventually(lambda: cluster.ask("squeue", "-h") == "", WAIT_S, lambda: cluster.ask("squeue"))
+        (run_dir,) = job.run_dirs()
+        report = status.report(run_dir)
+        steps = steps_in(run_dir)
+        assert list(range(len(steps))) == steps
+        assert ("finished", True, 0) == (report.state, report.ledger.balances, report.ledger.pending)
+        assert "0" == job.show("Restarts")
