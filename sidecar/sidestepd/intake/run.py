@@ -585,7 +585,6 @@ class Intake:
             "sessions": len(self.roster.workers),
             "live": len(self.roster.live),
             "relays": self.relays.report(),
-            "exit_code": self.roster.exit_code,
             "duplicates": self.roster.duplicates,
             "gaps": self.roster.gaps,
             "salvaged": self.spool.salvaged,
