@@ -5,7 +5,8 @@
 - a row of another axis waits to be merged into the next main row; when no main row comes in time, or their
   names clash, it takes `last + 1` for itself; so it does when a newer one of its axis comes, as that would merge
 - in a merged row it can be told from a name alone which axis it belongs to
-- the value of the axis is data in every row, and every name is defined once, exactly, with its axis
+- the value of the axis is data in every row, and every name is defined once, exactly, with its axis. Where a
+  user's own metric has the axis's name, its value is there, and that of the axis under `sidestep/` and that name
 - a late row is a row of its own; a share of a value that was already written goes under `<name>.late`
 - attempts do not meet in a row; a step that an earlier attempt has in a row is said again, and says so
 - no I/O and no clock here: callers pass `now`
@@ -21,13 +22,11 @@ from typing import Any
 from sidestepd.packed import has_media
 from sidestepd.quota import leaves
 from sidestepd.reduce import is_number, reduce_parts
-from sidestepd.rows import MAIN_AXIS, Aggregate, Bundle, Definition, Latest, Position, Row
+from sidestepd.rows import MAIN_AXIS, OWN_PREFIX, Aggregate, Bundle, Definition, Latest, Position, Row
 from sidestepd.rules import Rules
 
 NOWHERE = (-1, -1)
 """The attempt and step of an axis that is in no row."""
-OWN_PREFIX = "sidestep/"
-"""Names that sidestep itself adds to rows."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -130,7 +129,7 @@ class Assembler:
             attempt=bundle.attempt,
             step=bundle.step,
             time=first.time,
-            values={bundle.axis: bundle.step, **reduced.values},
+            values=_with_axis(bundle, reduced.values),
             positions=tuple(part.position for part in bundle.parts if not part.settled),
             ranks=len({part.rank for part in bundle.parts}),
             since=now,
@@ -176,7 +175,8 @@ class Assembler:
         axes = [draft.axis for draft in drafts]
         names = [(name, draft.axis) for draft in drafts for name in draft.values]
         return len(names) == len(dict(names)) and all(
-            axis == _axis_of(name, axes) or name in self.rules.step_metrics for name, axis in names
+            axis == _axis_of(name, axes) or name in self.rules.step_metrics or name.startswith(OWN_PREFIX)
+            for name, axis in names
         )
 
     def _alone(self, *axes: str) -> list[Row]:
@@ -185,7 +185,7 @@ class Assembler:
         return [self._row(draft, (), step=self.last + 1, values=draft.values) for draft in drafts]
 
     def _late(self, draft: _Draft) -> Row:
-        written = self._names_at(draft) - {draft.axis, *self.rules.step_metrics}
+        written = self._names_at(draft) - {draft.axis, OWN_PREFIX + draft.axis, *self.rules.step_metrics}
         self.late_rows += 1
         self.late_values += len(written & draft.values.keys())
         values = {f"{name}.late" if name in written else name: value for name, value in draft.values.items()}
@@ -373,6 +373,15 @@ class Assembler:
             self._furthest[axis] = max((attempt, step), self._furthest.get(axis, NOWHERE))
         self._aggregates = {name: Aggregate(*values) for name, values in marks["aggregates"].items()}
         self._forgotten = dict(self.released)
+
+
+def _with_axis(bundle: Bundle, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values with that of the axis. A user's own metric of that name takes its place, and it another one."""
+    values = {bundle.axis: bundle.step, **values}
+    shown = values[bundle.axis]
+    if type(shown) is not int or shown != bundle.step:
+        values[OWN_PREFIX + bundle.axis] = bundle.step
+    return values
 
 
 def _axis_of(name: str, axes: Collection[str]) -> str:

@@ -17,11 +17,11 @@ in which they were heard.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from sidestepd.rows import MAIN_AXIS, Part, Row
+from sidestepd.rows import MAIN_AXIS, OWN_PREFIX, Part, Row
 
 _RANKS, _ATTEMPT = "sidestep/ranks_reported", "sidestep/attempt"
 
@@ -59,9 +59,7 @@ class Recovery:
         self.last = max(self.last, step)
         said = values.get(_ATTEMPT, 0)
         attempt = said if type(said) is int else 0
-        for axis, at in values.items():
-            if not (axis == MAIN_AXIS or axis.endswith("/step")) or type(at) is not int:
-                continue
+        for axis, at in _axes(values):
             self.released[axis, attempt] = max(at, self.released.get((axis, attempt), at))
             place = self._places.setdefault((axis, attempt, at), _Place())
             place.names |= values.keys()
@@ -106,6 +104,21 @@ class Recovery:
             "last": max(marks["last"], self.last, last),
             "released": [[axis, attempt, step] for (axis, attempt), step in released.items()],
         }
+
+
+def _axes(values: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
+    """The axes of a row, each with its step, which is elsewhere if a metric has its name."""
+    for axis, shown in values.items():
+        behind = axis.removeprefix(OWN_PREFIX)
+        if not _is_axis(axis) or (behind != axis and behind in values and _is_axis(behind)):
+            continue
+        at = values.get(OWN_PREFIX + axis, shown)
+        if type(at) is int:
+            yield axis, at
+
+
+def _is_axis(name: str) -> bool:
+    return name == MAIN_AXIS or name.endswith("/step")
 
 
 def _is_in(name: str, names: set[str]) -> bool:

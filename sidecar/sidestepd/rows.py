@@ -14,6 +14,8 @@ import msgpack
 
 MAIN_AXIS = "global_step"
 """The axis of everything that is logged outside a stage."""
+OWN_PREFIX = "sidestep/"
+"""Names that sidestep itself adds to rows."""
 
 
 class Position(NamedTuple):

@@ -34,6 +34,7 @@ StateSaveLocation=/var/lib/slurm/slurmctld
 SlurmdSpoolDir=/var/lib/slurm/slurmd
 SchedulerParameters=batch_sched_delay=0,requeue_setup_env_fail
 JobRequeue=1
+SlurmdParameters=config_overrides
 KillWait=60
 MinJobAge=3600
 Epilog=/etc/slurm/sidestep-epilog.sh
@@ -121,6 +122,11 @@ class Job:
     def said(self) -> str:
         return (self.folder / "out").read_text() if (self.folder / "out").exists() else ""
 
+    def told(self) -> str:
+        """All that helps to understand what it did."""
+        log = self.machine.ask("journalctl", "-u", "slurmd", "-u", "slurmctld", "-n", "30", "-o", "cat")
+        return f"{self.machine.ask('scontrol', 'show', 'job', self.id)}\n{log}\n{self.said()}"
+
     def show(self, what: str) -> str:
         words = self.machine.ask("scontrol", "show", "job", self.id).split()
         return next((word.partition("=")[2] for word in words if word.startswith(f"{what}=")), "")
@@ -129,11 +135,15 @@ class Job:
         return sum(status.report(path.parent).rows for path in self.folder.glob("sidestep-runs/*/delivery.db"))
 
     def reaches(self, rows: int) -> None:
-        eventually(lambda: self.rows() >= rows, WAIT_S, lambda: self.said() + self.machine.ask("squeue"))
+        def held() -> bool:
+            assert self.show("JobState") not in ("FAILED", "COMPLETED", "NODE_FAIL"), self.told()
+            return self.rows() >= rows
+
+        eventually(held, WAIT_S, self.told)
 
     def ends(self, state: str = "COMPLETED") -> None:
         eventually(lambda: self.show("JobState") == state, WAIT_S,
-                   lambda: f"{self.show('JobState')}\n{self.said()}")  # fmt: skip
+                   self.told)  # fmt: skip
 
     def run_dirs(self) -> list[Path]:
         return sorted(path.parent for path in self.folder.glob("sidestep-runs/*/run.json"))
@@ -164,9 +174,9 @@ class TestOneNode:
 
         cluster.do("scontrol", "requeue", job.id, user="alice")
 
-        eventually(lambda: job.show("Restarts") == "1", WAIT_S, job.said)
+        eventually(lambda: job.show("Restarts") == "1", WAIT_S, job.told)
         cluster.ask("scontrol", "update", f"jobid={job.id}", "starttime=now")
-        eventually(lambda: "from" in job.said() and job.said().count("from") == 2, 2 * WAIT_S, job.said)
+        eventually(lambda: "from" in job.said() and job.said().count("from") == 2, 2 * WAIT_S, job.told)
         job.reaches(before + 50)
         (job.folder / "until").touch()
         job.ends()
@@ -181,7 +191,7 @@ class TestOneNode:
 
         cluster.do("scancel", "--batch", "--signal=USR1", job.id, user="alice")
 
-        eventually(lambda: job.show("Restarts") == "1", WAIT_S, job.said)
+        eventually(lambda: job.show("Restarts") == "1", WAIT_S, job.told)
         cluster.ask("scontrol", "update", f"jobid={job.id}", "starttime=now")
         job.reaches(before + 50)
         (job.folder / "until").touch()

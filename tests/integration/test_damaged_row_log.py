@@ -13,7 +13,7 @@ import pytest
 
 from sidestepd.errors import ExitCode
 from sidestepd.rowlog import RowLog
-from tests.support.daemons import DEADLINE_S, Serve, ServedRun
+from tests.support.daemons import DEADLINE_S, Serve, ServedRun, logged
 from tests.support.waiting import eventually
 from tests.support.wandb_server import KEY, StandIn
 
@@ -125,6 +125,26 @@ def test_a_damaged_row_log_costs_nothing_and_doubles_nothing(
     ledger = served.ledger()
     assert (2 * at + 1 + 20, {}, 0) == (ledger.delivered, dict(ledger.dropped), ledger.pending)
     assert ledger.balances
+
+
+@pytest.mark.nightly
+def test_a_metric_that_has_the_name_of_the_axis_does_not_hide_what_the_run_holds(serve: Serve):
+    served = serve()
+    worker = served.worker()
+    worker.hello()
+    for step in range(20):
+        worker.log(records=[logged(step, loss=step, global_step=1000.5 + 7 * step)])
+    eventually(lambda: len(served.steps()) >= 19, DEADLINE_S, served.log)
+    served.kill()
+
+    gone(served.run_dir / "delivery.db")
+    served.start()
+
+    assert served.finish() == ExitCode.COMPLETE
+    assert "lost something" in served.log() or "damaged" in served.log()
+    assert [(step, step, step) for step in range(20)] == [
+        (row.step, row.values["loss"], row.values["sidestep/global_step"]) for row in served.rows()
+    ]
 
 
 @pytest.mark.nightly

@@ -89,7 +89,13 @@ class Machine:
         """A command of this machine that runs `words` in that one."""
         enter = ["nsenter", "--target", str(self._init), "-m", "-u", "-i", "-n", "-p", "-C", "--"]
         home = "/root" if user == "root" else f"/home/{user}"
-        environ = ["env", "-i", "PATH=/usr/sbin:/usr/bin:/sbin:/bin", f"HOME={home}", "LANG=C.UTF-8"]
+        environ = [
+            "env",
+            "-i",
+            "PATH=/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+            f"HOME={home}",
+            "LANG=C.UTF-8",
+        ]
         return [*enter, *environ, *([] if user == "root" else ["setpriv", *_identity(self.tree, user)]), *words]
 
     def call_it(self, address: str) -> None:

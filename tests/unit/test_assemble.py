@@ -52,8 +52,22 @@ class TestMainRows:
     def test_a_user_s_metric_of_that_name_replaces_the_value_only(self):
         [row] = add(assembler(), main(5, {"global_step": 77}))
 
-        assert {"global_step": 77} == row.values
+        assert {"global_step": 77, "sidestep/global_step": 5} == row.values
         assert {"global_step": 5} == row.places
+
+    def test_axes_whose_values_were_replaced_still_meet(self):
+        rows = add(assembler(), evaluation(0, {"eval/step": 9.5}), main(6, {"global_step": True}))
+
+        values = {"global_step": True, "sidestep/global_step": 6, "eval/step": 9.5, "sidestep/eval/step": 0}
+        assert [values] == [row.values for row in rows]
+
+    def test_the_step_of_a_late_row_is_known_though_a_metric_has_its_name(self):
+        made = assembler()
+        add(made, main(5, {"global_step": 77}), main(6))
+
+        [row] = add(made, main(5, {"global_step": 78, "loss": 1.0}, cause="late"))
+
+        assert (78, 5) == (row.values["global_step"], row.values["sidestep/global_step"])
 
     def test_its_time_is_that_of_the_lowest_rank_s_first_call(self):
         parts = (part(5, rank=1, time=7.0), part(5, rank=0, time=9.0), part(5, rank=0, time=9.5))

@@ -25,6 +25,19 @@ class TestWhatIsInTheRun:
 
         assert (True, False) == (recovery.holds(part(4)), recovery.holds(part(7)))
 
+    def test_a_metric_that_has_the_axis_s_name_does_not_hide_the_step(self):
+        values = {"global_step": 1077.5, "sidestep/global_step": 4, "eval/step": 7, "sidestep/eval/step": 2}
+        recovery = recovered((9, values))
+
+        assert {("global_step", 0): 4, ("eval/step", 0): 2} == recovery.released
+        assert recovery.holds(part(4, {"global_step": 1077.5}))
+        assert recovery.holds(part(2, {"eval/step": 7}, axis="eval/step"))
+
+    def test_a_stage_may_have_our_name(self):
+        recovery = recovered((9, {"global_step": 4, "step": 1, "sidestep/step": 7, "sidestep/loss": 1.0}))
+
+        assert recovery.holds(part(7, {"sidestep/loss": 1.0}, axis="sidestep/step"))
+
     def test_axes_that_met_in_a_row_are_told_apart(self):
         recovery = recovered((7, {"global_step": 7, "loss": 0.5, "eval/step": 2, "eval/accuracy": 1.0}))
 
