@@ -497,3 +497,20 @@ class WholeLine(RuleBasedStateMachine):
 
 WholeLine.TestCase.settings = settings(stateful_step_count=60)
 TestWholeLine = WholeLine.TestCase
+
+
+class TestWhatTheModelFound:
+    """Each failure that it ever had, step by step."""
+
+    def test_a_frame_whose_place_salvage_gives_to_a_hello_is_not_lost_and_delivered_both(self):
+        line = WholeLine()
+        line.begin(world=1, capacity=1, window=0, patience=0.5)
+        train = {"after": 0, "implicit": False, "place": None, "stage": False}
+        line.train(rounds=2, steps=2, follows=True, **train)  # of the second frame one record is in a row
+        line.delete_settled()
+        line.train(rounds=1, steps=1, follows=False, **train)
+
+        line.misfortune(what="salvage", which=0)
+
+        assert EntryKind.HELLO is line.reader.read(0, 1)[0].kind
+        line.teardown()
