@@ -32,8 +32,8 @@ from sidestep.media.base import Media, Ref, packed
 from sidestep.media.value import plain_content
 from sidestep.snapshot import Opened, take
 
-SMALL_BYTES = 64 * 1024
-"""A file up to this size is read when it is added."""
+SMALL_BYTES = 4 * 1024 * 1024
+"""A file up to this size is read when it is added: scripts write the next one over it, and it is in memory yet."""
 BUNDLE_BYTES = 4 * 1024 * 1024
 """Small files travel together, in blobs of this size."""
 MOST_HELD = 64 * 1024 * 1024

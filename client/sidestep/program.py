@@ -20,7 +20,7 @@ import re
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +44,8 @@ def describe(run: Run, options: Mapping[str, Any]) -> Callable[[float], None]:
     """Have it looked up in the background, and told to the run; returns what stops that."""
     started: list[subprocess.Popen[bytes]] = []
     question = json.dumps({**_known_here(), **options}).encode()
-    thread = threading.Thread(
-        target=_ask, args=(run._session, question, started), name="sidestep-program", daemon=True
-    )
+    word = Word(run._session)
+    thread = threading.Thread(target=_ask, args=(word, question, started), name="sidestep-program", daemon=True)
     thread.start()
 
     owner = os.getpid()
@@ -55,11 +54,32 @@ def describe(run: Run, options: Mapping[str, Any]) -> Callable[[float], None]:
         if os.getpid() != owner:
             return  # a forked child: it has neither the thread nor the process
         thread.join(min(LAST_WORD_S, seconds / 4))
+        word.end()
         for process in started:
             if process.poll() is None:
                 process.kill()
 
     return stop
+
+
+class Word:
+    """What is told of the program: before the session's last record, or not at all."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self._lock = threading.Lock()
+        self._over = False
+
+    def say(self, facts: Iterable[Mapping[str, Any]]) -> None:
+        """Tell these, unless it is too late."""
+        with self._lock:
+            for said in () if self._over else facts:
+                self.session.send(Kind.PROGRAM, said)
+
+    def end(self) -> None:
+        """Nothing more is told."""
+        with self._lock:
+            self._over = True
 
 
 def _known_here() -> dict[str, Any]:
@@ -71,7 +91,7 @@ def _known_here() -> dict[str, Any]:
     }
 
 
-def _ask(session: Session, question: bytes, started: list[subprocess.Popen[bytes]]) -> None:
+def _ask(word: Word, question: bytes, started: list[subprocess.Popen[bytes]]) -> None:
     try:
         process = subprocess.Popen(
             # -P: what lies in the directory of the training shall not be imported.
@@ -84,12 +104,11 @@ def _ask(session: Session, question: bytes, started: list[subprocess.Popen[bytes
         answer, _ = process.communicate(question, timeout=PATIENCE_S)
         if process.returncode < 0:
             return  # the run ended before its facts were known
-        for said in json.loads(answer):
-            session.send(Kind.PROGRAM, said)
+        word.say(json.loads(answer))
     except Exception as error:  # noqa: BLE001 - a thread's head: the training is none the worse for it
         for process in started:
             process.kill()
-        session.notices.once("program", f"what the program is could not be found out: {error!r}")
+        word.session.notices.once("program", f"what the program is could not be found out: {error!r}")
 
 
 # In the process of its own

@@ -114,6 +114,12 @@ class Recorder:
         return self._of(Kind.SUMMARY)
 
     @property
+    def artifacts(self) -> list[Mapping[str, Any]]:
+        """What was logged as artifacts, one for each call: `name`, `type`, `aliases`, `metadata`, ..."""
+        said = (record.data for record in self.records if record.kind is Kind.ARTIFACT)
+        return [data["artifact"] for data in said if data.get("artifact")]
+
+    @property
     def definitions(self) -> dict[str, Mapping[str, Any]]:
         """What was declared of metrics, by name or pattern."""
         return {record.data["name"]: record.data for record in self.records if record.kind is Kind.DEFINE}

@@ -142,6 +142,10 @@ class Artifacts:
         name, signature = (held.said.name, held.signature) if held is not None else ("", "")
         self._new_fates[id_] = (name, signature, fate)
 
+    def is_in_run(self, id_: str) -> bool:
+        """Whether the run holds it, or one that is the same."""
+        return self._fates.get(id_) in (DELIVERED, UNCHANGED)
+
     # How it stands
 
     @property
@@ -153,6 +157,11 @@ class Artifacts:
     def unconfirmed(self) -> int:
         """Those that the sink was given, or is about to be given."""
         return sum(held.state != "" for held in self._held.values())
+
+    @property
+    def versions(self) -> int:
+        """Those without a fate, and files of the run that were not sent."""
+        return sum(held.said.facts is not None or held.state != "sent" for held in self._held.values())
 
     @property
     def blobs(self) -> Iterator[BlobId]:

@@ -26,7 +26,7 @@ from pydantic import (
 )
 
 from sidestep.errors import SettingsError
-from sidestepd.listening import ListenOptions, Section, UpstreamOptions
+from sidestepd.listening import JobOptions, ListenOptions, Section, UpstreamOptions
 from sidestepd.quota import MOST_NAMES
 from sidestepd.rules import operations
 
@@ -155,7 +155,8 @@ class SpoolOptions(Section):
     blob_quota_bytes: int = Field(
         default=32 * 1024**3,
         ge=1024 * 1024,
-        description="The bytes of media that wait may take this much; beyond it workers keep what they have.",
+        description="The bytes of media that wait may take this much; beyond it workers keep what they have. "
+        "Files are not counted.",
     )
     ballast_bytes: int = Field(
         default=16 * 1024 * 1024,
@@ -361,6 +362,7 @@ class Config(Section):
     samplers: SamplerOptions = Field(default_factory=SamplerOptions)
     serve: ServeOptions = Field(default_factory=ServeOptions)
     listen: ListenOptions = Field(default_factory=ListenOptions)
+    job: JobOptions = Field(default_factory=JobOptions)
     watch: WatchOptions = Field(default_factory=WatchOptions)
     reduce: dict[str, Reduction] = Field(
         default_factory=dict,
@@ -407,9 +409,10 @@ class Config(Section):
             config = cls.model_validate(_nested(given) | {"sources": sources})
         except ValidationError as error:
             raise SettingsError("\n".join(dict.fromkeys(_complaints(error, given)))) from None
-        if config.is_relay and config.upstream.address is None:
+        if config.is_relay and config.upstream.address is None and config.upstream.context is None:
+            source = config.source("sink.kind")
             raise SettingsError(
-                f"sink.kind = upstream (from {config.source('sink.kind')}): say upstream.address too"
+                f"sink.kind = upstream (from {source}): needs upstream.address or upstream.context"
             )
         return config
 
@@ -451,8 +454,8 @@ _OTHER_NAMES = {
     "run.sweep_id": ("WANDB_SWEEP_ID",),
     "run.dir": ("WANDB_DIR",),
 }
-_WORKERS_OWN = frozenset({"SIDESTEP_RUN_DIR"})
-"""Variables that look like an option and are not: this one leads workers to their run."""
+_WORKERS_OWN = frozenset({"SIDESTEP_RUN_DIR", "SIDESTEP_JOB_SECRET"})
+"""Variables that look like an option and are not: one leads workers to their run, one is never written down."""
 
 
 def is_option(key: str) -> bool:

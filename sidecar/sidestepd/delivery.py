@@ -205,12 +205,14 @@ class Delivery:
         patiently(lambda: self.sink.close(self.exit_code or 0), beat=self.beat, kept=self.keep)
         deadline = time.monotonic() + CLOSE_DEADLINE_S
         self._confirm()
-        while self.settlement.unconfirmed and time.monotonic() < deadline:
+        while (self.settlement.unconfirmed or self.storing.artifacts.waiting) and time.monotonic() < deadline:
             self.beat()
             time.sleep(0.05)
             self._confirm()
         if self.settlement.unconfirmed:
             raise Fatal(f"{self.settlement.unconfirmed} rows were not confirmed after the run was finished")
+        if self.storing.artifacts.waiting:
+            raise Fatal(f"{self.storing.artifacts.waiting} artifacts were not confirmed, likewise")
         self.settlement.snapshot(self.read_through, self._fold())
         self.unmatched = self.resolver.rules.unmatched(self.assembler.defined)
         for pattern in self.unmatched:
@@ -226,7 +228,7 @@ class Delivery:
         """Those that are whole are in the run before it is finished, however long they take on their way."""
         self.storing.flush()
         waiting, deadline = 0, 0.0
-        while now := self.storing.artifacts.waiting:
+        while now := self.storing.artifacts.versions:
             if now != waiting or self._watched:
                 waiting, deadline = now, time.monotonic() + ARTIFACT_S
             if time.monotonic() > deadline:

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -93,6 +94,27 @@ def new_pair() -> KeyPair:
     require_curve()
     public, secret = zmq.curve_keypair()
     return KeyPair(public=z85.decode(public).hex(), secret=z85.decode(secret).hex())
+
+
+def derive_keys(folder: Path, secret: str) -> None:
+    """Keys that follow from a secret, the same wherever it is known: of a daemon and of one client, `CLIENT`.
+
+    What the folder has of others goes. Raises SettingsError.
+    """
+    server, client = (_derived(secret, name) for name in (SERVER, CLIENT))
+    try:
+        _write(folder / CLIENTS, f"{_HEAD}{client.public} {CLIENT}\n")
+        _write(_path(folder, SERVER), _contents(server))
+        _write(_path(folder, CLIENT), _contents(client, [server.public]))
+    except OSError as error:
+        raise SettingsError(f"{error.filename or folder}: {error.strerror}") from None
+
+
+def _derived(secret: str, name: str) -> KeyPair:
+    """Any 32 bytes are a secret key of Curve25519; these are as hard to guess as the secret is."""
+    require_curve()
+    own = hashlib.scrypt(secret.encode(), salt=f"sidestep {name}".encode(), n=2**14, r=8, p=1, dklen=32)
+    return KeyPair(public=z85.decode(zmq.curve_public(z85.encode(own))).hex(), secret=own.hex())
 
 
 def _path(folder: Path, name: str) -> Path:

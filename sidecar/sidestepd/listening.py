@@ -21,11 +21,14 @@ class UpstreamOptions(Section):
     address: str | None = Field(
         default=None, description="The daemon above, for sink.kind = upstream: tcp://HOST:PORT or ipc:///PATH."
     )
+    context: Path | None = Field(
+        default=None, description="Instead of it: a file that tells where it is, now or later."
+    )
     key_file: Path | None = Field(
         default=None, description="Our key, for a daemon above on tcp: a client's, of `sidestep keygen`."
     )
 
-    @field_validator("key_file")
+    @field_validator("context", "key_file")
     @classmethod
     def _wherever_we_are_started_again(cls, value: Path | None) -> Path | None:
         return None if value is None else value.expanduser().absolute()
@@ -77,3 +80,14 @@ class ListenOptions(Section):
                     f"{'are' if len(without) > 1 else 'is'} not given: `sidestep keygen` makes what is needed"
                 )
         return value
+
+
+class JobOptions(Section):
+    """How commands that one launcher started together, on one node or on many, find each other."""
+
+    together: bool = Field(
+        default=True, description="They make one run: the first has the daemon with it, other nodes have relays."
+    )
+    wait_s: float = Field(
+        default=60.0, ge=0, description="So long a command waits for others that have not come, at start and end."
+    )

@@ -3,12 +3,14 @@
 - rows that the run holds come from its files: over all segments, in the order of `_step`, each step once
 - rows that were decided and may not be in the run come word for word from the row log
 - what is still in the spool is put in order by the code that would have done it, over copies of both databases
-- media are named as the run names them; their files stay where they are, in its directory
+- artifacts, media and files of the run follow it, by what its files say of them; a file of lines names them where
+  they lie
 - an online run that lost its wandb-core may have rows that only the server holds; they are counted, not made up
 """
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import itertools
 import json
@@ -107,7 +109,14 @@ def replay(
             def history() -> Iterator[Row]:
                 return itertools.takewhile(lambda row: row.step <= decided, held_rows(run_dir))
 
-            whole = AfterHistory(sink, history, unconfirmed, progress=progress, waiting=waiting)
+            whole = AfterHistory(
+                sink,
+                history,
+                unconfirmed,
+                progress=progress,
+                waiting=waiting,
+                carry=partial(_carry, run_dir, sink),
+            )
             shower = Shower(run_dir / BLOBS, sink.show, threads=1, scratch=facts.directory / f".{SHOWN}")
             delivery = Delivery(
                 spool, rowlog, whole, config,
@@ -138,6 +147,44 @@ def _copies(run_dir: Path, scratch: Path) -> tuple[SpoolReader, RowLog]:
         spool.commit([close])
     spool.close()
     return SpoolReader(scratch / placement.SPOOL), rowlog
+
+
+def _carry(run_dir: Path, sink: Sink) -> None:
+    """Have artifacts and files follow, of a run whose rows are in wandb's files or in lines."""
+    if isinstance(sink, JsonlSink):
+        for line in _lines_beside_rows(run_dir):
+            sink.carry(line)
+    elif (carry_over := getattr(sink, "carry_over", None)) is not None:
+        carry_over(run_dir / "wandb")
+
+
+def _lines_beside_rows(run_dir: Path) -> Iterator[dict[str, Any]]:
+    """Artifacts and files that a run holds, as lines, with the places of their files on this disk."""
+    if (run_dir / FILE_NAME).exists():
+        for line in (run_dir / FILE_NAME).read_bytes().splitlines():
+            with contextlib.suppress(ValueError):
+                said = json.loads(line)
+                for it in [said[kind] for kind in ("artifact", "files") if isinstance(said.get(kind), dict)]:
+                    for entry in it.get("entries", ()):
+                        if "file" in entry:
+                            entry["file"] = str(run_dir / entry["file"])
+                    yield said
+        return
+    from sidestepd.sinks import wandb_carry  # which imports wandb
+
+    for held in wandb_carry.held_artifacts(run_dir / "wandb"):
+        entries = [
+            {"path": it.path, "ref": it.ref}
+            if it.ref
+            else {"path": it.path, "size": it.size, "file": it.local_path}
+            for it in held.manifest.contents
+        ]
+        facts = {"name": held.name, "type": held.type, "aliases": list(held.aliases), "tags": list(held.tags)}
+        metadata = json.loads(held.metadata or "{}")
+        yield {"artifact": {**facts, "metadata": metadata, "id": held.client_id, "entries": entries}}
+    files = wandb_carry.held_files(run_dir / "wandb")
+    if files:
+        yield {"files": {"id": "", "entries": [{"path": name, "file": str(it)} for name, it in files.items()]}}
 
 
 def held_rows(run_dir: Path) -> Iterator[Row]:
@@ -186,9 +233,12 @@ class AfterHistory:
         *,
         progress: Progress,
         waiting: Waiting,
+        carry: Callable[[], None] = lambda: None,
     ) -> None:
+        """`carry` has the sink take what the run holds beside rows."""
         self.rows = self.found = 0
         """Rows written, and those among them that the run was known to hold and its files have."""
+        self.takes_files = sink.takes_files
         self._sink, self._history, self._progress, self._waiting = sink, history, progress, waiting
         self._trouble: Trouble | None = None
         self._unconfirmed = frozenset(unconfirmed)
@@ -198,6 +248,7 @@ class AfterHistory:
         self._in_files: set[int] = set()
         self._passed: list[int] = []
         self._kept: list[str] = []
+        self._carry, self._carried = carry, False
 
     def open(self, run: RunFacts, _: Mapping[str, Any]) -> Confirmed:
         """Whatever the sink holds, it holds of this run."""
@@ -271,6 +322,9 @@ class AfterHistory:
     def close(self, exit_code: int) -> None:
         """After everything."""
         self._pour()
+        if not self._carried:
+            self._carry()
+            self._carried = True
         self._sink.close(exit_code)
         self._sink.confirm()
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from sidestepd import command, rundir, sweep
+from sidestepd import command, rundir, sweep, together
 from sidestepd.addresses import CONTEXT
 from sidestepd.command import Command, Signals
 from sidestepd.config import Config, Given
@@ -33,24 +33,62 @@ def run(words: Sequence[str], toml: Path | None, overrides: Mapping[str, Given])
         if context:
             _write_context(Path(str(context.value)), _inherited(environ))
         command.become(words, environ)
-    config = rundir.with_run_id(Config.load(toml, environ, overrides))
+    config = Config.load(toml, environ, overrides)
     if config.run.mode == "disabled":
         command.become(words, environ | {"SIDESTEP_MODE": "disabled"})
     command.check(words, environ)
-    run_dir = rundir.new_run_dir(config, now=time.time())
-    found = RunFile.of(config, run_dir, rundir.private_address(run_dir))
+    place = together.place_of(environ, words) if config.job.together and not config.is_relay else None
+    if place is None:
+        return _serve_command(words, environ, Alone(config))
+    part = together.Part(place, config, environ)
+    if not place.hosts:
+        return part.join(words)
+    return _serve_command(words, environ, part)
+
+
+class Alone:
+    """A command that is no part of a job with others."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = rundir.with_run_id(config)
+
+    def home(self, signals: Signals) -> RunHome:  # noqa: ARG002 - nobody is waited for
+        """The directory of its run."""
+        run_dir = rundir.new_run_dir(self.config, now=time.time())
+        return RunHome(run_dir, self.config, RunFile.of(self.config, run_dir, rundir.private_address(run_dir)))
+
+    def started(self, daemon: Daemon, exports: Mapping[str, str]) -> None:
+        """Nobody has to know."""
+
+    def ended(self, daemon: Daemon, code: int) -> int:  # noqa: ARG002
+        """Its exit code is the run's."""
+        return code
+
+    def clear(self) -> None:
+        """There is nothing beside the run."""
+
+
+def _serve_command(words: Sequence[str], environ: Mapping[str, str], part: Alone | together.Part) -> int:
+    """A daemon, and the command beside it; returns our exit code."""
     with Signals() as signals:
-        daemon = Daemon(RunHome(run_dir, config, found), pause=Drain(signals))
         try:
-            daemon.start()
-            say_in_terminal(f"run {found.id} in {short(run_dir)}")
-            code = _attend(daemon, words, environ | sweep.exports(environ) | _exports(found, config), signals)
-            complete = finish(daemon, code)
+            home = part.home(signals)
+            daemon = Daemon(home, pause=Drain(signals))
+            try:
+                daemon.start()
+                exports = _exports(home.run, part.config)
+                part.started(daemon, exports)
+                say_in_terminal(f"run {home.run.id} in {short(home.directory)}")
+                code = _attend(daemon, words, {**environ, **sweep.exports(environ), **exports}, signals)
+                code = part.ended(daemon, code)
+                complete = finish(daemon, code)
+            finally:
+                daemon.release()
         finally:
-            daemon.release()
+            part.clear()
     if daemon.deleted:
         return code or ExitCode.DISK
-    return sum_up(run_dir, code, complete=complete)
+    return sum_up(home.directory, code, complete=complete)
 
 
 def _joins_outer_run(environ: dict[str, str]) -> bool:

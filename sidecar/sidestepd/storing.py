@@ -67,6 +67,8 @@ class Storing:
         self.artifacts = Artifacts(fates=rowlog.artifacts())
         self._pool = ThreadPoolExecutor(1, "artifacts")
         self._making: dict[str, Future[tuple[Version, str, Any]]] = {}
+        self._files: dict[str, set[Path]] = {}
+        """The files of what was sent in this life."""
         self._over: dict[bytes, float] = {}
         """Sessions of which no more is said: when that was seen, or infinity once it was dealt with."""
 
@@ -119,6 +121,7 @@ class Storing:
         error = future.exception()
         if error is None:
             version, signature, prepared = future.result()
+            self._files[id_] = {content.file for content in version.contents if content.file is not None}
             return (version, prepared) if self.artifacts.made(id_, signature) else None
         logger.warning("an artifact can not be kept: %s: %.500s", type(error).__name__, error)
         why = "corrupt" if isinstance(error, Corrupt) else "bad" if isinstance(error, ValueError) else "failed"
@@ -132,6 +135,10 @@ class Storing:
         for said in self.artifacts.take_done():
             self._media.bytes_of.give_back(blobs_of(said))
             shutil.rmtree(self._scratch(said.id), ignore_errors=True)
+            files = self._files.pop(said.id, set())
+            if self._sink.takes_files and self.artifacts.is_in_run(said.id):
+                for path in files.difference(*self._files.values()):
+                    path.unlink(missing_ok=True)
 
     def forget_orphans(self, sessions: Mapping[bytes, SessionFacts], now: float) -> None:
         """Bytes whose record never came, of processes that will not say it any more."""

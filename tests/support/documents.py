@@ -96,6 +96,7 @@ def _files(folder: Path) -> None:
     with wave.open(str(folder / "example.wav"), "wb") as sound:
         sound.setparams((1, 2, 8000, 0, "NONE", ""))
         sound.writeframes(bytes(1600))
+    (folder / "large_file.pt").write_bytes(b"weights")
     (folder / "example.mp4").write_bytes(b"\0\0\0\x18ftypmp42" + bytes(64))
     (folder / "checkpoints").mkdir(exist_ok=True)
     for name in ("model", *(f"step_{step}" for step in (0, 50, 1000))):

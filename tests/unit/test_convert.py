@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import enum
 import math
 import re
 import uuid
-from collections import OrderedDict, namedtuple
+from collections import OrderedDict, deque, namedtuple
 from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
@@ -21,11 +22,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import sidestep
 from sidestep.convert import plain
 from sidestep.errors import UnsupportedValue
+from sidestep.testing import record
 from sidestep.wire import MAX_DEPTH, MAX_RECORD_BYTES
 
 Point = namedtuple("Point", "x y")
+
+
+@dataclasses.dataclass
+class Options:
+    lr: object = 0.1
+    widths: tuple[int, ...] = (3, 4)
 
 
 class Level(enum.Enum):
@@ -60,7 +69,8 @@ STANDARD = [
     (-(2**63), -(2**63)),
     (2**64, 2.0**64),
     (-(2**70), -(2.0**70)),
-    (1 + 2j, "(1+2j)"),
+    (1 + 2j, "1+2j"),
+    (complex(0, -1.5), "-1.5j"),
     (b"bytes", "bytes"),
     (bytearray(b"\xff"), "\N{REPLACEMENT CHARACTER}"),
     ("lone \ud800 surrogate", "lone ? surrogate"),
@@ -87,6 +97,12 @@ CONTAINERS = [
         {"7": "int", "2.5": "float", "true": "bool", "null": "none"},
     ),
     ({np.int64(3): 1}, {"3": 1}),
+    ({("a", 1): 2}, {"a,1": 2}),
+    (deque([1, (2,)]), [1, [2]]),
+    (range(3), [0, 1, 2]),
+    (torch.Size([2, 3]), [2, 3]),
+    (Options(), {"lr": 0.1, "widths": [3, 4]}),
+    ([Options(lr=Fraction(1, 2))], [{"lr": 0.5, "widths": [3, 4]}]),
 ]
 
 NUMPY = [
@@ -138,6 +154,18 @@ class TestConverted:
         assert expected == msgpack.unpackb(msgpack.packb(made, strict_types=True))
 
 
+class TestMembers:
+    def test_are_logged_by_their_values_and_configured_by_their_names(self):
+        """As wandb does it."""
+        with record() as log:
+            run = sidestep.init(config={"level": Level.HIGH})
+            run.log({"level": Level.HIGH, "urgent": Priority.URGENT})
+            run.finish()
+
+        assert (["the highest"], [7]) == (log["level"], log["urgent"])
+        assert {"level": "HIGH"} == log.config
+
+
 class TestRefused:
     @pytest.mark.parametrize(
         ("value", "why"),
@@ -154,7 +182,8 @@ class TestRefused:
             (nested(MAX_DEPTH + 1), "deeper"),
             ("x" * (MAX_RECORD_BYTES + 1), "larger"),
             ([0] * (MAX_RECORD_BYTES + 1), "larger"),
-            ({(1, 2): "a tuple as key"}, "keys"),
+            ({frozenset({1}): "a set as key"}, "keys"),
+            (range(MAX_RECORD_BYTES + 1), "larger"),
             (lambda: None, "function"),
         ],
         ids=shown,

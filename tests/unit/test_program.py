@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import sidestep
-from sidestep.program import without_password
+from sidestep.program import Word, without_password
 from sidestep.testing import FakeDaemon, environment
 from sidestep.wire import Kind, Record
 from sidestepd.beside import Beside, described_from, printed_from
@@ -122,6 +122,21 @@ class TestTelling:
             run.log({"loss": 1.0})
 
         assert [] == [it for it in daemon.records if it.kind is Kind.PROGRAM]
+
+    def test_what_is_known_too_late_is_no_record_that_is_lost(
+        self, daemon: FakeDaemon, monkeypatch: pytest.MonkeyPatch
+    ):
+        """What is offered after a session's last record is counted as dropped, and looks like a loss."""
+        monkeypatch.setenv("SIDESTEP_PROGRAM", "0")
+        run = sidestep.init()
+        word = Word(run._session)
+        word.say([{"facts": {"host": "early"}}])
+        word.end()
+        run.finish()
+
+        word.say([{"facts": {"host": "late"}}])
+
+        assert (1, {}) == (run.stats().offered, {why: it for why, it in run.stats().dropped.items() if it})
 
 
 def described(**data: Any) -> Any:

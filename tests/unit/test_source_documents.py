@@ -12,7 +12,6 @@ from tests.support.documents import OTHERWISE, blocks, world
 
 DOCUMENTS = ("best-practices", "wandb-logger", "pytorch-manual", "wandb-basics", "single-run")
 CAN_NOT = {
-    ("best-practices", 11): "wandb.Artifact: artifacts are not part of this release",
     ("single-run", 2): "no Python: `# ...` stands for a statement's end in it",
 }
 LOGGED: dict[tuple[str, int], str] = {
@@ -23,18 +22,23 @@ LOGGED: dict[tuple[str, int], str] = {
     ("best-practices", 4): "loss",
     ("best-practices", 5): "loss",
     ("best-practices", 6): "e_p2_1/epoch e_p2_1/loss define:e_p2_1/*",
-    ("best-practices", 7): "summary:results/loss_plot.png",
-    ("best-practices", 8): "summary:results/results.json",
-    ("best-practices", 9): "summary:results/model_checkpoint.pt",
+    ("best-practices", 7): "summary:results/loss_plot.png artifact:loss_plot.png",
+    ("best-practices", 8): "summary:results/results.json artifact:results.json",
+    ("best-practices", 9): "summary:results/model_checkpoint.pt artifact:model_checkpoint.pt",
     ("best-practices", 10): "loss",
-    ("wandb-logger", 0): "accuracy loss samples/images summary:models/checkpoint-model",
+    ("best-practices", 11): "artifact:large-data",
+    ("wandb-logger", 0): "accuracy loss samples/images summary:models/checkpoint-model artifact:checkpoint-model",
     ("wandb-logger", 1): "",
     ("wandb-logger", 2): "accuracy/train accuracy/val learning_rate loss/train loss/val",
     ("wandb-logger", 3): "generated/images samples/images",
-    ("wandb-logger", 4): "summary:models/checkpoint-model summary:models/checkpoint-step_1000",
+    ("wandb-logger", 4): (
+        "summary:models/checkpoint-model summary:models/checkpoint-step_1000 "
+        "artifact:checkpoint-model artifact:checkpoint-step_1000"
+    ),
     ("wandb-logger", 5): "config:data config:model config:training",
     ("wandb-logger", 6): (
-        "accuracy loss samples/images summary:models/checkpoint-step_0 summary:models/checkpoint-step_50"
+        "accuracy loss samples/images summary:models/checkpoint-step_0 summary:models/checkpoint-step_50 "
+        "artifact:checkpoint-step_0 artifact:checkpoint-step_50"
     ),
     ("pytorch-manual", 0): (
         "batch epoch loss config:architecture config:batch_size config:epochs config:learning_rate"
@@ -135,5 +139,6 @@ def test_a_block_logs_what_it_says(document: str, number: int, tmp_path: Path, m
         *(f"config:{name}" for name in sorted(logged.config)),
         *(f"summary:{name}" for name in sorted(logged.summary)),
         *(f"define:{name}" for name in sorted(logged.definitions)),
+        *(f"artifact:{it['name']}" for it in logged.artifacts),
     ]
     assert LOGGED[document, number].split() == said

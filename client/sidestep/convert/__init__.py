@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import json
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from typing import Any
@@ -70,7 +71,7 @@ def plain(
 
 ARRAY_BYTES = 1024
 """About what a histogram takes."""
-_CONTAINERS = (list, tuple, dict, set, frozenset)
+_CONTAINERS = (list, tuple, dict, set, frozenset, range, deque)
 _BYTES = (bytes, bytearray, memoryview)
 _TOO_LARGE = f"it is larger than {MAX_RECORD_BYTES // 1024} KiB"
 _TOO_DEEP = f"it is nested deeper than {MAX_DEPTH} levels"
@@ -104,7 +105,7 @@ class _Copy:
             return value
         if isinstance(value, str):
             return self._text(value)
-        if (convert := converter_of(kind)) is not None:
+        if (convert := converter_of(kind)) is not None and not issubclass(kind, tuple):  # torch.Size
             found = convert(value, self._call)
             if isinstance(found, Deferred | Packed):
                 self._take(ARRAY_BYTES)
@@ -127,7 +128,9 @@ class _Copy:
         if (media := self._implied(value)) is not None:
             return self._media(media)
         if isinstance(value, complex):
-            return str(complex(value))
+            return standard.complex_number(value)
+        if hasattr(type(value), "__dataclass_fields__"):
+            return self.of(standard.fields(value), depth)
         if self._fallback is not None:
             return self.of(self._fallback(value), depth - 1)
         raise UnsupportedValue(
@@ -155,6 +158,8 @@ class _Copy:
         return [self.of(item, depth - 1) for item in _fixed(value)]
 
     def _key(self, key: Any) -> str:
+        if isinstance(key, tuple):
+            return ",".join(self._key(part) for part in key)
         key = self.of(key, 1)
         if isinstance(key, list | dict):
             raise UnsupportedValue("it is a dict whose keys are neither text nor numbers")

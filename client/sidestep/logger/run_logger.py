@@ -90,10 +90,9 @@ class WandbLogger:
         aliases: Sequence[str] | None = None,
         name: str | None = None,
     ) -> None:
-        """Note in the run where a model lies, what is known of it and what it is called: in the summary.
+        """Log a model, a file or a directory, as an artifact called `PREFIX-FILE`, a new version with each call.
 
-        It is `models/PREFIX-FILE`, and there once for each file: the newest call counts. The model itself stays
-        where it is.
+        Where it lay, what is known of it and what it is called is noted in the summary, as `models/PREFIX-FILE`.
         """
         path, given = Path(path), [aliases] if isinstance(aliases, str) else list(aliases or ("latest",))
         if not self.config.is_wanted(given):
@@ -111,10 +110,22 @@ class WandbLogger:
             "written_at": found.st_mtime,
             "aliases": given,
         }
-        self.run.summary[f"models/{name or f'{self.config.checkpoint_prefix}-{path.stem}'}"] = {
-            **said, "metadata": dict(metadata or {}),
-        }  # fmt: skip
+        called = name or f"{self.config.checkpoint_prefix}-{path.stem}"
+        self.run.summary[f"models/{called}"] = {**said, "metadata": dict(metadata or {})}
+        self._log_artifact(called, path, metadata, given)
         self._say(f"logs the model {path}")
+
+    def _log_artifact(
+        self, name: str, path: Path, metadata: Mapping[str, Any] | None, aliases: Sequence[str]
+    ) -> None:
+        from sidestep.artifacts import Artifact, safe_name  # only who logs models needs it
+
+        artifact = Artifact(safe_name(name), "model", metadata=metadata)
+        if path.is_dir():
+            artifact.add_dir(path)
+        else:
+            artifact.add_file(path)
+        self.run.log_artifact(artifact, aliases=aliases)
 
     def log_config(self, config: Any) -> None:
         """What the training is configured with; nested as you like, beside what was said before."""

@@ -1,6 +1,6 @@
 """`Runner`: an experiment's metrics and results: `runner.log_metrics`, `runner.results.save_artifact`.
 
-- a result is a file here, whose path is returned, and noted in the run's summary; the file itself stays here
+- a result is a file here, whose path is returned, and an artifact of the run, noted in its summary
 - files appear whole or not at all; those of other ranks than 0 are in a directory of their own
 - a disk that takes no file is said once and counted; the path that is returned is where it would be
 """
@@ -60,7 +60,10 @@ class Results:
         self.directory = Path(directory) / (f"rank{run.rank}" if run.rank else "")
 
     def save_artifact(self, name: str, data: bytes | str) -> Path:
-        """Keep bytes or text in a file of this name, noted in the run as `results/NAME`; returns its path."""
+        """Keep bytes or text in a file of this name, and as an artifact of the run; returns the file's path.
+
+        It is noted in the summary as `results/NAME`.
+        """
         content = data.encode() if isinstance(data, str) else bytes(data)
         path = self.directory.joinpath(*_parts(name))
         try:
@@ -72,8 +75,17 @@ class Results:
             self._run._session.refuse_value(f"save_artifact({name})", type(data), f"{path}: {error}")
         else:
             noted = {"path": str(path.absolute()), "bytes": len(content)}
-            self._run.summary[f"results/{path.relative_to(self.directory).as_posix()}"] = noted
+            name = path.relative_to(self.directory).as_posix()
+            self._run.summary[f"results/{name}"] = noted
+            self._log(name, path)
         return path
+
+    def _log(self, name: str, path: Path) -> None:
+        from sidestep.artifacts import Artifact, safe_name  # only who keeps results needs it
+
+        artifact = Artifact(safe_name(name), "result")
+        artifact.add_file(path, name)
+        self._run.log_artifact(artifact)
 
     def save_json_artifact(self, name: str, value: Any) -> Path:
         """Keep a value as JSON; numpy's and torch's become Python's. NaN is written as Python's `json` does."""

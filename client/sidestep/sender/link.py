@@ -117,7 +117,7 @@ def require_curve() -> None:
         )
 
 
-_FAILURES = {
+FAILURES = {
     int(zmq.EVENT_HANDSHAKE_FAILED_AUTH): Failure.KEY,
     int(zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL): Failure.MECHANISM,
     int(zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL): Failure.UNSAID,
@@ -144,7 +144,7 @@ class Link:
                 self._socket.set(option, value)
             if endpoint is not None:
                 if endpoint.address.startswith("tcp:"):
-                    self._monitor = self._socket.get_monitor_socket(sum(_FAILURES))
+                    self._monitor = self._socket.get_monitor_socket(sum(FAILURES))
                 connect(self._socket, endpoint)
         except BaseException:
             self._context.destroy(linger=0)
@@ -168,7 +168,7 @@ class Link:
                 event, _ = self._monitor.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 break
-            self.failure = _FAILURES.get(int.from_bytes(event[:2], sys.byteorder))
+            self.failure = FAILURES.get(int.from_bytes(event[:2], sys.byteorder))
 
     def wait_for_connection(self, seconds: float) -> None:
         """Sleep until a message could be sent or has come, or the bell rings."""

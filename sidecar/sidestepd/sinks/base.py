@@ -69,6 +69,9 @@ class Confirmed:
 class Sink(Protocol):
     """Where rows go."""
 
+    takes_files: bool
+    """Whether files that were kept lie elsewhere then, and those that `keep` was given may be deleted."""
+
     def open(self, run: RunFacts, bookmark: Mapping[str, Any]) -> Confirmed:
         """Open or resume the run; returns the rows it holds beyond `bookmark`, all lives together.
 

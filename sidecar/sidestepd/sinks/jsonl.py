@@ -28,6 +28,8 @@ FOLDER = "media"
 class JsonlSink:
     """Appends to one file, and syncs it when asked to confirm."""
 
+    takes_files = False
+
     def __init__(self, path: Path | None = None) -> None:
         """Into `path`, or into `rows.jsonl` in the run directory."""
         self._path = path or Path()
@@ -130,6 +132,10 @@ class JsonlSink:
         """One line."""
         self._append({"files" if version.facts is None else "artifact": prepared})
         self._kept.append(version.id)
+
+    def carry(self, line: Mapping[str, Any]) -> None:
+        """A line of another run."""
+        self._append(line)
 
     def sample(self, sample: Sample) -> None:
         """One line."""

@@ -27,7 +27,7 @@ from sidestepd import credentials
 from sidestepd.errors import Fatal, Reject, Retry
 from sidestepd.rows import Definition, Described, Printed, Row, Sample, Version
 from sidestepd.samplers.names import look_up
-from sidestepd.sinks import wandb_artifacts, wandb_log
+from sidestepd.sinks import wandb_artifacts, wandb_carry, wandb_log
 from sidestepd.sinks.base import Confirmed, RunFacts
 
 logger = logging.getLogger(__name__)
@@ -49,6 +49,8 @@ BROKEN = (ConnectionError, wandb.errors.CommError, wandb.errors.UsageError, OSEr
 
 class WandbSink:
     """One run in this process, through wandb's public interface alone: what both modes have in common."""
+
+    takes_files = False
 
     def __init__(self) -> None:
         self._run: wandb.Run | None = None
@@ -276,6 +278,12 @@ class OfflineSink(WandbSink):
         super().keep(version, prepared)
         if version.facts is None:
             self._saved[version.id] = frozenset(content.path for content in version.contents)
+
+    def carry_over(self, folder: Path) -> None:
+        """Have what another run's files say of artifacts and files in this run too."""
+        run = self._open_run
+        wandb_carry.carry_files(run, folder)
+        wandb_carry.carry_artifacts(run, folder, skip=(), hand_over=lambda record: self._publish(artifact=record))
 
     def confirm(self) -> Confirmed:
         """Read what the file has got since the last time, then sync it: so what was read is on the disk."""

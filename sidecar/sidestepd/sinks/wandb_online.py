@@ -5,6 +5,8 @@
   word, so they land in the same lines of its history even if a dead wandb-core's last request comes after all
 - a server that is away, slow or refuses is waited for; nothing is given up for it
 - wandb-core keeps what it could not send yet, so there is a bound to what it is given
+- artifacts go up one after the other, in a thread: one counts once the server has committed it, and the next of
+  its name waits for that. So a crash leaves one at most to be sent again, which the server knows by its digest
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import re
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -23,7 +26,7 @@ import wandb
 from wandb.sdk.mailbox.mailbox_handle import HandleAbandonedError, ServerResponseError
 
 from sidestepd.errors import Fatal, Retry, Trouble
-from sidestepd.rows import Row
+from sidestepd.rows import Row, Version
 from sidestepd.sinks.base import Confirmed, RunFacts
 from sidestepd.sinks.wandb import BROKEN, WandbSink, init, wait_for_free_name
 from sidestepd.sinks.wandb_server import Asker, Held, Server
@@ -33,6 +36,10 @@ logger = logging.getLogger(__name__)
 STALLS = 3
 """A server that answers, and takes no row for so many times `stall_s`, has lost touch with our wandb-core."""
 CLOSE_AGAIN_S = 0.1
+UPLOAD_AGAIN_S = (2.0, 60.0)
+"""Between two tries to send an artifact: at first, and at most."""
+MOST_UPLOADS = 12
+"""Tries before an artifact is given up that the server refuses; each has all of wandb-core's own tries in it."""
 FINISH_S = 40
 """How long wandb may take for what is left when all rows are there."""
 _NOT_OPENED = (wandb.errors.Error, ServerResponseError, HandleAbandonedError, TimeoutError, OSError)
@@ -44,6 +51,7 @@ _FOR_A_PERSON = re.compile(
 class OnlineSink(WandbSink):
     """A run on a server."""
 
+    takes_files = True
     most_unconfirmed = 50_000
     """Rows given to wandb-core that the server was not seen to hold."""
 
@@ -60,6 +68,13 @@ class OnlineSink(WandbSink):
         self._confirmed: list[int] = []
         self._through = -1
         self._stalled_s = 0.0
+        self._uploads = ThreadPoolExecutor(1, "uploads")
+        self._kept: deque[str] = deque()
+        self._refused: deque[tuple[str, str]] = deque()
+        self._saved: list[str] = []
+        """Files that count when the run is finished: only then has wandb-core sent all it was given."""
+        self._upload_trouble: Trouble | None = None
+        self._lost: BaseException | None = None
 
     def open(self, run: RunFacts, bookmark: Mapping[str, Any]) -> Confirmed:
         """Ask what the server holds, and go on behind it."""
@@ -108,7 +123,47 @@ class OnlineSink(WandbSink):
         steps, self._confirmed = tuple(self._confirmed), []
         through = steps[-1] if steps else self._through
         self._through = through
-        return Confirmed(steps=steps, bookmark={"through": through}, trouble=asker.trouble, watched=True)
+        if self._lost is not None:
+            raise Fatal(f"wandb-core is gone: {self._lost!r}")
+        return Confirmed(
+            steps=steps,
+            bookmark={"through": through},
+            trouble=asker.trouble or self._upload_trouble,
+            watched=True,
+            kept=[self._kept.popleft() for _ in range(len(self._kept))],
+            refused=[self._refused.popleft() for _ in range(len(self._refused))],
+        )
+
+    def keep(self, version: Version, prepared: Any) -> None:
+        """As any; files count when the run is finished."""
+        super().keep(version, prepared)
+        if version.facts is None:
+            self._saved.append(version.id)
+
+    def _log_artifact(self, version: Version, prepared: Any) -> None:
+        self._uploads.submit(self._upload, version, prepared)
+
+    def _upload(self, version: Version, prepared: Any) -> None:
+        """In the thread: until the server has it, or refuses it for good."""
+        pause_s = UPLOAD_AGAIN_S[0]
+        for _ in range(MOST_UPLOADS):
+            try:
+                super()._log_artifact(version, prepared)
+                prepared.wait()
+            except BROKEN as error:
+                self._lost = error
+                return
+            except Exception as error:  # noqa: BLE001 - wandb raises what its core, the server and pydantic say
+                logger.warning("the artifact %s is not on the server: %.500s", prepared.name, error)
+                self._upload_trouble = Trouble(f"W&B does not take the artifact {prepared.name}: {error!s:.200}")
+            else:
+                self._upload_trouble = None
+                self._kept.append(version.id)
+                return
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, UPLOAD_AGAIN_S[1])
+        self._upload_trouble = None
+        self._refused.append((version.id, "rejected"))
 
     def history(self) -> Iterator[tuple[int, Mapping[str, Any]]]:
         """The rows that the server held when the run was opened, each step as it was sent last.
@@ -135,6 +190,8 @@ class OnlineSink(WandbSink):
             wandb.teardown(exit_code)
         except (*_NOT_OPENED, *BROKEN) as error:
             raise Fatal(f"wandb did not finish the run: {error!r}") from error
+        self._kept.extend(self._saved)
+        self._saved = []
 
     def _collect(self) -> None:
         """Take what the server holds out of what is awaited."""

@@ -26,15 +26,16 @@ from typing import Any
 
 import zmq
 
-from sidestep.endpoint import Endpoint
+from sidestep.settings import WorkerSettings
+from sidestep.whereabouts import Whereabouts
 from sidestep.wire import LANES, Frame, Refuse
 from sidestepd import placement
 from sidestepd.clock import Clock, Horizon
 from sidestepd.config import Config
-from sidestepd.control import endpoint_at
 from sidestepd.crashpoints import crash_point
 from sidestepd.entries import Entry, EntryKind
 from sidestepd.errors import ExitCode, Fatal, SpoolDamaged, Trouble
+from sidestepd.listening import UpstreamOptions
 from sidestepd.processes import Beat, Lock, die_with_parent, write_json
 from sidestepd.room import Ballast, Patience
 from sidestepd.rowlog import RowLog
@@ -59,6 +60,8 @@ ASK_EARLY_S, ASK_S = 2.0, 30.0
 """How often it is asked what the run is called, before and after it has an address in the browser."""
 PROMPT_S = 0.5
 """A frame that is sent on within this was not held up here."""
+LOOK_S = 2.0
+"""While nobody answers, how often it is looked where the daemon above is."""
 AWAY_S = 5.0
 """When nobody answers above for so long, it is said."""
 NICENESS = 5
@@ -67,14 +70,20 @@ NICENESS = 5
 
 @dataclass(slots=True)
 class Road:
-    """A connection, and the sessions that speak on it."""
+    """A connection, and the sessions that speak on it. `connect` makes one to where the daemon above is by now."""
 
-    link: Link
     legs: Legs
+    connect: Callable[[Link | None], Link | None]
+    link: Link | None = None
     up: bool = False
+    look_at: float = 0.0
 
     def turn(self, now: float, spool_now: float) -> None:
         """Hear what has come, say what there is to say."""
+        if not self.up and now >= self.look_at:
+            self.look_at, self.link = now + LOOK_S, self.connect(self.link)
+        if self.link is None:
+            return
         for message in self.link.receive():
             if isinstance(message, Refuse) and message.code == "version":
                 raise Fatal(message.message, trouble=Trouble(message.message, lasting=True))
@@ -108,13 +117,15 @@ class Forwarder:
         rowlog: RowLog,
         run: RunFile,
         *,
-        endpoint: Endpoint,
+        whereabouts: Whereabouts,
         horizon: Clock,
         beat: Callable[[], None],
         poll_interval_s: float,
         troubled: Callable[[Trouble | None], None],
     ) -> None:
-        self.spool, self.rowlog, self.run, self.address = spool, rowlog, run, endpoint.address
+        self.spool, self.rowlog, self.run, self.whereabouts = spool, rowlog, run, whereabouts
+        self.address = ""
+        """Where the daemon above was looked for last."""
         self.horizon, self.beat, self.troubled = horizon, beat, troubled
         self.run_dir = Path(run.dir)
         self.exit_code: int | None = None
@@ -131,8 +142,10 @@ class Forwarder:
         self._behind, self._dirty = True, False
         self._settle_at = self._ask_at = 0.0
         self._told = Told()
+        self._words = ""
+        """Why the daemon above would not speak to us."""
         self._context = zmq.Context()
-        relay = relay_of(run)
+        relay = self.session = relay_of(run)
         upper = Upper(
             relay=relay,
             node=os.uname().nodename,
@@ -141,8 +154,7 @@ class Forwarder:
             turn=run.turn,
         )
         self.metrics, self.media = (
-            Road(Link(self._context, endpoint, relay), Legs(upper, jitter=random.random, behind=self._is_behind))
-            for _ in range(2)
+            Road(Legs(upper, jitter=random.random, behind=self._is_behind), self._connect) for _ in range(2)
         )
         self._restore(rowlog.meta("sessions", {}))
         self.metrics.legs.run = rowlog.meta("above", {})
@@ -150,6 +162,22 @@ class Forwarder:
 
     def _is_behind(self) -> bool:
         return self._behind
+
+    def _connect(self, link: Link | None) -> Link | None:
+        """A link to where the daemon above is said to be; the one that there is, if nothing speaks against it."""
+        failed = link is not None and link.failure is not None
+        if failed:
+            self.whereabouts.failed()
+        endpoint = self.whereabouts.look()
+        if endpoint is None:
+            return link
+        self.address = endpoint.address
+        if link is not None and not failed and link.endpoint == endpoint:
+            return link
+        if link is not None:
+            self._words = link.failure.words(link.endpoint) if link.failure else self._words
+            link.shut()
+        return Link(self._context, endpoint, self.session)
 
     def _restore(self, state: Mapping[bytes, Mapping[str, Any]]) -> None:
         media = {id_: facts for id_, facts in state.items() if facts["hello"].get("role") in LANES}
@@ -205,7 +233,8 @@ class Forwarder:
         due = min((road.legs.due(now) for road in (self.metrics, self.media) if road.up), default=1.0)
         poller = zmq.Poller()
         for road in (self.metrics, self.media):
-            poller.register(road.link.socket, zmq.POLLIN)
+            if road.link is not None:
+                poller.register(road.link.socket, zmq.POLLIN)
         poller.poll(max(1, min(self._poll_ms, int(due * 1000))))
 
     # Reading
@@ -302,7 +331,7 @@ class Forwarder:
         refused = self.metrics.legs.refused or self.media.legs.refused
         is_open = self.metrics.up and self.metrics.legs.open
         if is_open:
-            self._told.away_since = now
+            self._told.away_since, self._words = now, ""
         upstream = {
             "address": self.address,
             "connected": is_open,
@@ -325,11 +354,22 @@ class Forwarder:
             what = f"the daemon at {self.address} takes no more of this run: {refused.message or refused.code}"
             trouble = Trouble(what, lasting=True)
         elif away_s > AWAY_S and (self.metrics.legs.pending or not self.metrics.legs.run):
-            trouble = Trouble(f"no daemon answers at {self.address}")
+            where = f"no daemon answers at {self.address}" if self.address else "no daemon above is known yet"
+            trouble = Trouble(f"the daemon at {self.address} {self._words}" if self._words else where)
         if trouble != self._told.trouble:
             self._told.trouble = trouble
             logger.warning("waiting: %s", trouble.what) if trouble else logger.info("going on")
             self.troubled(trouble)
+
+
+def _whereabouts(options: UpstreamOptions) -> Whereabouts:
+    """As a worker would look for its daemon."""
+    settings = WorkerSettings(
+        address=options.address,
+        context=None if options.context is None else str(options.context),
+        key_file=None if options.key_file is None else str(options.key_file),
+    )
+    return Whereabouts(settings, say=lambda what: logger.warning("%s", what))
 
 
 def relay_of(run: RunFile) -> bytes:
@@ -399,7 +439,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         SpoolReader(home / placement.SPOOL),
         rowlog,
         run.at(directory, run.address),
-        endpoint=endpoint_at(config.upstream.address or "", config.upstream.key_file),
+        whereabouts=_whereabouts(config.upstream),
         horizon=Horizon(directory / "horizon"),
         beat=beat,
         poll_interval_s=config.delivery.poll_interval_s,

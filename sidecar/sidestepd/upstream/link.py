@@ -1,12 +1,13 @@
 """One connection to the daemon above: messages in, messages out, wrapped by the hundred.
 
 - `connected` is false as soon as there is nobody to take a message; then nothing is taken as sent
-- an address is asked for anew with each connection: the daemon above may have been started somewhere else
+- a handshake that comes to nothing is known by why: only a monitor of libzmq's says that
 """
 
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Iterable, Iterator
 
 import zmq
@@ -14,6 +15,7 @@ import zmq
 from sidestep.endpoint import Endpoint
 from sidestep.errors import RemoteProtocolError
 from sidestep.sender import OPTIONS, connect
+from sidestep.sender.link import FAILURES, Failure
 from sidestep.wire import (
     MAX_ENVELOPE_BYTES,
     Message,
@@ -37,15 +39,27 @@ class Link:
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], endpoint: Endpoint, session: bytes) -> None:
         self.connected = False
+        self.endpoint = endpoint
+        self.failure: Failure | None = None
+        """Why the last handshake came to nothing."""
         self.socket: zmq.Socket[bytes] = context.socket(zmq.DEALER)
         for option, value in {**OPTIONS, zmq.MAXMSGSIZE: _MOST_BYTES}.items():
             self.socket.set(option, value)
+        self._monitor: zmq.Socket[bytes] | None = None
+        if endpoint.address.startswith("tcp:"):
+            self._monitor = self.socket.get_monitor_socket(sum(FAILURES))
         connect(self.socket, endpoint)
         self._wrapper = Wrapper(session)
 
     def look(self) -> None:
-        """See whether somebody is there."""
+        """See whether somebody is there, and if not, why."""
         self.connected = bool(int(self.socket.get(zmq.EVENTS)) & zmq.POLLOUT)
+        while self._monitor is not None and not self.connected:
+            try:
+                event, _ = self._monitor.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            self.failure = FAILURES.get(int.from_bytes(event[:2], sys.byteorder))
 
     def send(self, messages: Iterable[Message]) -> bool:
         """Send messages; False if not all of them could be, and none is known to have been."""
@@ -80,4 +94,6 @@ class Link:
 
     def shut(self) -> None:
         """Let go of it."""
+        if self._monitor is not None:
+            self.socket.disable_monitor()
         self.socket.close(linger=0)

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from tests.support.wandb_server.artifacts import Artifacts
 from tests.support.wandb_server.store import ALERTS, EVENTS, HISTORY, OUTPUT, SUMMARY, Store
 
 TAIL = 10
@@ -27,6 +28,7 @@ class Answers:
 
     def __init__(self, store: Store, *, entities: tuple[str, ...], base_url: Callable[[], str]) -> None:
         self._store, self._entities, self._base_url = store, entities, base_url
+        self._artifacts = Artifacts(store, base_url=base_url)
 
     def __call__(self, operation: str, variables: Mapping[str, Any]) -> dict[str, Any]:
         """The answer. Raises Refused, or KeyError for an operation that is not known."""
@@ -38,6 +40,7 @@ class Answers:
             "UpsertBucket": self._upsert,
             "CreateRunFiles": self._create_files,
             "NotifyScriptableRunAlert": self._alert,
+            **self._artifacts.operations(),
         }
         return known[operation](variables)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import gzip
 import json
+import re
 import sys
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -108,7 +109,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def _name(self, path: list[str], body: bytes) -> str:
         if path == ["graphql"]:
-            return f"graphql/{json.loads(body).get('operationName')}"
+            return f"graphql/{operation_of(json.loads(body))}"
         return path[-1] if path[0] == "files" else path[0]
 
     def _do(self, path: list[str], name: str, body: bytes) -> tuple[int, Any]:
@@ -119,7 +120,7 @@ class Handler(BaseHTTPRequestHandler):
         try:
             if path == ["graphql"]:
                 asked = json.loads(body)
-                return 200, {"data": self.server.answers(asked.get("operationName"), asked.get("variables") or {})}
+                return 200, {"data": self.server.answers(operation_of(asked), asked.get("variables") or {})}
             if path[0] == "files" and path[-1] == "file_stream":
                 return 200, self._file_stream(path_of(*path[1:4]), path[1:4], json.loads(body))
         except Refused as refused:
@@ -166,6 +167,8 @@ class Handler(BaseHTTPRequestHandler):
                 return server.store.breaches()
             case "tallies":
                 return server.store.tallies()
+            case "artifacts":
+                return server.store.artifacts()
             case "runs":
                 return server.store.runs()
             case "make":
@@ -175,6 +178,14 @@ class Handler(BaseHTTPRequestHandler):
             case "lines":
                 return server.store.lines(said["run"], said["file"])
         return {}
+
+
+def operation_of(asked: dict[str, Any]) -> str:
+    """What is asked: by its name, or where that is not said, by what the query calls itself."""
+    said = (
+        asked.get("operationName") or re.findall(r"^\s*(?:query|mutation)\s+(\w+)", asked.get("query") or "")[:1]
+    )
+    return said if isinstance(said, str) else "".join(said)
 
 
 def serve(directory: Path, *, key: str, entities: tuple[str, ...]) -> None:

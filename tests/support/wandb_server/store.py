@@ -19,6 +19,7 @@ CREATE TABLE IF NOT EXISTS run (
     entity TEXT, project TEXT, name TEXT, doc TEXT NOT NULL, PRIMARY KEY (entity, project, name)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS line (
     run TEXT, file TEXT, number INTEGER, content TEXT NOT NULL, PRIMARY KEY (run, file, number)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS artifact (n INTEGER PRIMARY KEY, id TEXT UNIQUE NOT NULL, doc TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS breach (what TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS tally (name TEXT PRIMARY KEY, count INTEGER NOT NULL) WITHOUT ROWID;
 """
@@ -97,6 +98,20 @@ class Store:
         query = "SELECT content FROM line WHERE (run, file) = (?, ?) AND number >= ? ORDER BY number"
         with self._lock:
             return [row[0] for row in self._db.execute(query, (run, file, after)).fetchall()]
+
+    # Artifacts
+
+    def put_artifact(self, id_: str, doc: Mapping[str, Any]) -> None:
+        """Set what is known of a version."""
+        query = "INSERT INTO artifact (id, doc) VALUES (?, ?) ON CONFLICT (id) DO UPDATE SET doc = excluded.doc"
+        with self._lock, self._db:
+            self._db.execute(query, (id_, json.dumps(doc)))
+
+    def artifacts(self) -> list[dict[str, Any]]:
+        """Every version, in the order in which they were created."""
+        with self._lock:
+            rows = self._db.execute("SELECT doc FROM artifact ORDER BY n").fetchall()
+        return [dict(json.loads(doc)) for (doc,) in rows]
 
     # What tests want to know
 

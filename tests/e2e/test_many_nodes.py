@@ -1,0 +1,167 @@
+"""`sidestep run` on several nodes: one run, whoever starts the commands, with no line of configuration."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import pytest
+
+from sidestepd import status
+from sidestepd.rundir import newest_run_dir
+from tests.support.daemons import DEADLINE_S, HeldRow, read_jsonl
+from tests.support.waiting import eventually
+
+pytestmark = pytest.mark.e2e
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS = 20
+TRAIN = f"""
+import os, sys, time, sidestep
+run = sidestep.init()
+rank = int(os.environ.get("RANK") or os.environ["SLURM_PROCID"])
+for step in range({STEPS}):
+    run.log({{"mine": rank, "step": step}}, step=step)
+    time.sleep(0.02)
+run.finish()
+sys.exit(int(os.environ.get("END_WITH", "0")))
+"""
+
+
+class Job:
+    """Commands that one launcher started; where each is, what it said, and how it ended."""
+
+    def __init__(self, base: Path) -> None:
+        self.base = base
+        self._commands: list[subprocess.Popen[bytes]] = []
+
+    def start(
+        self, environ: Mapping[str, str], words: Sequence[str] = (), *, folder: str = "shared", **options: object
+    ) -> None:
+        """`sidestep run` of the training, or of other words."""
+        plain = {k: v for k, v in os.environ.items() if not k.startswith(("SIDESTEP_", "WANDB_", "SLURM_"))}
+        chosen = {"sink.kind": "jsonl", "samplers.enabled": "off", "order.patience_s": "30", **options}
+        settings = [word for name, value in chosen.items() for word in ("--set", f"{name}={value}")]
+        command = words or (sys.executable, "-c", TRAIN)
+        (self.base / folder).mkdir(exist_ok=True)
+        self._commands.append(
+            subprocess.Popen(
+                [sys.executable, "-m", "sidestep", "run", *settings, "--", *command],
+                cwd=self.base / folder,
+                env=plain | {"SIDESTEP_PROGRAM": "0", "PYTHONPATH": str(ROOT)} | dict(environ),
+                stdin=subprocess.DEVNULL,
+                stderr=(self.base / f"command{len(self._commands)}.log").open("ab"),
+                start_new_session=True,
+            )
+        )
+
+    def wait(self) -> list[int]:
+        """The exit codes."""
+        return [command.wait(DEADLINE_S) for command in self._commands]
+
+    def stop(self) -> None:
+        for command in self._commands:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(command.pid, signal.SIGKILL)
+            command.wait()
+
+    def run_dir(self, folder: str = "shared") -> Path:
+        found = newest_run_dir(self.base / folder)
+        assert found is not None, self.log()
+        return found
+
+    def rows(self, folder: str = "shared") -> list[HeldRow]:
+        return read_jsonl(self.run_dir(folder))
+
+    def log(self) -> str:
+        return "\n".join(path.read_text()[-2000:] for path in sorted(self.base.glob("command*.log")))
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Iterator[Job]:
+    made = Job(tmp_path)
+    yield made
+    made.stop()
+
+
+def srun(task: int, *, per_node: int = 1, nodes: int = 2) -> dict[str, str]:
+    """What SLURM says to a task."""
+    return {
+        "SLURM_JOB_ID": "42", "SLURM_STEP_ID": "0", "SLURM_PROCID": str(task),
+        "SLURM_STEP_NUM_TASKS": str(per_node * nodes), "SLURM_LOCALID": str(task % per_node),
+        "SLURM_NODEID": str(task // per_node), "SLURM_STEP_NUM_NODES": str(nodes),
+        "SLURM_STEP_TASKS_PER_NODE": f"{per_node}(x{nodes})", "SLURMD_NODENAME": f"n{task // per_node}",
+    }  # fmt: skip
+
+
+def assert_one_run(job: Job, *, ranks: int, exit_code: int, folder: str = "shared") -> status.Report:
+    """All ranks are in one run, every row once and whole; nothing is left of the meeting."""
+    rows, report = job.rows(folder), status.report(job.run_dir(folder))
+    assert list(range(STEPS)) == [row.values["step"] for row in rows], job.log()
+    assert {ranks} == {row.values["sidestep/ranks_reported"] for row in rows}
+    assert (exit_code, "finished", 0) == (report.run.exit_code, report.state, report.late_rows)
+    assert report.ledger.balances
+    assert (report.ledger.offered, 0) == (report.ledger.delivered, report.ledger.pending)
+    assert not (job.base / folder / "sidestep-runs" / ".jobs").exists()
+    return report
+
+
+class TestSrun:
+    def test_with_a_task_on_each_node_is_one_run_that_ends_with_the_worst(self, job: Job):
+        job.start(srun(1) | {"END_WITH": "3"})
+        job.start(srun(0))
+
+        assert [3, 3] == job.wait(), job.log()
+        report = assert_one_run(job, ranks=2, exit_code=3)
+        assert ["bye"] == [it.state for it in report.sessions if it.role == "relay"]
+
+    @pytest.mark.nightly
+    def test_with_a_task_for_each_rank_is_one_run_too(self, job: Job):
+        for task in (3, 1, 2, 0):
+            job.start(srun(task, per_node=2) | {"END_WITH": "5" if task == 3 else "0"})
+
+        assert [5, 0, 5, 5] == job.wait(), job.log()
+        assert_one_run(job, ranks=4, exit_code=5)
+
+    @pytest.mark.nightly
+    def test_on_one_node_has_one_daemon(self, job: Job):
+        for task in range(3):
+            job.start(srun(task, per_node=3, nodes=1))
+
+        assert [0, 0, 0] == job.wait(), job.log()
+        report = assert_one_run(job, ranks=3, exit_code=0)
+        assert [] == [it for it in report.sessions if it.role == "relay"]
+
+
+@pytest.mark.nightly
+class TestWithoutASharedFolder:
+    def test_a_secret_in_the_environment_does(self, job: Job):
+        secret = {"SIDESTEP_JOB_SECRET": "s" * 40, "SIDESTEP_PORT": "7719"}
+        rank = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+        for node in (1, 0):
+            own = {"RANK": str(node), "MASTER_PORT": "1", "SLURMD_NODENAME": f"n{node}"}
+            job.start(secret | rank | own, folder=f"alone{node}")
+
+        assert [0, 0] == job.wait(), job.log()
+        assert_one_run(job, ranks=2, exit_code=0, folder="alone0")
+
+    def test_a_node_that_finds_nobody_keeps_what_it_has(self, job: Job):
+        job.start(srun(1), **{"job.wait_s": "1"})
+        log = job.base / "command0.log"
+
+        eventually(lambda: "was not found in 1 s" in log.read_text(), DEADLINE_S, job.log)
+        relays = job.base / "shared" / "sidestep-runs" / ".relays"
+        eventually(lambda: any(relays.glob("*/run.json")), DEADLINE_S, job.log)
+        (run_dir,) = (path.parent for path in relays.glob("*/run.json"))
+        eventually(lambda: status.report(run_dir).ledger.pending >= STEPS, DEADLINE_S, job.log)
+
+    def test_a_first_node_that_waits_in_vain_says_so(self, job: Job):
+        job.start(srun(0), **{"job.wait_s": "1", "order.patience_s": "1"})
+
+        assert [1] == job.wait(), job.log()
+        assert "1 of 1 other nodes never came" in job.log()
