@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.benchmarks.checkpoint import measure
 from tests.support.chaos import DEADLINE_S, Training
 from tests.support.checkpoints import command, expected, notes, steps_taken, versions
 from tests.support.waiting import eventually
@@ -131,3 +132,15 @@ def test_a_sync_brings_artifacts_and_files_up_once_however_often_it_is_stopped(t
         there = [it for it in server.artifacts() if it["place"][-1] == "model" and it["state"] == "COMMITTED"]
         assert [0, 1, 2, 3] == [json.loads(it["metadata"])["step"] for it in there]
         assert 8 <= server.tallies()["storage"]
+
+
+@pytest.mark.nightly
+def test_a_gigabyte_takes_no_memory_of_the_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Its time is judged by the benchmark; here it only has to arrive, with its SHA-256."""
+    monkeypatch.chdir(tmp_path)
+
+    figures = measure(1024)
+
+    assert (1, True, 0) == (figures.delivered, figures.is_whole, figures.missing)
+    assert figures.memory_mb < 64
+    assert figures.courier_memory_mb < 128
