@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from sidestep.wire import (
-    MAX_FRAME_BYTES,
+    MAX_ENVELOPE_BYTES,
     Ack,
     Bye,
     Hello,
@@ -306,7 +306,7 @@ class TestHostileMessages:
         hostile.hello()
         header, _ = encode(hostile.frame(0))
 
-        hostile.send([header, bytes(2 * MAX_FRAME_BYTES)])
+        hostile.send([header, bytes(2 * MAX_ENVELOPE_BYTES)])
 
         assert hostile.listen(0.5) is None
         assert hostile.hello().first == 0
