@@ -12,7 +12,7 @@ help:
 	@echo "make deploy-test   systemd booted, containers built and run, a SLURM, manifests: as root on Debian 12"
 	@echo "make bench         the cost of log(), beside wandb.log, SummaryWriter and no logging; that it waits for"
 	@echo "                   nobody, whatever is broken; and what a worker costs beside the calls"
-	@echo "make bench-media   the cost of logging an image, beside wandb.log"
+	@echo "make bench-media   the cost of logging an image, beside wandb.log, and of a checkpoint"
 	@echo "make bench-throughput  how much the daemon takes, and how fast it hands it on"
 	@echo "make lint          ruff, mypy --strict, import-linter"
 
@@ -49,6 +49,7 @@ bench: $(VENV)/.test
 
 bench-media: $(VENV)/.test
 	$(BIN)/python -m tests.benchmarks.media_cost
+	$(BIN)/python -m tests.benchmarks.checkpoint
 
 bench-throughput: $(VENV)/.test
 	$(BIN)/python -m tests.benchmarks.throughput

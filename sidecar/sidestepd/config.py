@@ -155,7 +155,8 @@ class SpoolOptions(Section):
     blob_quota_bytes: int = Field(
         default=32 * 1024**3,
         ge=1024 * 1024,
-        description="The bytes of media that wait may take this much; beyond it workers keep what they have.",
+        description="The bytes of media that wait may take this much; beyond it workers keep what they have. "
+        "Files are not counted.",
     )
     ballast_bytes: int = Field(
         default=16 * 1024 * 1024,

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +14,7 @@ import pytest
 from tests.support.chaos import DEADLINE_S, Training
 from tests.support.checkpoints import command, expected, notes, steps_taken, versions
 from tests.support.waiting import eventually
+from tests.support.wandb_server import StandIn
 
 pytestmark = pytest.mark.chaos
 
@@ -76,3 +81,53 @@ class TestKillNine:
 
         assert run.boots() + run.deaths() > 1
         assert_each_once(run, 8, 5)
+
+
+@pytest.mark.nightly
+class TestOnAServer:
+    def test_each_version_is_committed_once_in_its_order_whatever_is_killed(self, tmp_path: Path):
+        enough, folder = tmp_path / "enough", tmp_path / "made"
+        folder.mkdir()
+        training = command(steps=2, folder=folder, megabytes=5, until=enough)
+        with StandIn(tmp_path / "server") as server:
+            with Training(tmp_path, training, server=server) as run:
+                for victim in itertools.islice(itertools.cycle(("delivery", "intake", "core")), 6):
+                    wait_for_versions(run)
+                    assert run.kill(victim)
+                wait_for_versions(run)
+                enough.touch()
+                assert 0 == run.wait()
+
+            there = [it for it in server.artifacts() if it["place"][-1] == "model"]
+            assert list(range(steps_taken(enough))) == [json.loads(it["metadata"])["step"] for it in there]
+            assert {"COMMITTED"} == {it["state"] for it in there}
+            assert [f"step-{step}" for step in range(len(there))] == [
+                next(alias for alias in it["aliases"] if alias != "latest") for it in there
+            ]
+            assert {"model.bin", "notes.txt"} == set(there[0]["files"])
+        report = run.report()
+        assert report.ledger.balances
+        assert [] == list((run.run_dir / "blobs").iterdir())
+
+
+@pytest.mark.nightly
+def test_a_sync_brings_artifacts_and_files_up_once_however_often_it_is_stopped(tmp_path: Path):
+    folder = tmp_path / "made"
+    folder.mkdir()
+    with Training(tmp_path, command(steps=4, folder=folder, megabytes=5)) as run:
+        assert 0 == run.wait()
+
+    with StandIn(tmp_path / "server") as server:
+        server.fault("graphql/CommitArtifact", "hang", times=1)
+        words = [sys.executable, "-m", "sidestep", "sync", str(run.run_dir)]
+        first = subprocess.Popen(words, env=os.environ | server.environment)
+        eventually(lambda: server.tallies().get("fault hang"), DEADLINE_S, run.log)
+        first.kill()
+        first.wait()
+        server.lift()
+
+        subprocess.run(words, env=os.environ | server.environment, check=True, timeout=120)
+
+        there = [it for it in server.artifacts() if it["place"][-1] == "model" and it["state"] == "COMMITTED"]
+        assert [0, 1, 2, 3] == [json.loads(it["metadata"])["step"] for it in there]
+        assert 8 <= server.tallies()["storage"]

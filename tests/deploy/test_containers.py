@@ -9,17 +9,19 @@ from __future__ import annotations
 import contextlib
 import json
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
+import yaml
 
 from sidestepd import status
 from tests.support.daemons import freeze
 from tests.support.images import BASE, IMAGE, LOCKED, TRAINER, Podman
 from tests.support.waiting import eventually
-from tests.support.workshop import DEPLOY, Workshop, assert_whole, find, is_finished, need, rows_in, run_dir_in
+from tests.support.workshop import DEPLOY, Workshop, assert_whole, do, find, is_finished, need, rows_in, run_dir_in
 
 pytestmark = [pytest.mark.deploy, pytest.mark.timeout(900)]
 
@@ -37,6 +39,16 @@ def podman(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Iter
     with Podman(tmp_path_factory.mktemp("podman")) as podman:
         podman.build(workshop)
         yield podman
+
+
+def manifests_of(overlay: str) -> list[dict[str, Any]]:
+    """All manifests of an overlay of Kubernetes."""
+    need("kubectl")
+    return [
+        one
+        for one in yaml.safe_load_all(do("kubectl", "kustomize", DEPLOY / "kubernetes/overlays" / overlay))
+        if one
+    ]
 
 
 class Pair:
@@ -131,7 +143,7 @@ class TestTheImage:
         assert "sidestep" == config["Labels"]["org.opencontainers.image.title"]
         assert ["/usr/bin/tini", "--", "sidestep"] == config["Entrypoint"]
         assert '"CMD", "sidestep", "ping", "--timeout", "5"' in json.dumps(podman.inspect(IMAGE))
-        assert size_mb < 300
+        assert size_mb < 400
 
     def test_holds_no_pip_no_compiler_and_nothing_of_the_tree_but_the_wheel(self, podman):
         words = (
@@ -237,6 +249,54 @@ class TestHealth:
         assert 'sidestep_workers{run="counted",state="live"} 1.0' in told
         assert "well" == asked("healthz")
         pair.is_whole("counted", pair.ends("counted"))
+
+
+class TestManyNodes:
+    def test_a_relay_that_is_killed_has_handed_on_to_the_head_what_its_workers_said(self, podman, tmp_path):
+        """With the arguments of the overlays; nodes are host names here, and their network is one loopback."""
+        tmp_path.chmod(0o755)
+        (head,) = (one for one in manifests_of("head") if one["kind"] == "Deployment")
+        (relay,) = (one for one in manifests_of("relay") if one["kind"] == "DaemonSet")
+        head, relay = (one["spec"]["template"]["spec"]["containers"][0] for one in (head, relay))
+        environ = {one["name"]: one["value"] for one in relay["env"] if one["name"].startswith("SIDESTEP_U")}
+        assert "tcp://sidestep-head:7711" == environ["SIDESTEP_UPSTREAM_ADDRESS"]
+        environ |= {"SIDESTEP_UPSTREAM_ADDRESS": "tcp://127.0.0.1:7711", "SIDESTEP_SINK_KIND": "upstream"}
+        environ |= {"SIDESTEP_NODE": "node1", "SIDESTEP_SERVE_LINGER_S": "1"}
+        for name in ("keys", "head-state", "head-socket", "relay-state", "relay-socket"):
+            podman.do("volume", "create", name)
+        podman.do("run", "--rm", *LOCKED, "--user=0", "--cap-add=DAC_OVERRIDE,CHOWN,FOWNER", "--volume=keys:/keys",
+                  "--entrypoint=sh", IMAGE, "-c", "sidestep keygen /keys/k && chown -R 10001 /keys")  # fmt: skip
+        keys = "--mount=type=bind,ro,source={},target=/etc/sidestep/keys".format(podman.volume("keys") / "k")
+
+        def serve(name: str, said: Mapping[str, str], *words: str, network: str) -> None:
+            podman.do(
+                "run", "--detach", "--replace", f"--name={name}", *LOCKED[:-1], f"--network={network}", keys,
+                *(f"--env={key}={value}" for key, value in said.items()),
+                f"--volume={name}-state:/var/lib/sidestep", f"--volume={name}-socket:/run/sidestep", IMAGE, *words,
+            )  # fmt: skip
+            eventually(lambda: podman.run("healthcheck", "run", name).returncode == 0, WAIT_S,
+                       lambda: podman.logs(name))  # fmt: skip
+
+        serve("head", QUICK, *head["args"], network="none")
+        serve("relay", environ, *relay["args"], network="container:head")
+        podman.do(
+            "run", "--detach", "--name=far", "--hostname=node1", *LOCKED, f"--volume={tmp_path}:/until:ro",
+            "--env=SIDESTEP_ADDRESS=ipc:///run/sidestep/daemon.sock", "--volume=relay-socket:/run/sidestep:ro",
+            TRAINER, "/until/far", "far", "30",
+        )  # fmt: skip
+        state = podman.volume("head-state")
+        told = lambda: "\n".join(podman.logs(name) for name in ("head", "relay", "far"))  # noqa: E731
+        eventually(lambda: rows_in(state, "far") >= 30, WAIT_S, told)
+
+        podman.do("kill", "--signal", "KILL", "relay")
+        serve("relay", environ, *relay["args"], network="container:head")
+
+        eventually(lambda: rows_in(state, "far") >= 150, WAIT_S, told)
+        (tmp_path / "far").touch()
+        assert 0 == podman.exit_code("far"), podman.logs("far")
+        eventually(lambda: is_finished(state, "far"), WAIT_S, told)
+        report = assert_whole(state, "far", int(podman.logs("far").split()[-1]))
+        assert "node1" in {one.node for one in report.sessions if one.role == "worker"}
 
 
 class TestCompose:

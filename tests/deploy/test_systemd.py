@@ -82,7 +82,20 @@ def tree(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def machine(tree: Path) -> Iterator[Machine]:
+def disk(tree: Path) -> Iterator[Path]:
+    """A small file system of its own, for the state of the instance `frozen`."""
+    need("fsfreeze", "mkfs.ext4")
+    image, place = tree.parent / "disk", tree / "var/lib/sidestep/frozen"
+    place.mkdir()
+    do("truncate", "--size=512M", image)
+    do("mkfs.ext4", "-q", image)
+    do("mount", "-o", "loop", image, place)
+    yield place
+    do("umount", "--lazy", place)
+
+
+@pytest.fixture(scope="module")
+def machine(tree: Path, disk: Path) -> Iterator[Machine]:
     with Machine(tree, "sidestep-systemd", {ROOT: "/sidestep"}) as machine:
         yield machine
 
@@ -104,14 +117,16 @@ def unit(machine: Machine, tree: Path) -> Iterator[Machine]:
 class Trained:
     """A training of a real worker, that goes on until it is told."""
 
-    def __init__(self, machine: Machine, id_: str, *, user: str = "alice", address: str = SOCKET) -> None:
-        self.machine, self.id = machine, id_
+    def __init__(
+        self, machine: Machine, id_: str, *, user: str = "alice", address: str = SOCKET, instance: str = "train"
+    ) -> None:
+        self.machine, self.id, self._instance = machine, id_, instance
         self._until = machine.tree / f"srv/until-{id_}"
         words = ["env", f"SIDESTEP_ADDRESS={address}", "/opt/train/bin/python", "/opt/train/train.py"]
         self.process = machine.start(*words, f"/srv/until-{id_}", id_, "30", user=user)
 
     def state(self) -> Path:
-        return self.machine.tree / "var/lib/sidestep/train"
+        return self.machine.tree / "var/lib/sidestep" / self._instance
 
     def reaches(self, rows: int) -> None:
         """Wait until so many rows are in the run for good."""
@@ -311,6 +326,29 @@ class TestTheWatchdog:
             steps = training.ends()
             training.is_whole(steps)
 
+    def test_has_a_daemon_started_again_whose_disk_stands_still(self, machine, disk):
+        """Intake answers all the while. Nothing of the disk may be looked at before it is thawed."""
+        name, address = "sidestep@frozen", SOCKET.replace("train", "frozen")
+        (machine.tree / "etc/sidestep/frozen.env").write_text(lines(QUICK))
+        with with_drop_in(machine, "WatchdogSec=6", unit=name):
+            training = Trained(machine, "iced", address=address, instance="frozen")
+            training.reaches(30)
+
+            do("fsfreeze", "--freeze", disk)
+            try:
+                eventually(
+                    lambda: "Watchdog timeout" in machine.journal(name), WAIT_S, lambda: machine.journal(name)
+                )
+                assert training.process.poll() is None
+            finally:
+                do("fsfreeze", "--unfreeze", disk)
+
+            eventually(lambda: machine.show(name, "NRestarts") == "1", WAIT_S, lambda: machine.journal(name))
+            training.reaches(100)
+            steps = training.ends()
+            training.is_whole(steps)
+            machine.do("systemctl", "stop", name)
+
     def test_leaves_alone_a_daemon_that_is_well(self, unit):
         with with_drop_in(unit, "WatchdogSec=2"):
             training = Trained(unit, "well")
@@ -375,6 +413,17 @@ class TestLimits:
         assert "0" == cores
         assert str(4 * 1024**3) == unit.show(UNIT, "MemoryMax")
         assert "1024" == unit.show(UNIT, "TasksMax")
+
+    def test_bound_its_memory(self, unit):
+        pid = unit.process(unit.main_pid(UNIT)).pid
+        (group,) = (
+            line[3:] for line in Path(f"/proc/{pid}/cgroup").read_text().splitlines() if line.startswith("0::")
+        )
+        limit = Path(f"/sys/fs/cgroup{group}/memory.max")
+        if not limit.exists():
+            pytest.skip("memory is no controller of cgroups v2 here: a booted system's MemoryMax is not applied")
+
+        assert str(4 * 1024**3) == limit.read_text().strip()
 
 
 class TestAUserOfTheirOwn:

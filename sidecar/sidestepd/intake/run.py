@@ -104,7 +104,8 @@ class Intake:
         self._horizon = Horizon(self.run_dir / "horizon")
         self._committing = False
         self._awake_at = clock()
-        self._went_round_at = time.monotonic()
+        self.went_round_at = time.monotonic()
+        """The loop came back from the threads that write; about every second where the disks do."""
         self._cursor = 0
         self.listener = Listener(heartbeat_s=config.intake.heartbeat_s)
         self.relays = Relays(roster, heartbeat_s=config.intake.heartbeat_s, patience_s=config.order.patience_s)
@@ -390,11 +391,8 @@ class Intake:
         """How many processes still send files of workers; one that died is not waited for."""
         couriers = [it for it in self.roster.awaited if it.is_courier]
         for one in couriers:
-            if (
-                not one.relay
-                and is_here(one.hello.get("node", ""))
-                and not Lifeline(one.hello.get("pid", 0)).is_alive()
-            ):
+            here = not one.relay and is_here(one.hello.get("node", ""), pids=one.hello.get("pids", ""))
+            if here and not Lifeline(one.hello.get("pid", 0)).is_alive():
                 self.lose(one.id)
         return sum(it.state == "live" for it in couriers)
 
@@ -550,7 +548,7 @@ class Intake:
             self.collector.tend(time.monotonic())
             if time.monotonic() >= next_look:
                 await self._make_room()
-                self._went_round_at = time.monotonic()
+                self.went_round_at = time.monotonic()
                 next_look = time.monotonic() + LOOK_INTERVAL_S
             await asyncio.sleep(WATCH_INTERVAL_S)
 
@@ -574,18 +572,13 @@ class Intake:
         """What a worker may know of the run."""
         return facts_of(self.run, self.run_dir, is_relay=self.config.is_relay)
 
-    @property
-    def silent_s(self) -> float:
-        """For how long the loop has not come back from the threads that write; about a second if all is well."""
-        return round(time.monotonic() - self._went_round_at, 3)
-
     def report(self) -> dict[str, Any]:
         """How this run is, for a tool that asks."""
         return {
             "run": self.facts(),
             "boot": self.boot,
             "closing": self.closing,
-            "silent_s": self.silent_s,
+            "silent_s": time.monotonic() - self.went_round_at,
             "sessions": len(self.roster.workers),
             "live": len(self.roster.live),
             "relays": self.relays.report(),

@@ -354,10 +354,11 @@ class SeveralRuns:
 
     def report(self) -> dict[str, Any]:
         """How each run is."""
+        now = time.monotonic()
         return {
             "runs": [run.intake.report() for run in self._open.values()],
             "live": sum(len(run.intake.roster.live) for run in self._open.values()),
-            "silent_s": max((run.intake.silent_s for run in self._open.values()), default=0.0),
+            "silent_s": max((now - run.intake.went_round_at for run in self._open.values()), default=0.0),
             "closing": self._draining,
         }
 

@@ -116,6 +116,10 @@ class StandIn:
         """How often it was asked what, and what happened."""
         return dict(self._ask("tallies"))
 
+    def artifacts(self) -> list[dict[str, Any]]:
+        """Every version of every artifact, in the order in which they were created."""
+        return list(self._ask("artifacts"))
+
     # Disturbing it
 
     def fault(self, match: str, kind: str, **how: Any) -> None:
