@@ -243,7 +243,7 @@ class Delivery:
     def _take(self, entry: Entry) -> None:
         self._now = max(self._now, entry.received)
         self.read_through = entry.id
-        if kept := self.settlement.passed(entry.id):
+        if kept := self.settlement.passed(entry):
             # Their frames went down with a spool, and they are counted as lost with it; but the run has them.
             self.resolver.dead["spool_lost"] -= kept
         if entry.kind in SAID:

@@ -235,7 +235,7 @@ def _used(process: psutil.Process) -> float:
 class Head:
     """A daemon with keys, of which this process makes the clients."""
 
-    def __init__(self, base: Path, *, plain: bool, sink: str, lone: bool, **options: Any) -> None:
+    def __init__(self, base: Path, *, plain: bool, sink: str, **options: Any) -> None:
         base.mkdir()
         self._keys = base / "keys"
         make_keys(self._keys)
@@ -244,14 +244,12 @@ class Head:
             base, sink=sink, listen__tcp=LISTEN, order__patience_s=5.0, delivery__stall_s=3600.0,
             **({} if plain else keys), **options,
         )  # fmt: skip
-        self._plain, self._lone = plain, lone
+        self._plain = plain
 
     def start(self) -> None:
-        """Have it serve; without its delivery if intake is to be measured alone."""
+        """Have it serve."""
         self.run.start()
         self.address = str(read_json(self.run.run_dir / BOUND)[LISTEN])
-        if self._lone:
-            freeze(self.run.delivery())
 
     @property
     def key_file(self) -> Path:
@@ -262,6 +260,12 @@ class Head:
     def endpoint(self) -> Endpoint:
         """Where a client finds it."""
         return endpoints(self.address, None if self._plain else KeyFile.read(self.key_file))[0]
+
+    def spent(self) -> dict[str, float]:
+        """What its intake used so far, and how many messages it took."""
+        assert self.run.process is not None
+        messages = float(self.run.status()["messages"])
+        return {"intake_cpu_s": _used(psutil.Process(self.run.process.pid)), "messages": messages}
 
     def processes(self) -> list[psutil.Process]:
         """Intake and what it has started."""
@@ -274,7 +278,7 @@ class Head:
 def daemons(base: Path, options: argparse.Namespace) -> Iterator[tuple[Head, list[Head]]]:
     """The head, and what its workers speak to: its relays, if there shall be any."""
     with ExitStack() as stack:
-        head = Head(base / "head", plain=options.plain, sink="jsonl", lone=options.only_intake)
+        head = Head(base / "head", plain=options.plain, sink="jsonl")
         stack.enter_context(head.run)
         head.start()
         doors = []
@@ -282,7 +286,7 @@ def daemons(base: Path, options: argparse.Namespace) -> Iterator[tuple[Head, lis
             upstream = {"upstream__address": head.address}
             if not options.plain:
                 upstream["upstream__key_file"] = str(head.key_file)
-            relay = Head(base / f"relay{number}", plain=options.plain, sink="upstream", lone=False, **upstream)
+            relay = Head(base / f"relay{number}", plain=options.plain, sink="upstream", **upstream)
             stack.enter_context(relay.run)
             relay.start()
             doors.append(relay)
@@ -338,13 +342,19 @@ def main() -> None:
             head, doors = made
 
             def watch() -> list[psutil.Process]:
+                if options.only_intake:
+                    freeze(head.run.delivery())
                 figures["head"] = [_Named(process).name for process in head.processes()]
+                figures["head_before"] = head.spent()
                 return [process for one in (head, *doors) for process in one.processes()]
 
             figures |= run_load([one.endpoint for one in doors or [head]], load, watch)
             print(json.dumps(figures, indent=2, default=str), flush=True)
             for door in doors:
                 figures.setdefault("relays", []).append(door.run.finish())
+            figures["head_spent"] = {name: it - figures["head_before"][name] for name, it in head.spent().items()}
+            if options.only_intake:
+                print(json.dumps(figures, indent=2, default=str), flush=True)
             if not options.only_intake:
                 figures |= in_the_run(head.run, load)
     text = json.dumps(figures, indent=2, default=str)
