@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -142,3 +145,54 @@ class TestARelayOfARelay:
         assert ["bye", "bye"] == [
             it.state for it in status.report(nodes.head.run_dir).sessions if it.role == "relay"
         ]
+
+
+class TestARankBehindARelay:
+    def test_that_dies_without_a_word_is_told_above(self, tmp_path: Path):
+        never = tmp_path / "never"
+        with Topology(tmp_path, order__patience_s=1.0, intake__heartbeat_s=1.0, relay=QUICK_HEARTS) as nodes:
+            nodes.train([*command(steps=10, until=never), "--pids", str(tmp_path)])
+            nodes.wait_for_rows()
+            killed(psutil.Process(int((tmp_path / "3").read_text())))
+            eventually(lambda: "rank 3 ended without a word" in nodes.head.alerts(), DEADLINE_S, nodes.log)
+            never.touch()
+            assert [0, 0, 0] == nodes.wait()[:3], nodes.log()
+            nodes.finish()
+
+            lost = [it for it in status.report(nodes.head.run_dir).sessions if it.state == "lost"]
+            assert [3] == [it.rank for it in lost]
+            assert all(ledger.balances for ledger in nodes.ledgers())
+
+
+class TestARelayThatIsStopped:
+    def test_with_a_backlog_hands_it_on_when_it_is_taken_up(self, tmp_path: Path):
+        with Topology(tmp_path, order__patience_s=1.0, nodes=1) as nodes:
+            relay, proxy = nodes.relays[0], nodes.proxies[0]
+            proxy.set(REFUSE)
+            nodes.train(command(steps=50), ranks_per_node=2)
+            assert [0, 0] == nodes.wait(), nodes.log()
+            relay.stop()
+            assert relay.ledger().pending >= 100
+            eventually(lambda: proxy.refused > 0, DEADLINE_S, nodes.log)
+
+            refused = sidestep("sync", str(relay.run_dir))
+            assert (2, True) == (refused.returncode, "is a relay" in refused.stderr), refused.stderr
+            proxy.set(PASS)
+            drained = sidestep("drain", str(relay.run_dir))
+            assert 0 == drained.returncode, drained.stderr
+            assert 0 == nodes.head.finish()
+
+            assert 0 == relay.ledger().pending
+            assert {rank: list(range(50)) for rank in range(2)} == steps_of_ranks(nodes.head.rows())
+            assert all(ledger.balances for ledger in nodes.ledgers())
+
+
+QUICK_HEARTS = {"intake__heartbeat_s": 1.0}
+
+
+def sidestep(*words: str) -> subprocess.CompletedProcess[str]:
+    """The command, to its end."""
+    own = {name: value for name, value in os.environ.items() if not name.startswith(("SIDESTEP_", "WANDB_"))}
+    return subprocess.run(
+        [sys.executable, "-m", "sidestep", *words], env=own, capture_output=True, text=True, timeout=120
+    )
