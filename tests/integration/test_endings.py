@@ -308,6 +308,31 @@ class TestForks:
         assert (0, "") == (code, told)
         assert [[0, 2], [1]] == by_process(daemon)
 
+    @pytest.mark.parametrize("method", ["fork", "spawn"])
+    def test_that_the_run_is_handed_to_joins_it(self, daemon: FakeDaemon, tmp_path: Path, method: str):
+        """As scripts do it that give `run` or `run.log` to a pool."""
+        body = f"""
+        import multiprocessing
+        from concurrent.futures import ProcessPoolExecutor
+
+        def work(run, log, n):
+            log({{"n": n}})
+            assert run is sidestep.run
+            return n
+
+        if __name__ == "__main__":
+            run = sidestep.init()
+            run.log({{"n": 0}})
+            context = multiprocessing.get_context({method!r})
+            with ProcessPoolExecutor(1, mp_context=context) as pool:
+                said([pool.submit(work, run, run.log, n).result() for n in (1, 2)])
+        """
+
+        code, said, told = run(daemon, body, tmp_path)
+
+        assert (0, "[1, 2]\n") == (code, said), told
+        assert [[0], [1, 2]] == by_process(daemon)
+
     def test_after_finish_a_child_says_nothing(self, daemon: FakeDaemon, tmp_path: Path):
         code, said, _ = run(
             daemon,
