@@ -19,10 +19,11 @@ import json
 import multiprocessing
 import os
 import random
+import resource
 import tempfile
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from math import ceil
@@ -36,7 +37,7 @@ from sidestep.dialogue import Dialogue, Phase
 from sidestep.endpoint import Endpoint, KeyFile, endpoints
 from sidestep.outbox import Outbox
 from sidestep.sender import OPTIONS, connect
-from sidestep.wire import Hello, Kind, decode, encode
+from sidestep.wire import Hello, Kind, RunInfo, decode, encode
 from sidestep.wire.plain import dump
 from sidestepd import status
 from sidestepd.addresses import BOUND
@@ -44,10 +45,11 @@ from sidestepd.keygen import make_keys
 from sidestepd.processes import read_json
 from tests.benchmarks.measuring import busy_elsewhere, machine
 from tests.support.daemons import ServedRun, freeze
+from tests.support.waiting import eventually
 
-FLUSH_S = 0.05
-"""What is said within this goes out together, as the daemon asks of its workers."""
-START_S, END_S = 60.0, 120.0
+TURN_S = 0.01
+"""How often sessions are looked at: what is told of the time to an acknowledgement is no finer."""
+START_S, END_S, DRAINED_S = 60.0, 120.0, 900.0
 LISTEN = "tcp://127.0.0.1:0"
 
 
@@ -74,14 +76,15 @@ class Speaker:
         self.id, self.rank, self._load = os.urandom(16), rank, load
         self.outbox = Outbox(self.id)
         hello = Hello(session=self.id, rank=rank, world=load.sessions, launch="load", node=f"n{rank // 8}", pid=1)
-        self.dialogue = Dialogue(self.outbox, hello, jitter=random.random, flush_interval_s=FLUSH_S)
+        self.dialogue = Dialogue(self.outbox, hello, jitter=random.random)
         self.socket = context.socket(zmq.DEALER)
         for option, value in OPTIONS.items():
             self.socket.set(option, value)
         connect(self.socket, endpoint)
         self.step = 0
-        self._offered: deque[tuple[int, float]] = deque()
         self.waits: list[float] = []
+        self._offered: deque[tuple[int, float]] = deque()
+        self._say_at = self._look_at = 0.0
 
     def offer(self, now: float) -> None:
         """One more record."""
@@ -91,21 +94,35 @@ class Speaker:
         self._offered.append((self.outbox.end, now))
 
     def turn(self) -> None:
-        """Hear and say what there is to."""
-        while self.socket.get(zmq.EVENTS) & zmq.POLLIN:
-            self.dialogue.hear(decode(self.socket.recv_multipart(zmq.NOBLOCK)), time.monotonic())
+        """Hear and say what there is to: as often as the daemon asks for, and look for answers meanwhile."""
         now = time.monotonic()
-        while self._offered and self._offered[0][0] <= self.outbox.acknowledged:
-            self.waits.append(now - self._offered.popleft()[1])
+        if now >= self._look_at:
+            self._hear(now)
+        if now < self._say_at:
+            return
+        self._say_at = now + self.dialogue.flush_interval_s
         if not self.socket.get(zmq.EVENTS) & zmq.POLLOUT:
             self.dialogue.interrupted()
             return
-        while (message := self.dialogue.say(now)) is not None:
-            self.socket.send_multipart(encode(message), zmq.NOBLOCK)
+        try:
+            while (message := self.dialogue.say(now)) is not None:
+                self.socket.send_multipart(encode(message), zmq.NOBLOCK)
+        except zmq.Again:  # as the sender has it
+            self.outbox.rewind()
+        self._look_at = now + TURN_S
+
+    def _hear(self, now: float) -> None:
+        while self.socket.get(zmq.EVENTS) & zmq.POLLIN:
+            self.dialogue.hear(decode(self.socket.recv_multipart(zmq.NOBLOCK)), now)
+        while self._offered and self._offered[0][0] <= self.outbox.acknowledged:
+            self.waits.append(now - self._offered.popleft()[1])
+        if not self.outbox.outstanding and self.dialogue.phase is Phase.OPEN:
+            self._look_at = self._say_at  # nothing is expected
 
 
 def speak(endpoint: Endpoint, ranks: Sequence[int], load: Load, ready: Any, go: Any, results: Any) -> None:
     """The sessions of one process, from HELLO to BYE."""
+    resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
     with zmq.Context(io_threads=1) as context:
         context.set(zmq.MAX_SOCKETS, len(ranks) + 8)
         speakers = [Speaker(context, endpoint, rank, load) for rank in ranks]
@@ -123,7 +140,7 @@ def speak(endpoint: Endpoint, ranks: Sequence[int], load: Load, ready: Any, go: 
                     one.offer(due)
             for one in speakers:
                 one.turn()
-            time.sleep(max(0.0, now + FLUSH_S / 2 - time.monotonic()))
+            time.sleep(max(0.0, now + TURN_S - time.monotonic()))
         ended = time.monotonic()
         for one in speakers:
             one.dialogue.leave(0)
@@ -148,10 +165,12 @@ def _until(speakers: Sequence[Speaker], done: Any, within_s: float) -> None:
     while not all(map(done, speakers)) and time.monotonic() < deadline:
         for one in speakers:
             one.turn()
-        time.sleep(FLUSH_S / 2)
+        time.sleep(TURN_S)
 
 
-def run_load(places: Sequence[Endpoint], load: Load, watched: Sequence[psutil.Process]) -> dict[str, Any]:
+def run_load(
+    places: Sequence[Endpoint], load: Load, watch: Callable[[], Sequence[psutil.Process]]
+) -> dict[str, Any]:
     """Have the load said, divided evenly among the endpoints, and see what the watched processes use meanwhile."""
     ctx = multiprocessing.get_context("spawn")
     ready, go, results = ctx.Semaphore(0), ctx.Event(), ctx.Queue()
@@ -175,6 +194,7 @@ def run_load(places: Sequence[Endpoint], load: Load, watched: Sequence[psutil.Pr
         worker.start()
     for _ in workers:
         assert ready.acquire(timeout=START_S + 30), "the sessions were not welcomed"
+    watched = watch()  # now that workers are there, deliveries are too
     before = {process.pid: _used(process) for process in watched}
     busy = busy_elsewhere()
     go.set()
@@ -215,7 +235,7 @@ def _used(process: psutil.Process) -> float:
 class Head:
     """A daemon with keys, of which this process makes the clients."""
 
-    def __init__(self, base: Path, *, plain: bool, sink: str, lone: bool, **options: Any) -> None:
+    def __init__(self, base: Path, *, plain: bool, sink: str, **options: Any) -> None:
         base.mkdir()
         self._keys = base / "keys"
         make_keys(self._keys)
@@ -224,14 +244,12 @@ class Head:
             base, sink=sink, listen__tcp=LISTEN, order__patience_s=5.0, delivery__stall_s=3600.0,
             **({} if plain else keys), **options,
         )  # fmt: skip
-        self._plain, self._lone = plain, lone
+        self._plain = plain
 
     def start(self) -> None:
-        """Have it serve; without its delivery if intake is to be measured alone."""
+        """Have it serve."""
         self.run.start()
         self.address = str(read_json(self.run.run_dir / BOUND)[LISTEN])
-        if self._lone:
-            freeze(self.run.delivery())
 
     @property
     def key_file(self) -> Path:
@@ -242,6 +260,12 @@ class Head:
     def endpoint(self) -> Endpoint:
         """Where a client finds it."""
         return endpoints(self.address, None if self._plain else KeyFile.read(self.key_file))[0]
+
+    def spent(self) -> dict[str, float]:
+        """What its intake used so far, and how many messages it took."""
+        assert self.run.process is not None
+        messages = float(self.run.status()["messages"])
+        return {"intake_cpu_s": _used(psutil.Process(self.run.process.pid)), "messages": messages}
 
     def processes(self) -> list[psutil.Process]:
         """Intake and what it has started."""
@@ -254,7 +278,7 @@ class Head:
 def daemons(base: Path, options: argparse.Namespace) -> Iterator[tuple[Head, list[Head]]]:
     """The head, and what its workers speak to: its relays, if there shall be any."""
     with ExitStack() as stack:
-        head = Head(base / "head", plain=options.plain, sink="jsonl", lone=options.only_intake)
+        head = Head(base / "head", plain=options.plain, sink="jsonl")
         stack.enter_context(head.run)
         head.start()
         doors = []
@@ -262,7 +286,7 @@ def daemons(base: Path, options: argparse.Namespace) -> Iterator[tuple[Head, lis
             upstream = {"upstream__address": head.address}
             if not options.plain:
                 upstream["upstream__key_file"] = str(head.key_file)
-            relay = Head(base / f"relay{number}", plain=options.plain, sink="upstream", lone=False, **upstream)
+            relay = Head(base / f"relay{number}", plain=options.plain, sink="upstream", **upstream)
             stack.enter_context(relay.run)
             relay.start()
             doors.append(relay)
@@ -271,9 +295,17 @@ def daemons(base: Path, options: argparse.Namespace) -> Iterator[tuple[Head, lis
 
 def in_the_run(run: ServedRun, load: Load) -> dict[str, Any]:
     """What became of it behind the acknowledgement."""
-    code = run.finish()
+    with run.tool() as tool:
+        eventually(lambda: tool.ask(RunInfo(close=0), RunInfo).close is not None, DRAINED_S, run.log)
+    began, code = time.monotonic(), run.wait(DRAINED_S)
     ledger = status.report(run.run_dir).ledger
-    return {"exit_code": code, "delivered": ledger.delivered, "balances": ledger.balances, "rows": len(run.rows())}
+    return {
+        "drain_s": time.monotonic() - began,
+        "exit_code": code,
+        "delivered": ledger.delivered,
+        "balances": ledger.balances,
+        "rows": len(run.rows()),
+    }
 
 
 def main() -> None:
@@ -301,18 +333,28 @@ def main() -> None:
     figures: dict[str, Any] = {"machine": machine(), "load": vars(options) | {"json": None}}
     if options.address:
         keys = KeyFile.read(options.key_file) if options.key_file else None
-        figures |= run_load([endpoints(address, keys)[0] for address in options.address], load, [])
+        figures |= run_load([endpoints(address, keys)[0] for address in options.address], load, list)
     else:
         with (
             tempfile.TemporaryDirectory(prefix="sidestep-sessions-") as base,
             daemons(Path(base), options) as made,
         ):
             head, doors = made
-            watched = [process for one in (head, *doors) for process in one.processes()]
-            figures["head"] = [_Named(process).name for process in head.processes()]
-            figures |= run_load([one.endpoint for one in doors or [head]], load, watched)
+
+            def watch() -> list[psutil.Process]:
+                if options.only_intake:
+                    freeze(head.run.delivery())
+                figures["head"] = [_Named(process).name for process in head.processes()]
+                figures["head_before"] = head.spent()
+                return [process for one in (head, *doors) for process in one.processes()]
+
+            figures |= run_load([one.endpoint for one in doors or [head]], load, watch)
+            print(json.dumps(figures, indent=2, default=str), flush=True)
             for door in doors:
                 figures.setdefault("relays", []).append(door.run.finish())
+            figures["head_spent"] = {name: it - figures["head_before"][name] for name, it in head.spent().items()}
+            if options.only_intake:
+                print(json.dumps(figures, indent=2, default=str), flush=True)
             if not options.only_intake:
                 figures |= in_the_run(head.run, load)
     text = json.dumps(figures, indent=2, default=str)

@@ -123,6 +123,7 @@ class TestDocker:
 
 @pytest.mark.parametrize("overlay", OVERLAYS, ids=lambda path: path.name)
 class TestManifests:
+    @pytest.mark.deploy  # a second for each
     @pytest.mark.parametrize("version", VERSIONS)
     def test_are_what_their_schemas_say(self, overlay, version, tmp_path):
         need("kubernetes-validate")

@@ -1,4 +1,4 @@
-"""The scripts of deploy/slurm under a real SLURM: controller and node in one Debian that systemd booted.
+"""The scripts of deploy/slurm under a real SLURM: two nodes, one of them the controller, each a booted Debian.
 
 The training saves a checkpoint when it is sent SIGTERM, as trainings do, and goes on from it.
 """
@@ -13,14 +13,14 @@ import pytest
 from sidestepd import status
 from tests.support.machines import Machine
 from tests.support.waiting import eventually
-from tests.support.workshop import DEPLOY, Workshop, do, lines, need, steps_in, unpack
+from tests.support.workshop import DEPLOY, Workshop, do, lines, need, rows_of, steps_in, unpack
 
 pytestmark = [pytest.mark.deploy, pytest.mark.timeout(900)]
 
 WAIT_S = 180.0
 CONF = """
 ClusterName=tested
-SlurmctldHost=node1(127.0.0.1)
+SlurmctldHost=node1(192.0.2.1)
 SlurmUser=slurm
 AuthType=auth/munge
 ProctrackType=proctrack/linuxproc
@@ -39,16 +39,17 @@ KillWait=60
 MinJobAge=3600
 Epilog=/etc/slurm/sidestep-epilog.sh
 TaskProlog=/etc/slurm/sidestep-task-prolog.sh
-NodeName=node1 NodeAddr=127.0.0.1 CPUs=4 State=UNKNOWN
+NodeName=node1 NodeAddr=192.0.2.1 CPUs=4 State=UNKNOWN
+NodeName=node2 NodeAddr=192.0.2.2 CPUs=4 State=UNKNOWN
 PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
 TRAIN = """
-import signal, sys, time
+import os, signal, sys, time
 from pathlib import Path
 import sidestep
-folder, stops = Path(sys.argv[1]), []
+folder, stops, rank = Path(sys.argv[1]), [], os.environ.get("SLURM_PROCID", "0")
 signal.signal(signal.SIGTERM, lambda *_: stops.append(1))
-saved = folder / "checkpoint"
+saved = folder / f"checkpoint-{rank}"
 step = int(saved.read_text()) if saved.exists() else 0
 run = sidestep.init(project="queued")
 print("from", step, flush=True)
@@ -57,17 +58,17 @@ while step < 30 or not (folder / "until").exists():
         saved.write_text(str(step))
         run.finish(timeout=60)
         sys.exit(85)
-    run.log({"loss": 1 / (step + 1)}, step=step)
+    run.log({"loss": 1 / (step + 1), f"at/{rank}": step}, step=step)
     step += 1
     time.sleep(0.01)
 run.finish(timeout=60)
-(folder / "steps").write_text(str(step))
+(folder / f"steps-{rank}").write_text(str(step))
 """
 
 
 @pytest.fixture(scope="module")
 def cluster(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
-    """One node that is its own controller, and alice."""
+    """Two nodes with a cable between them, one of them the controller; alice, whose home both share."""
     need("systemd-nspawn", "nsenter", "ip", root=True)
     tree = unpack(workshop.slurm, tmp_path_factory.mktemp("cluster") / "tree")
     (tree / "root/install").write_text(
@@ -89,19 +90,26 @@ def cluster(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Ite
     (tree / "etc/slurm").mkdir(exist_ok=True)
     (tree / "etc/slurm/slurm.conf").write_text(CONF)
     (tree / "etc/hostname").write_text("node1\n")
-    (tree / "etc/hosts").write_text("127.0.0.1 localhost node1\n")
+    (tree / "etc/hosts").write_text("127.0.0.1 localhost\n192.0.2.1 node1\n192.0.2.2 node2\n")
     do("systemd-nspawn", "-q", f"--directory={tree}", f"--bind-ro={workshop.wheels}:/wheels",
        f"--bind-ro={DEPLOY}:/deploy", "--register=no", "--keep-unit", "--", "sh", "/root/install")  # fmt: skip
     (tree / "home/alice/train.py").write_text(TRAIN)
-    with Machine(tree, "node1") as machine:
-        machine.call_it("192.0.2.1")
-        machine.do("systemctl", "start", "munge", "slurmctld", "slurmd")
+    home = tmp_path_factory.mktemp("home")
+    home.chmod(0o755)
+    do("cp", "-a", tree / "home/alice", home)
+    do("cp", "-a", tree, tree.with_name("second"))
+    (tree.with_name("second") / "etc/hostname").write_text("node2\n")
+    second = tree.with_name("second")
+    with Machine(tree, "node1", home=home) as first, Machine(second, "node2", home=home) as other:
+        first.connect(other, "192.0.2.1/24", "192.0.2.2/24")
+        first.do("systemctl", "restart", "munge", "slurmctld", "slurmd")
+        other.do("systemctl", "restart", "munge", "slurmd")
         eventually(
-            lambda: "idle" in machine.ask("sinfo", "-h", "-o", "%t"),
+            lambda: first.ask("sinfo", "-h", "-N", "-o", "%t").split() == ["idle", "idle"],
             WAIT_S,
-            lambda: machine.ask("journalctl", "-u", "slurmd", "-u", "slurmctld", "-n", "40"),
+            lambda: first.ask("journalctl", "-u", "slurmd", "-u", "slurmctld", "-n", "40"),
         )
-        yield machine
+        yield first
 
 
 class Job:
@@ -109,7 +117,7 @@ class Job:
 
     def __init__(self, machine: Machine, name: str, script: str = "single.sh", *options: str) -> None:
         self.machine = machine
-        self.folder = machine.tree / "home/alice" / name
+        self.folder = machine.home / "alice" / name
         here = f"/home/alice/{name}"
         machine.do("mkdir", here, user="alice")
         told = machine.do(
@@ -134,6 +142,15 @@ class Job:
     def rows(self) -> int:
         return sum(status.report(path.parent).rows for path in self.folder.glob("sidestep-runs/*/delivery.db"))
 
+    def comes_back(self, tasks: int = 1) -> None:
+        """Wait until all its tasks have been started again; at once, where SLURM would wait for two minutes."""
+
+        def is_back() -> bool:
+            self.machine.ask("scontrol", "update", f"jobid={self.id}", "starttime=now")
+            return self.said().count("from") >= 2 * tasks
+
+        eventually(is_back, 2 * WAIT_S, self.told)
+
     def reaches(self, rows: int) -> None:
         def held() -> bool:
             assert self.show("JobState") not in ("FAILED", "COMPLETED", "NODE_FAIL"), self.told()
@@ -149,10 +166,12 @@ class Job:
         return sorted(path.parent for path in self.folder.glob("sidestep-runs/*/run.json"))
 
     def is_whole(self) -> None:
-        """Each step is in one of the run's directories, once, and all of them are balanced."""
-        steps = int((self.folder / "steps").read_text())
+        """What each rank said at each step is in one of the run's directories, once, and all are balanced."""
+        rows = [row for path in self.run_dirs() for row in rows_of(path)]
+        for rank, told in enumerate(sorted(self.folder.glob("steps-*"))):
+            said = sorted(row[f"at/{rank}"] for row in rows if f"at/{rank}" in row)
+            assert list(range(int(told.read_text()))) == said
         reports = [status.report(path) for path in self.run_dirs()]
-        assert list(range(steps)) == [step for path in self.run_dirs() for step in steps_in(path)]
         assert {f"slurm-{self.id}"} == {report.run.id for report in reports}
         assert all(one.ledger.balances and not one.ledger.pending and one.state == "finished" for one in reports)
 
@@ -175,8 +194,7 @@ class TestOneNode:
         cluster.do("scontrol", "requeue", job.id, user="alice")
 
         eventually(lambda: job.show("Restarts") == "1", WAIT_S, job.told)
-        cluster.ask("scontrol", "update", f"jobid={job.id}", "starttime=now")
-        eventually(lambda: "from" in job.said() and job.said().count("from") == 2, 2 * WAIT_S, job.told)
+        job.comes_back()
         job.reaches(before + 50)
         (job.folder / "until").touch()
         job.ends()
@@ -192,7 +210,7 @@ class TestOneNode:
         cluster.do("scancel", "--batch", "--signal=USR1", job.id, user="alice")
 
         eventually(lambda: job.show("Restarts") == "1", WAIT_S, job.told)
-        cluster.ask("scontrol", "update", f"jobid={job.id}", "starttime=now")
+        job.comes_back()
         job.reaches(before + 50)
         (job.folder / "until").touch()
         job.ends()
@@ -212,3 +230,21 @@ class TestOneNode:
         assert list(range(len(steps))) == steps
         assert ("finished", True, 0) == (report.state, report.ledger.balances, report.ledger.pending)
         assert "0" == job.show("Restarts")
+
+
+class TestManyNodes:
+    def test_a_job_is_a_run_and_a_requeued_one_goes_on_in_it(self, cluster):
+        job = Job(cluster, "many", "many.sh")
+        job.reaches(50)
+        before = job.rows()
+
+        cluster.do("scancel", "--batch", "--signal=USR1", job.id, user="alice")
+
+        eventually(lambda: job.show("Restarts") == "1", WAIT_S, job.told)
+        job.comes_back(tasks=2)
+        job.reaches(before + 50)
+        (job.folder / "until").touch()
+        job.ends()
+        job.is_whole()
+        workers = [one for path in job.run_dirs() for one in status.report(path).sessions if one.role == "worker"]
+        assert {("node1", 0), ("node2", 1)} == {(one.node, one.rank) for one in workers}

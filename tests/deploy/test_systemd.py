@@ -414,6 +414,17 @@ class TestLimits:
         assert str(4 * 1024**3) == unit.show(UNIT, "MemoryMax")
         assert "1024" == unit.show(UNIT, "TasksMax")
 
+    def test_bound_its_memory(self, unit):
+        pid = unit.process(unit.main_pid(UNIT)).pid
+        (group,) = (
+            line[3:] for line in Path(f"/proc/{pid}/cgroup").read_text().splitlines() if line.startswith("0::")
+        )
+        limit = Path(f"/sys/fs/cgroup{group}/memory.max")
+        if not limit.exists():
+            pytest.skip("memory is no controller of cgroups v2 here: a booted system's MemoryMax is not applied")
+
+        assert str(4 * 1024**3) == limit.read_text().strip()
+
 
 class TestAUserOfTheirOwn:
     def test_has_a_daemon_without_root(self, machine):

@@ -20,16 +20,22 @@ from typing import Self
 import psutil
 
 from tests.support.waiting import eventually
+from tests.support.workshop import do
 
 BOOT_S = 120.0
 WAIT_S = 120.0
 
 
 class Machine:
-    """One boot of the system that lies in `tree`; `shared` maps directories here to places there."""
+    """One boot of the system that lies in `tree`; `shared` maps directories here to places there, to read only.
 
-    def __init__(self, tree: Path, name: str, shared: Mapping[Path, str] | None = None) -> None:
-        self.tree, self.name = tree, name
+    `home` is a directory here that is its /home.
+    """
+
+    def __init__(
+        self, tree: Path, name: str, shared: Mapping[Path, str] | None = None, *, home: Path | None = None
+    ) -> None:
+        self.tree, self.name, self.home = tree, name, home or tree / "home"
         self._shared = dict(shared or {})
         self._process: subprocess.Popen[bytes] | None = None
         self._init = 0
@@ -37,6 +43,7 @@ class Machine:
 
     def __enter__(self) -> Self:
         binds = [f"--bind-ro={here}:{there}" for here, there in self._shared.items()]
+        binds += [] if self.home == self.tree / "home" else [f"--bind={self.home}:/home"]
         self._process = subprocess.Popen(
             [
                 *("systemd-nspawn", "--quiet", "--boot", f"--directory={self.tree}", f"--machine={self.name}"),
@@ -98,24 +105,15 @@ class Machine:
         ]
         return [*enter, *environ, *([] if user == "root" else ["setpriv", *_identity(self.tree, user)]), *words]
 
-    def call_it(self, address: str) -> None:
-        """Give it an address beside those of its loopback: programs that ask for any find none without one."""
-        subprocess.run(
-            [
-                "nsenter",
-                "--target",
-                str(self._init),
-                "-n",
-                "--",
-                "ip",
-                "address",
-                "add",
-                f"{address}/32",
-                "dev",
-                "lo",
-            ],
-            check=True,
-        )
+    def connect(self, other: Machine, ours: str, theirs: str) -> None:
+        """A cable between two machines, and an address for each, such as 192.0.2.1/24."""
+        both = ((self, ours), (other, theirs))
+        ends = [("netns", str(machine._init)) for machine, _ in both]
+        do("ip", "link", "add", "cable", *ends[0], "type", "veth", "peer", "name", "cable", *ends[1])
+        for machine, address in both:
+            inside = ("nsenter", "--target", str(machine._init), "-n", "--", "ip")
+            do(*inside, "address", "add", address, "dev", "cable")
+            do(*inside, "link", "set", "cable", "up")
 
     def run(self, *words: str, user: str = "root") -> subprocess.CompletedProcess[str]:
         """What it said, and how it ended."""

@@ -13,8 +13,9 @@ import shutil
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -174,9 +175,13 @@ def is_finished(folder: Path, id_: str) -> bool:
 
 
 def steps_in(run_dir: Path) -> list[int]:
-    """The steps that the run's `.wandb` files hold, over all segments in their order."""
-    rows = (row for path in wandb_log.segments(run_dir / "wandb") for row in wandb_log.history(path))
-    return [row.values["global_step"] for row in rows]
+    """The steps that the run holds, in their order."""
+    return [row["global_step"] for row in rows_of(run_dir)]
+
+
+def rows_of(run_dir: Path) -> list[Mapping[str, Any]]:
+    """The rows that the run's `.wandb` files hold, over all segments in their order."""
+    return [row.values for path in wandb_log.segments(run_dir / "wandb") for row in wandb_log.history(path)]
 
 
 def run_dir_in(folder: Path, id_: str) -> Path:

@@ -200,6 +200,7 @@ class Sender:
 
     def _main(self) -> None:
         pause = RECOVER_S[0]
+        self._is_elsewhere()
         self._when_alone()
         while not self._ended():
             try:
@@ -231,6 +232,7 @@ class Sender:
             return False
         if link.failure:
             self._failed_handshakes += 1
+            self._look_again_at = 0.0
             if self._whereabouts is not None:
                 self._whereabouts.failed()
             if self._endpoint and (link.failure.told or self._failed_handshakes >= HANDSHAKES):
@@ -240,7 +242,7 @@ class Sender:
                 self._notices.once(("handshake", what), what)
         elif (trouble := self._dialogue.trouble) is not None and trouble.code == "key":
             self._dialogue.trouble = None
-            link.failure = Failure.KEY
+            link.failure, self._look_again_at = Failure.KEY, 0.0
         return self._is_elsewhere() or link.failure is not None
 
     def _is_elsewhere(self) -> bool:

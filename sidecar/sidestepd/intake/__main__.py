@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import logging
 import os
+import resource
 import signal
 import sqlite3
 import sys
@@ -76,6 +77,15 @@ def _tell(directory: Path, address: str, gate: Gate | None, options: ListenOptio
         addresses.write_context(options.context_file, told)
 
 
+def _take_all_descriptors() -> None:
+    """Each connection is a descriptor, and shells begin with 1,024: as many as this process may have by itself."""
+    try:
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    except (OSError, ValueError) as error:  # macOS says that there is no limit, and means another
+        logger.info("open files are limited as before: %s", error)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Serve one directory until its runs are complete."""
     parser = argparse.ArgumentParser(prog="sidestepd.intake", description=__doc__.splitlines()[0])
@@ -88,6 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is for the command; the run is drained after it
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     os.umask(0o077)
+    _take_all_descriptors()
     try:
         return asyncio.run(serve(options.directory, options.parent, listens=not options.local))
     except AlreadyRunning as error:

@@ -99,7 +99,7 @@ class Front:
         self.impostors = 0
         """HELLOs for sessions that belong to somebody else."""
         self._gate = gate
-        self.malformed = 0
+        self.messages = self.malformed = 0
         self._supervisor = supervisor
         self._inbox = asyncio.Event()
         self._inbox.set()
@@ -178,6 +178,7 @@ class Front:
         self.send(route, Refuse(session=session_of(parts), code="key", message=gone))
 
     def _take(self, route: bytes, parts: Sequence[bytes], peer: str) -> None:
+        self.messages += 1
         if is_envelope(parts):
             self._unwrap(route, parts, peer)
         else:
@@ -232,6 +233,7 @@ class Front:
                 "pid": os.getpid(),
                 "node": os.uname().nodename,
                 "supervisor": self._supervisor,
+                "messages": self.messages,
                 "malformed": self.malformed,
                 "impostors": self.impostors,
                 "refused_keys": 0 if self._gate is None else self._gate.refused,

@@ -1,0 +1,64 @@
+"""What a daemon of each version before left behind is taken up by this one, and so are its workers."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sidestep.wire import NO_SESSION, VERSION, Ack, Bye, Frame, Hello, Message, Refuse, Status, Welcome, decode
+from sidestep.wire.limits import OLDEST_VERSION
+from sidestepd import status
+from sidestepd.processes import read_json
+from tests.support.daemons import RawWorker, read_jsonl
+from tests.support.golden_runs import CONFIG, FOLDER, STEPS, TakenUp, messages
+
+VERSIONS = [FOLDER / str(version) for version in range(OLDEST_VERSION, VERSION + 1)]
+
+
+@pytest.mark.parametrize("version", VERSIONS, ids=lambda version: f"version {version.name}")
+class TestTakenUp:
+    def test_a_backlog_is_written_and_workers_go_on_where_they_were(self, version: Path, tmp_path: Path):
+        """Two workers come back: each sends once more what was acknowledged before, then goes on, and ends."""
+        with TakenUp(version, tmp_path / "run") as run:
+            before = status.report(run.run_dir).ledger
+            run.start()
+            worker = run.worker(session=NO_SESSION)
+            for parts in messages(version):
+                worker.send(parts)
+                while not _answered(decode(parts), worker):
+                    pass
+            run.finish()
+
+            assert before.pending > 0
+            assert list(range(STEPS)) == [row.values["global_step"] for row in run.rows() if "loss" in row.values]
+            assert status.report(run.run_dir).ledger.balances
+
+    def test_a_backlog_alone_is_drained(self, version: Path, tmp_path: Path):
+        run = TakenUp(version, tmp_path / "run")
+
+        ended = subprocess.run(
+            [sys.executable, "-P", "-m", "sidestep", "drain", str(run.run_dir)], capture_output=True, timeout=120
+        )
+
+        assert 0 == ended.returncode, ended.stderr
+        assert list(range(10)) == [
+            row.values["global_step"] for row in read_jsonl(run.run_dir) if "loss" in row.values
+        ]
+        assert "finished" == read_json(run.run_dir / "run.json")["state"]
+        assert json.dumps({"config": CONFIG}) in (run.run_dir / "rows.jsonl").read_text()
+
+
+def _answered(said: Message, worker: RawWorker) -> bool:
+    """Hear one answer; whether it is the one that the message is waited with for."""
+    if isinstance(said, Status):
+        return True
+    answer = worker.listen()
+    assert answer is not None
+    assert not isinstance(answer, Refuse), answer
+    if isinstance(said, Frame):
+        return isinstance(answer, Ack) and answer.first >= said.end
+    return isinstance(answer, Welcome if isinstance(said, Hello) else Bye)
