@@ -80,8 +80,9 @@ def find(tool: str) -> str | None:
 
 def do(*words: str | Path, **options: object) -> str:
     """Run a command; its output, or an AssertionError with all it said."""
+    program, *rest = map(str, words)
     done = subprocess.run(
-        [str(word) for word in words], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+        [find(program) or program, *rest], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, text=True, timeout=600, **options,  # type: ignore[call-overload]
     )  # fmt: skip
     assert done.returncode == 0, f"{' '.join(map(str, words))}: {done.returncode}\n{done.stdout[-6000:]}"
