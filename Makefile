@@ -9,7 +9,7 @@ help:
 	@echo "make demo          train on handwritten digits with two processes, into one offline wandb run"
 	@echo "make test          all tests but the long forms of the fault tests"
 	@echo "make test-nightly  the long forms of the fault tests too"
-	@echo "make deploy-test   systemd booted, containers built and run, a SLURM, manifests: as root on Debian 12"
+	@echo "make deploy-test   systemd booted, containers built and run, a SLURM, Ray: as root on Debian 12"
 	@echo "make bench         the cost of log(), beside wandb.log, SummaryWriter and no logging; that it waits for"
 	@echo "                   nobody, whatever is broken; and what a worker costs beside the calls"
 	@echo "make bench-media   the cost of logging an image, beside wandb.log, and of a checkpoint"

@@ -170,6 +170,16 @@ def current() -> Run | None:
     return None if _run is None or _run._session.finished else _run
 
 
+def rejoin(address: str | None, run_id: str | None, mode: str | None) -> Run:
+    """The run of this process, which joins the one that another process has handed over to it."""
+    if (run := current()) is not None:
+        return run
+    for name, value in (("SIDESTEP_ADDRESS", address), ("SIDESTEP_RUN_ID", run_id)):
+        if value:
+            os.environ.setdefault(name, value)
+    return init(mode=mode)
+
+
 def notices() -> Notices:
     """What this process has said already."""
     return _notices

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from time import time as now
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import Any
 
 from sidestep import convert, definitions
 from sidestep._about import About
@@ -207,7 +207,7 @@ class Axis:
             self._session.refuse_value(f"define_metric({plain['name']})", str, why)
         self._session.offer(self._session.pack(int(Kind.DEFINE), None, plain, self._stage))
 
-    def __reduce__(self) -> NoReturn:
+    def __reduce__(self) -> tuple[Any, ...]:
         raise TypeError(
             f"a {type(self).__name__} belongs to its process and is not pickled: "
             "call sidestep.init() in the other one"
@@ -326,6 +326,16 @@ class Run(Axis, About, Outputs, Elsewhere):
         self._began = now()
         self._config = Bag(session, Kind.CONFIG)
         self._summary = Bag(session, Kind.SUMMARY)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """In another process it is that process's own, which joins the same run; a copy of it is itself."""
+        if self._session.finished:
+            raise TypeError("a Run that is finished is neither copied nor pickled")
+        from sidestep import _current  # not before it is needed: it imports this
+
+        settings = self._session.settings
+        run_id = self._told("id", settings.run_id or self._keywords.get("id"), wait=False)
+        return _current.rejoin, (settings.address, run_id, self._keywords.get("mode"))
 
     @property
     def config(self) -> Bag:

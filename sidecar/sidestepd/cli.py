@@ -11,6 +11,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,11 +22,11 @@ from sidestep.endpoint import Endpoint
 from sidestep.errors import SettingsError, SidestepError
 from sidestepd import collect, command, keygen, rundir, running, serving, status
 from sidestepd.command import Signals
-from sidestepd.config import SECTIONS, Given, is_option, variables
+from sidestepd.config import SECTIONS, Config, Given, is_option, variables
 from sidestepd.control import Control, endpoint_at, unwell
 from sidestepd.errors import AlreadyRunning, CanNotRun, ExitCode, Incomplete, Unreachable
 from sidestepd.rundir import RunFile
-from sidestepd.saying import say, table
+from sidestepd.saying import say, seen, table
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -70,6 +71,12 @@ Exit codes:
    {ExitCode.DISK}  somebody deleted the run directory
    {ExitCode.INTERRUPTED}  stopped before all was complete; what was acknowledged is on disk:
        the same `sidestep serve` goes on, `sidestep drain RUN_DIR` finishes it
+"""
+_DOCTOR_CODES = """\b
+Exit codes:
+    0  nothing is in the way
+    1  something is
+    2  an option can not be used
 """
 _SYNC_CODES = f"""\b
 Exit codes:
@@ -319,6 +326,75 @@ def show_status(run_dir: Path | None, as_json: bool) -> None:
         return 0
 
     sys.exit(_saying_why(show))
+
+
+@main.command()
+@click.option("--interval", "interval_s", type=click.FloatRange(min=0.1), default=1.0, show_default=True,
+              help="Seconds between two looks.")  # fmt: skip
+@click.argument("run_dir", type=click.Path(path_type=Path, file_okay=False), required=False)
+def top(run_dir: Path | None, interval_s: float) -> None:
+    """Watch how a run stands, until it has ended or Ctrl-C.
+
+    What `sidestep status` shows, and how fast records are said and rows written.
+    """
+
+    def show() -> int:
+        from sidestepd.top import watch
+
+        try:
+            watch(run_dir or _newest(os.environ), interval_s)
+        except KeyboardInterrupt:
+            pass
+        return 0
+
+    sys.exit(_saying_why(show))
+
+
+@main.command()
+@click.argument("run_dir", type=click.Path(path_type=Path, file_okay=False), required=False)
+def leet(run_dir: Path | None) -> None:
+    """Look at a run's charts in the terminal, with wandb's own `wandb leet`."""
+
+    def become() -> int:
+        files = (run_dir or _newest(os.environ)) / "wandb"
+        if not files.is_dir():
+            raise SettingsError(f"there is no run of wandb in {files}")
+        command.become([sys.executable, "-m", "wandb", "leet", str(files)], os.environ)
+        return 0
+
+    sys.exit(_saying_why(become))
+
+
+@main.command(
+    epilog="\b\nExit codes:\n    0  nothing is in the way\n    1  something is\n    2  an option is wrong\n"
+)
+@_run_options
+@click.option("--json", "as_json", is_flag=True, help="As a list, for programs.")
+def doctor(as_json: bool, config: Path | None, settings: tuple[str, ...], **options: Any) -> None:
+    """See whether a run with these options would work here, and say what is in the way.
+
+    \b
+    sidestep doctor
+    sidestep doctor --mode online --dir /scratch/me
+
+    Looks at wandb and its core, the key and the server (--mode online), the run
+    directory and its disks, network file systems, sockets, limits, GPUs, the
+    launcher's variables, and at what earlier runs left behind.
+    """
+
+    def look() -> int:
+        from sidestepd.doctor import FAIL, examine
+
+        found = []
+        for finding in examine(Config.load(config, os.environ, _overrides(options, settings))):
+            found.append(finding)
+            if not as_json:
+                click.echo(f"{finding.level:<5} {finding.what:<12} {seen(finding.text)}")
+        if as_json:
+            click.echo(json.dumps([asdict(finding) for finding in found], indent=2))
+        return int(any(finding.level == FAIL for finding in found))
+
+    sys.exit(_saying_why(look))
 
 
 @main.command(epilog=_SYNC_CODES)

@@ -91,43 +91,12 @@ class Delivery:
         wait_for_room: Callable[[], None] = lambda: None,
         troubled: Callable[[Trouble | None], None] = lambda _: None,
     ) -> None:
-        order = config.order
         self.config = config
         self.spool, self.rowlog, self.sink, self.horizon, self.beat = spool, rowlog, sink, horizon, beat
         self.wait_for_room, self.troubled = wait_for_room, troubled
-        rules = Rules(
-            Rule(pattern=name, reduce=operations(reduce), source=_source(config.source(f"reduce.{name}")))
-            for name, reduce in config.reduce.items()
-        )
-        self.marks: dict[str, Any] = rowlog.meta("marks", {})
-        self.resolver = Resolver(rules, Names(config.delivery.max_names))
-        self.matcher = Matcher(patience=order.patience_s, capacity=order.capacity_rows)
-        self.media = Media(
-            shower,
-            patience=order.patience_s,
-            capacity=order.capacity_rows,
-            beat=beat,
-            told=rowlog.meta("media", {}),
-        )
-        self.storing = Storing(shelf, shower.folder, sink, rowlog, self.media)
-        self.order = self.new_buffer()
-        self.assembler = Assembler(
-            rules,
-            patience=order.patience_s,
-            max_wait=order.max_wait_s,
-            window=order.late_window_rows,
-            ranks_reported=config.watch.ranks_reported,
-        )
-        self.beside = Beside(told=rowlog.meta("beside", None))
-        self.samples = Samples(
-            history=config.samplers.history,
-            interval_s=config.samplers.interval_s,
-            samples_metric=config.samplers.samples_metric,
-            streamed=rowlog.meta("streamed", None),
-        )
+        self._make_stages(shower, shelf)
         self.checkpoint = rowlog.checkpoint()
         self.read_through = self.checkpoint.cursor
-        self.watch = Watch(config.watch)
         self.settlement = Settlement(rowlog.meta("counts", {}), cursor=self.read_through)
         self.exit_code: int | None = None
         self.recovery: Recovery | None = None
@@ -148,6 +117,41 @@ class Delivery:
         self.telling = Telling(
             sink, rowlog, config, self.resolver, self.assembler, self.samples, self.watch, self.beside
         )
+
+    def _make_stages(self, shower: Shower, shelf: Path) -> None:
+        """From the spool's entries to rows, in the order of the line."""
+        config, rowlog, order = self.config, self.rowlog, self.config.order
+        rules = Rules(
+            Rule(pattern=name, reduce=operations(reduce), source=_source(config.source(f"reduce.{name}")))
+            for name, reduce in config.reduce.items()
+        )
+        self.marks: dict[str, Any] = rowlog.meta("marks", {})
+        self.resolver = Resolver(rules, Names(config.delivery.max_names))
+        self.matcher = Matcher(patience=order.patience_s, capacity=order.capacity_rows)
+        self.media = Media(
+            shower,
+            patience=order.patience_s,
+            capacity=order.capacity_rows,
+            beat=self.beat,
+            told=rowlog.meta("media", {}),
+        )
+        self.storing = Storing(shelf, shower.folder, self.sink, rowlog, self.media)
+        self.order = self.new_buffer()
+        self.assembler = Assembler(
+            rules,
+            patience=order.patience_s,
+            max_wait=order.max_wait_s,
+            window=order.late_window_rows,
+            ranks_reported=config.watch.ranks_reported,
+        )
+        self.beside = Beside(told=rowlog.meta("beside", None))
+        self.samples = Samples(
+            history=config.samplers.history,
+            interval_s=config.samplers.interval_s,
+            samples_metric=config.samplers.samples_metric,
+            streamed=rowlog.meta("streamed", None),
+        )
+        self.watch = Watch(config.watch)
 
     # Life
 
@@ -243,7 +247,7 @@ class Delivery:
     def _take(self, entry: Entry) -> None:
         self._now = max(self._now, entry.received)
         self.read_through = entry.id
-        if kept := self.settlement.passed(entry.id):
+        if kept := self.settlement.passed(entry):
             # Their frames went down with a spool, and they are counted as lost with it; but the run has them.
             self.resolver.dead["spool_lost"] -= kept
         if entry.kind in SAID:

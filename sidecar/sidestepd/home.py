@@ -82,7 +82,8 @@ class RunHome:
     @property
     def resume(self) -> str:
         """By the run's directory."""
-        return f"sidestep {'sync' if self.run.mode == 'online' else 'drain'} {short(self.directory)}"
+        goes_online = self.run.mode == "online" and not self.options.is_relay
+        return f"sidestep {'sync' if goes_online else 'drain'} {short(self.directory)}"
 
     def begin(self) -> None:
         """Lay it out if it is new."""

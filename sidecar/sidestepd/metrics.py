@@ -43,11 +43,6 @@ class Metrics:
         self._home, self._address = home, address
         self._server: HTTPServer | None = None
 
-    @classmethod
-    def of(cls, home: Home) -> Metrics:
-        """As its options say."""
-        return cls(home, home.options.serve.metrics)
-
     @property
     def port(self) -> int:
         """Where it listens; 0 while it does not."""

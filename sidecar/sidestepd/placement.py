@@ -40,7 +40,7 @@ _NETWORK = frozenset(
     }
 )  # fmt: skip
 """File systems that others may write to as well, by their names in the kernel; FUSE is told by its prefix."""
-_IN_MEMORY = frozenset({"tmpfs", "ramfs"})
+IN_MEMORY = frozenset({"tmpfs", "ramfs"})
 
 
 def home(run_dir: Path) -> Path:
@@ -93,13 +93,13 @@ def choose(
     name = f"{run_dir.name}-{hashlib.sha256(bytes(run_dir)).hexdigest()[:8]}"
     if wanted is not None:
         return wanted.expanduser().absolute() / name
-    mounts = _read_mounts() if mounts is None else mounts
+    mounts = read_mounts() if mounts is None else mounts
     if not is_network(file_system(run_dir, mounts)):
         return run_dir
     given = (environ.get("SLURM_TMPDIR"), environ.get("TMPDIR"), "/var/tmp", tempfile.gettempdir())
     places = [Path(place) for place in dict.fromkeys(given) if place and os.access(place, os.W_OK)]
     local = [place for place in places if not is_network(file_system(place, mounts))]
-    lasting = [place for place in local if file_system(place, mounts) not in _IN_MEMORY]
+    lasting = [place for place in local if file_system(place, mounts) not in IN_MEMORY]
     if not local:
         logger.warning("%s is on a network file system, and there is no local disk: set spool.dir", run_dir)
         return run_dir
@@ -132,7 +132,8 @@ def _mounts(text: str) -> Iterator[tuple[Path, str]]:
             yield Path(point), after.split(maxsplit=1)[0]
 
 
-def _read_mounts() -> str:
+def read_mounts() -> str:
+    """What is mounted where, as the kernel tells; "" where it does not."""
     with contextlib.suppress(OSError):
         return _MOUNTS.read_text(errors="surrogateescape")
     return ""

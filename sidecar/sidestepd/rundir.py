@@ -29,6 +29,7 @@ MAX_ID_CHARS = 128
 MAX_IPC_PATH_BYTES = 107
 """What fits into a sockaddr_un, without its final zero."""
 RUNS = "sidestep-runs"
+RELAYS = ".relays"
 BLOBS = "blobs"
 ARTIFACTS = "artifacts"
 """The bytes of media, until the run has them."""
@@ -121,15 +122,24 @@ def with_run_id(config: Config) -> Config:
     return config.model_copy(update={"run": run})
 
 
-def new_run_dir(config: Config, *, now: float) -> Path:
-    """Where a run that begins `now` shall live; the name sorts by time. Nothing is made yet."""
+def new_run_dir(config: Config, *, now: float, node: str | None = None) -> Path:
+    """Where a run that begins `now` shall live; the name sorts by time. Nothing is made yet.
+
+    A relay's has the name of its node, and a folder apart: what is in it is a part of a run that is elsewhere, and
+    the folder may be shared with all other nodes.
+    """
     stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(now))
-    return config.run.dir.expanduser().absolute() / RUNS / f"{stamp}-{config.run.id}"
+    runs, name = config.run.dir.expanduser().absolute() / RUNS, f"{stamp}-{config.run.id}"
+    if not config.is_relay:
+        return runs / name
+    usable = "".join(sign if sign.isalnum() or sign in "-_" else "-" for sign in node or os.uname().nodename)
+    return runs / RELAYS / f"{name}-{usable[:64]}"
 
 
 def newest_run_dir(base: Path) -> Path | None:
-    """The run directory under `base` that began last."""
-    return max((path.parent for path in (base / RUNS).glob("*/run.json")), default=None)
+    """The run directory under `base` that began last; a relay's only where there is no other."""
+    runs = max((path.parent for path in (base / RUNS).glob("*/run.json")), default=None)
+    return runs or max((path.parent for path in (base / RUNS / RELAYS).glob("*/run.json")), default=None)
 
 
 def earlier_of(run_dir: Path, id_: str) -> tuple[Path, ...]:

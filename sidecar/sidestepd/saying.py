@@ -33,8 +33,13 @@ _MOST_ALERTS = 5
 
 
 def say(text: str) -> None:
-    """A line that everybody should see."""
-    click.echo(f"sidestep: {text}", err=True)
+    """Something that everybody should see."""
+    click.echo(f"sidestep: {seen(text)}", err=True)
+
+
+def seen(text: str) -> str:
+    """Text of whoever said it, without what would move a terminal's cursor or change its colours."""
+    return "".join(it if it.isprintable() or it == "\n" else f"\\x{ord(it):02x}" for it in text)
 
 
 def say_in_terminal(text: str) -> None:
@@ -150,7 +155,7 @@ def table(found: status.Report) -> str:
     ]
     if len(found.alerts) > _MOST_ALERTS:
         lines.append(f"          {len(found.alerts)} alerts in all; --json has them")
-    return "\n".join(lines)
+    return "\n".join(map(seen, lines))
 
 
 def _upstream(found: status.Report) -> str:

@@ -149,10 +149,10 @@ def _serve(home: Home, grace_s: float) -> int:
 def _until_over(daemon: Daemon, signals: Signals, grace_s: float, *, quiet: bool = False) -> int:
     """Start, serve until told to stop or nobody is left, and end."""
     home, watchdog = daemon.home, Watchdog(daemon.ask)
-    metrics = Metrics.of(home)
+    metrics = Metrics(home, None if quiet else home.options.serve.metrics)  # one address is for one daemon
     try:
-        daemon.start()
         metrics.start()
+        daemon.start()
         if not quiet:
             what = f"run {home.run.id}" if isinstance(home, RunHome) else "runs"
             say(f"{what} at {home.address} in {short(home.directory)}")

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from heapq import heappop, heappush
 from typing import Any
 
-from sidestepd.entries import Entry
+from sidestepd.entries import SAID, Entry
 from sidestepd.resolve import Lost
 from sidestepd.rows import Checkpoint, Dead, Position, Row
 
@@ -92,11 +92,14 @@ class Settlement:
         shown = range(first, first + min(lost.count, 100))  # the count is in the ledger, the list is for people
         self._dead.extend(Dead(entry=lost.position.entry, seq=seq, reason=lost.reason) for seq in shown)
 
-    def passed(self, entry: int) -> int:
-        """An entry was reached; how many records of earlier rows lay in frames that are gone from before it."""
-        gone = 0
-        while self._awaited and self._awaited[0] <= entry:
-            gone += heappop(self._awaited) < entry
+    def passed(self, entry: Entry) -> int:
+        """An entry was reached; how many records of earlier rows lay in frames that are gone from before it.
+
+        Or from its own place: what salvage says of a session that lost its HELLO stands where a frame stood.
+        """
+        gone, is_frame = 0, entry.kind in SAID
+        while self._awaited and self._awaited[0] <= entry.id:
+            gone += heappop(self._awaited) < entry.id or not is_frame
         return gone
 
     def places_of(self, position: Position) -> Mapping[str, int] | None:

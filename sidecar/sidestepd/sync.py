@@ -64,6 +64,10 @@ def sync(
 ) -> Synced:
     """Return when everything is on the server. Raises SettingsError, AlreadyRunning or Incomplete."""
     config = Config.from_json((run_dir / "config.json").read_bytes())
+    if config.is_relay:
+        raise SettingsError(
+            f"{run_dir} is a relay's: `sidestep drain` hands what it has on, and the run is elsewhere"
+        )
     if config.sink.kind != "wandb":
         raise SettingsError(f"{run_dir}: its sink is {config.sink.kind}; only wandb's runs can be sent")
     lock = Lock(run_dir / "sync.lock")

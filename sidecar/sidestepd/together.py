@@ -29,7 +29,6 @@ from sidestepd.saying import say
 
 LOST = 1
 """The exit code of a node of which no end was heard."""
-RELAYS = ".relays"
 TICK_S = 0.2
 
 
@@ -102,8 +101,7 @@ class Part:
             run_dir = rundir.new_run_dir(self.config, now=time.time())
         else:
             self.config = _as_relay(self.config, self._find(signals), self.meeting)
-            run_dir = rundir.new_run_dir(self.config, now=time.time())
-            run_dir = run_dir.parent / RELAYS / f"{run_dir.name}-{_usable(self.place.node)}"
+            run_dir = rundir.new_run_dir(self.config, now=time.time(), node=self.place.node)
         return RunHome(run_dir, self.config, RunFile.of(self.config, run_dir, rundir.private_address(run_dir)))
 
     def _find(self, signals: Signals) -> Found:
@@ -177,10 +175,6 @@ def _as_relay(config: Config, found: Found, meeting: Meeting | None) -> Config:
     sources = {**config.sources, "run.id": "the job"} if run.id else config.sources
     updated = config.model_copy(update={"sink": sink, "upstream": upstream, "run": run, "sources": sources})
     return rundir.with_run_id(updated)
-
-
-def _usable(node: str) -> str:
-    return "".join(sign if sign.isalnum() or sign in "-_" else "-" for sign in node)[:64]
 
 
 def _pause(signals: Signals, seconds: float) -> None:

@@ -142,12 +142,12 @@ class Job:
     def rows(self) -> int:
         return sum(status.report(path.parent).rows for path in self.folder.glob("sidestep-runs/*/delivery.db"))
 
-    def comes_back(self) -> None:
-        """Wait until it is started again; at once, where SLURM would wait for two minutes."""
+    def comes_back(self, tasks: int = 1) -> None:
+        """Wait until all its tasks have been started again; at once, where SLURM would wait for two minutes."""
 
         def is_back() -> bool:
             self.machine.ask("scontrol", "update", f"jobid={self.id}", "starttime=now")
-            return self.said().count("from") >= 2
+            return self.said().count("from") >= 2 * tasks
 
         eventually(is_back, 2 * WAIT_S, self.told)
 
@@ -241,7 +241,7 @@ class TestManyNodes:
         cluster.do("scancel", "--batch", "--signal=USR1", job.id, user="alice")
 
         eventually(lambda: job.show("Restarts") == "1", WAIT_S, job.told)
-        job.comes_back()
+        job.comes_back(tasks=2)
         job.reaches(before + 50)
         (job.folder / "until").touch()
         job.ends()

@@ -17,6 +17,7 @@ import pytest
 
 from sidestep import spill
 from sidestep.collect import collect
+from sidestep.endpoint import Endpoint
 from sidestep.testing import FakeDaemon, environment
 from sidestep.wire import Bye, Record
 from tests.support.ledgers import balanced_daemon
@@ -181,7 +182,7 @@ class TestSuddenEnds:
         assert monotonic() - started < 5.0 + 2.0
         assert "1 records are not acknowledged" in told
         daemon.restart()
-        (done,) = collect(spill.waiting(spill.private_folder()), daemon.address, run="fake")
+        (done,) = collect(spill.waiting(spill.private_folder()), Endpoint(address=daemon.address), run="fake")
         assert "" == done.why
         assert [[0, 1]] == by_process(daemon)
 
@@ -279,7 +280,7 @@ class TestForks:
         assert 0 == code
         daemon.start()
 
-        done = collect(spill.waiting(spill.private_folder()), daemon.address, run="fake")
+        done = collect(spill.waiting(spill.private_folder()), Endpoint(address=daemon.address), run="fake")
 
         assert ["", ""] == [one.why for one in done]
         assert [list(range(2500)), list(range(5000, 6000))] == by_process(daemon)
@@ -306,6 +307,31 @@ class TestForks:
 
         assert (0, "") == (code, told)
         assert [[0, 2], [1]] == by_process(daemon)
+
+    @pytest.mark.parametrize("method", ["fork", "spawn"])
+    def test_that_the_run_is_handed_to_joins_it(self, daemon: FakeDaemon, tmp_path: Path, method: str):
+        """As scripts do it that give `run` or `run.log` to a pool."""
+        body = f"""
+        import multiprocessing
+        from concurrent.futures import ProcessPoolExecutor
+
+        def work(run, log, n):
+            log({{"n": n}})
+            assert run is sidestep.run
+            return n
+
+        if __name__ == "__main__":
+            run = sidestep.init()
+            run.log({{"n": 0}})
+            context = multiprocessing.get_context({method!r})
+            with ProcessPoolExecutor(1, mp_context=context) as pool:
+                said([pool.submit(work, run, run.log, n).result() for n in (1, 2)])
+        """
+
+        code, said, told = run(daemon, body, tmp_path)
+
+        assert (0, "[1, 2]\n") == (code, said), told
+        assert [[0], [1, 2]] == by_process(daemon)
 
     def test_after_finish_a_child_says_nothing(self, daemon: FakeDaemon, tmp_path: Path):
         code, said, _ = run(

@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from sidestep.wire import (
-    MAX_FRAME_BYTES,
+    MAX_ENVELOPE_BYTES,
     Ack,
     Bye,
     Hello,
@@ -306,7 +306,7 @@ class TestHostileMessages:
         hostile.hello()
         header, _ = encode(hostile.frame(0))
 
-        hostile.send([header, bytes(2 * MAX_FRAME_BYTES)])
+        hostile.send([header, bytes(2 * MAX_ENVELOPE_BYTES)])
 
         assert hostile.listen(0.5) is None
         assert hostile.hello().first == 0
@@ -353,12 +353,14 @@ class TestHostileMessages:
 
 class TestClosing:
     @contextmanager
-    def closing(self, serve: Serve) -> Iterator[tuple[ServedRun, RawWorker]]:
+    def closing(self, serve: Serve, *, leaves: bool = False) -> Iterator[tuple[ServedRun, RawWorker]]:
         """A run that was closed and can not end, because its delivery stands still."""
         served = serve()
         worker = served.worker()
         worker.hello()
         worker.log(0)
+        if leaves:
+            worker.bye()
         delivery = served.delivery()
         freeze(delivery)
         with served.tool() as tool:
@@ -376,6 +378,11 @@ class TestClosing:
 
             for refusal in (worker.hear(Refuse), late.hear(Refuse)):
                 assert ("closed", True) == (refusal.code, refusal.final)
+
+    def test_a_last_word_that_was_heard_is_no_refusal_when_it_is_said_again(self, serve: Serve):
+        """Its answer was late, and the run was closed meanwhile: nothing is wrong."""
+        with self.closing(serve, leaves=True) as (_, worker):
+            assert worker.next == worker.bye().first
 
     def test_is_not_forgotten_when_intake_is_killed(self, serve: Serve):
         served = serve()

@@ -140,7 +140,7 @@ class Line:
         """Read one entry."""
         self.now = max(self.now, entry.received)
         self.read_through = entry.id
-        if kept := self.settlement.passed(entry.id):
+        if kept := self.settlement.passed(entry):
             self.resolver.dead["spool_lost"] -= kept
         if entry.kind is EntryKind.FRAME:
             self.settlement.read(entry)

@@ -15,6 +15,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import psutil
+
 ROOT = Path(__file__).resolve().parents[2]
 NEEDED = ("ip", "unshare", "iptables")
 CUTS = ("link", "drop", "route")
@@ -133,6 +135,26 @@ class Network:
                 for other in range(self._count):
                     if other != number:
                         _in(self._name(number), "ip", "route", "del", "blackhole", self.address(other))
+
+    def uplink(self, number: int) -> str:
+        """Join a node to this machine's own network, as to the internet; the address of that, from there."""
+        _ip(
+            "link", "add", f"{self._prefix}up", "type", "veth", "peer", "name", "eth1", "netns", self._name(number)
+        )
+        _ip("addr", "add", "10.78.0.1/24", "dev", f"{self._prefix}up")
+        _ip("link", "set", f"{self._prefix}up", "up")
+        _in(self._name(number), "ip", "addr", "add", "10.78.0.2/24", "dev", "eth1")
+        _in(self._name(number), "ip", "link", "set", "eth1", "up")
+        return "10.78.0.1"
+
+    def find(self, number: int, what: str) -> psutil.Process | None:
+        """A process on a node, by a word of its command."""
+        for pid in _run("ip", "netns", "pids", self._name(number), check=False).split():
+            with contextlib.suppress(psutil.Error):
+                process = psutil.Process(int(pid))
+                if what in process.cmdline() and process.status() != psutil.STATUS_ZOMBIE:
+                    return process
+        return None
 
     def reaches(self, number: int, host: str, port: int) -> bool:
         """Whether a connection from a node comes about within two seconds."""

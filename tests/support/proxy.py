@@ -18,8 +18,8 @@ class Proxy:
     are reset and new ones closed, as when a host is down.
     """
 
-    def __init__(self, address: str) -> None:
-        self._target = address
+    def __init__(self, address: str, *, host: str = "127.0.0.1", port: int = 0) -> None:
+        self._target, self._host, self._wanted = address, host, port
         self._loop = asyncio.new_event_loop()
         self._open = asyncio.Event()
         self._open.set()
@@ -47,7 +47,7 @@ class Proxy:
     @property
     def address(self) -> str:
         """Where relays connect."""
-        return f"tcp://127.0.0.1:{self._port}"
+        return f"tcp://{self._host}:{self._port}"
 
     def set(self, mode: str) -> None:
         """How it behaves from now on."""
@@ -65,7 +65,7 @@ class Proxy:
 
     def _main(self) -> None:
         asyncio.set_event_loop(self._loop)
-        server = self._loop.run_until_complete(asyncio.start_server(self._serve, "127.0.0.1", 0))
+        server = self._loop.run_until_complete(asyncio.start_server(self._serve, self._host, self._wanted))
         self._port = server.sockets[0].getsockname()[1]
         self._ready.set()
         self._loop.run_forever()
@@ -88,7 +88,7 @@ class Proxy:
             writer.transport.abort()
             return
         self._writers |= {writer, back}
-        await asyncio.gather(self._pump(reader, back), self._pump(there, writer))
+        await asyncio.gather(self._pump(reader, back), self._pump(there, writer), return_exceptions=True)
         self._writers -= {writer, back}
 
     async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:

@@ -122,6 +122,17 @@ class Topology:
         before = self.rows_of_head()
         eventually(lambda: self.rows_of_head() >= before + more, DEADLINE_S, self.log)
 
+    def wait_for_all(self, ranks: int) -> int:
+        """Until a row has all ranks in it; how many rows were late by then, of ranks that started later."""
+
+        def together() -> bool:
+            rows = self.head.rows()
+            return bool(rows) and rows[-1].values.get("sidestep/ranks_reported") == ranks
+
+        eventually(together, DEADLINE_S, self.log)
+        self.wait_for_rows(1)  # with which delivery tells of those before
+        return int(self.head.told().get("late_rows", 0))
+
     def log(self) -> str:
         """The end of what everybody wrote."""
         ranks = [f"--- {path.name}\n{path.read_text()[-1000:]}" for path in sorted(self._base.glob("rank*.log"))]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.metadata
 import json
+import pickle
 import re
 import subprocess
 import sys
@@ -159,6 +161,11 @@ class TestAsWandb:
         ]
         (seen,) = daemon.sessions.values()
         assert {"project": "p", "name": "n", "tags": ["a"], "quiet": True} == seen.hello.settings
+
+    def test_a_copy_of_the_run_is_itself(self, daemon: FakeDaemon):
+        """Trainers are copied with what they hold."""
+        run = sidestep.init()
+        assert run is copy.deepcopy({"run": run})["run"] is pickle.loads(pickle.dumps(run))
 
     def test_after_finish_there_is_no_run(self, daemon: FakeDaemon):
         sidestep.init()

@@ -671,11 +671,12 @@ class TestMappings:
 
 
 class TestProcesses:
-    def test_a_run_is_not_pickled(self, run: Run):
-        with pytest.raises(TypeError, match="belongs to its process"):
-            pickle.dumps(run)
+    def test_a_part_of_a_run_is_not_pickled_nor_one_that_is_finished(self, run: Run):
         with pytest.raises(TypeError, match="belongs to its process"):
             pickle.dumps(run.stage("eval"))
+        run.finish()
+        with pytest.raises(TypeError, match="finished"):
+            copy.deepcopy(run)
 
     def test_a_closed_outbox_is_what_a_forked_child_finds(self, run: Run):
         """So that log() needs no check of its own for it."""

@@ -231,6 +231,14 @@ class TestTheNextLife:
         it = Settlement({}, cursor=1)
         it.recall(row(5, positions=[(2, 0), (2, 1), (4, 0)]), settled=True)
 
-        assert 2 == it.passed(3)
-        assert 0 == it.passed(4)
-        assert 0 == it.passed(9)
+        assert 2 == it.passed(frame(3))
+        assert 0 == it.passed(frame(4))
+        assert 0 == it.passed(frame(9))
+
+    def test_so_are_those_whose_frame_s_place_another_entry_has(self):
+        """Salvage says a HELLO again where there is room, which may be where a frame is missing."""
+        it = Settlement({}, cursor=1)
+        it.recall(row(5, positions=[(2, 0), (2, 1), (4, 0)]), settled=True)
+
+        assert 2 == it.passed(Entry(id=2, kind=EntryKind.HELLO))
+        assert 0 == it.passed(frame(4))

@@ -1,7 +1,7 @@
 """The whole line against a model of it: real outboxes and dialogues, a real roster and spool, every stage behind.
 
-Processes die between any two commits and any two messages, and again while they recover; messages, answers and
-a whole spool are lost. The model knows only what was said and what was acknowledged.
+Processes die between any two commits and any two messages, and again while they recover; messages, answers,
+a whole spool and any entry of one are lost. The model knows only what was said and what was acknowledged.
 
 - what was acknowledged, and not lost with a spool, is in exactly one row at its axis; nothing is in two
 - `_step` never goes back, whatever happened
@@ -11,6 +11,7 @@ a whole spool are lost. The model knows only what was said and what was acknowle
 from __future__ import annotations
 
 import shutil
+import sqlite3
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -26,7 +27,7 @@ from sidestep.wire import Ack, Bye, Frame, Hello, Message, Status, Welcome
 from sidestepd.entries import Entry, EntryKind
 from sidestepd.roster import Roster, Verdict
 from sidestepd.rows import MAIN_AXIS
-from sidestepd.spool import Spool, SpoolReader
+from sidestepd.spool import Spool, SpoolReader, damage_mark
 from tests.support.builders import config, counted, define, log, session_id
 from tests.support.line import Died, Disk, Line, Options
 
@@ -157,7 +158,7 @@ class WholeLine(RuleBasedStateMachine):
         newest = max(
             [self.line.read_through, *(p.entry for row in self.decided() for p in row.positions)], default=0
         )
-        self.spool = Spool(self.directory / f"spool{self.spools}.db", above=newest if self.spools else 0)
+        self.spool = Spool(self.directory / f"spool{self.spools}.db", above=newest)
         self.reader = SpoolReader(self.spool.path)
         self.now = max(self.now, self.spool.latest())
         self.intake = Intake(self.spool, self.now, str(self.boots))
@@ -298,7 +299,9 @@ class WholeLine(RuleBasedStateMachine):
         self.deliver(lambda: self.line.confirm(None))
 
     @rule(
-        what=st.sampled_from(["leave", "die", "replace", "restart", "lose_intake", "lose_intake", "lose_spool"]),
+        what=st.sampled_from(
+            ["leave", "die", "replace", "restart", "lose_intake", "lose_intake", "lose_spool", "salvage"]
+        ),
         which=st.integers(0, 5),
     )
     def misfortune(self, what: str, which: int) -> None:
@@ -314,6 +317,8 @@ class WholeLine(RuleBasedStateMachine):
                 self.lose_intake()
             case "lose_spool" if self.spools < 1:
                 self.lose_spool()
+            case "salvage":
+                self.salvage(which)
 
     # Intake
 
@@ -339,8 +344,7 @@ class WholeLine(RuleBasedStateMachine):
 
     def lose_spool(self) -> None:
         """Its disk is replaced by an empty one; delivery's own survives."""
-        in_rows = {name for row in self.decided() for name in row.values}
-        in_rows |= {name for row in self.disk.held for name in row.values}
+        in_rows = self.in_rows()
         for worker in self.workers:
             stored = self.intake.roster.sessions.get(worker.id)
             for seq, name in enumerate(worker.names):
@@ -353,7 +357,32 @@ class WholeLine(RuleBasedStateMachine):
                     self.at_risk.add(name[0])
         self.spool.close()
         self.spools += 1
-        self.revive(self.line)  # intake ends delivery with itself
+        self.come_back()
+
+    def salvage(self, which: int) -> None:
+        """An entry of the spool can not be read any more, whatever it is, and the rest is saved."""
+        there = list(self.reader.read(0, 1000))
+        self.spool.close()
+        self.reader.close()
+        if there:
+            lost = there[which * len(there) // 6]
+            with sqlite3.connect(self.spool.path) as database:
+                database.execute("DELETE FROM entry WHERE id = ?", (lost.id,))
+            database.close()
+            said = next((it.names for it in self.workers if it.id == lost.session), [])
+            names = {name[0] for name in said[lost.first : lost.first + lost.count] if name}
+            self.at_risk |= names - self.in_rows()
+        damage_mark(self.spool.path).touch()
+        self.come_back()
+        assert self.spool.salvaged > 0 or len(there) < 2
+
+    def in_rows(self) -> set[str]:
+        held = {name for row in self.disk.held for name in row.values}
+        return held | {name for row in self.decided() for name in row.values}
+
+    def come_back(self) -> None:
+        """Intake starts over what is left, and with it delivery, which it ends with itself."""
+        self.revive(self.line)
         self.start_intake()
         for worker in self.workers:
             worker.inbox.clear()
@@ -468,3 +497,20 @@ class WholeLine(RuleBasedStateMachine):
 
 WholeLine.TestCase.settings = settings(stateful_step_count=60)
 TestWholeLine = WholeLine.TestCase
+
+
+class TestWhatTheModelFound:
+    """Each failure that it ever had, step by step."""
+
+    def test_a_frame_whose_place_salvage_gives_to_a_hello_is_not_lost_and_delivered_both(self):
+        line = WholeLine()
+        line.begin(world=1, capacity=1, window=0, patience=0.5)
+        train = {"after": 0, "implicit": False, "place": None, "stage": False}
+        line.train(rounds=2, steps=2, follows=True, **train)  # of the second frame one record is in a row
+        line.delete_settled()
+        line.train(rounds=1, steps=1, follows=False, **train)
+
+        line.misfortune(what="salvage", which=0)
+
+        assert EntryKind.HELLO is line.reader.read(0, 1)[0].kind
+        line.teardown()

@@ -342,7 +342,7 @@ class Intake:
                 self._write(entry)
 
     def _on_bye(self, route: bytes, bye: Bye) -> None:
-        if self._is_stranger(route, bye.session):
+        if not self._has_left(bye.session) and self._is_stranger(route, bye.session):
             return
         verdict, entry = self.roster.bye(bye, self._now())
         if verdict is Verdict.GAP:
@@ -420,6 +420,11 @@ class Intake:
             return False
         self._refuse(route, session, "hello", "say HELLO first")
         return True
+
+    def _has_left(self, session: bytes) -> bool:
+        """Whether its last word was heard, and is said again because the answer was late."""
+        known = self.roster.sessions.get(session)
+        return known is not None and known.state == "bye"
 
     def _ack(self, session: bytes, *, first: int, gap: bool = False) -> Ack:
         return Ack(session=session, first=first, gap=gap, credit=self._credit(self.roster.sessions[session]))

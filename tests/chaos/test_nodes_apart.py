@@ -1,0 +1,226 @@
+"""Three nodes with a network between them that is cut: a real torchrun on each, one run, every row there once.
+
+The nodes are network namespaces of this machine. What is measured is printed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from sidestepd import status
+from sidestepd.rundir import newest_run_dir
+from tests.support.chaos import steps_of_ranks
+from tests.support.daemons import HeldRow, killed, read_jsonl
+from tests.support.namespaces import CUTS, ROOT, Network, missing
+from tests.support.proxy import Proxy
+from tests.support.waiting import eventually
+from tests.support.wandb_server import StandIn
+
+pytestmark = [
+    pytest.mark.chaos,
+    pytest.mark.nightly,
+    pytest.mark.skipif(bool(missing()), reason=missing()),
+    pytest.mark.timeout(600),
+]
+
+NODES, PER_NODE = 3, 2
+CUT_S = float(os.environ.get("SIDESTEP_TEST_CUT_S", "30"))
+DEADLINE_S = 180.0
+OPTIONS = {
+    "samplers.enabled": "off",
+    "sink.kind": "jsonl",
+    "delivery.confirm_interval_s": "0.5",
+    "order.patience_s": "60",  # ranks whose training is held up by the cut are waited for
+}
+
+
+class Cluster:
+    """The nodes, their shared folder, and a torchrun on each."""
+
+    def __init__(self, network: Network, base: Path) -> None:
+        self.network, self.base = network, base
+        self.shared, self.reports, self.until = base / "shared", base / "reports", base / "until"
+        for folder in (self.shared, self.reports):
+            folder.mkdir()
+
+    def torchrun(self, node: int, *, nodes: int = NODES, first: int = 0) -> list[str]:
+        """As it is typed on a node."""
+        return [
+            "torchrun", f"--nnodes={nodes}", f"--nproc-per-node={PER_NODE}", f"--node-rank={node - first}",
+            f"--master-addr=node{first}", "--master-port=29517", "-m", "tests.support.in_nodes",
+            "--until", str(self.until), "--report", str(self.reports),
+        ]  # fmt: skip
+
+    def train(self) -> list[subprocess.Popen[bytes]]:
+        """`sidestep run -- torchrun ...` on each node, and nothing else said."""
+        words = [word for name, value in OPTIONS.items() for word in ("--set", f"{name}={value}")]
+        run = [sys.executable, "-m", "sidestep", "run", "--dir", str(self.shared), *words, "--"]
+        return [self.network.start(node, [*run, *self.torchrun(node)], ENVIRONMENT) for node in range(NODES)]
+
+    @property
+    def run_dir(self) -> Path | None:
+        return newest_run_dir(self.shared)
+
+    def rows(self) -> list[HeldRow]:
+        return read_jsonl(self.run_dir) if self.run_dir else []
+
+    def wait_for_rows(self, more: int = 20) -> None:
+        before = len(self.rows())
+        eventually(lambda: len(self.rows()) >= before + more, DEADLINE_S, self.network.log)
+
+    def relay_dir(self, node: int) -> Path:
+        return next((self.shared / "sidestep-runs" / ".relays").glob(f"*-node{node}"))
+
+    def pending(self, node: int) -> int:
+        """What the relay of a node still has."""
+        return status.report(self.relay_dir(node)).ledger.pending
+
+    def seen(self) -> dict[int, dict[str, float]]:
+        """What each rank saw."""
+        return {int(path.name): json.loads(path.read_text()) for path in self.reports.iterdir()}
+
+
+PATH = str(Path(sys.executable).parent)
+ENVIRONMENT = {
+    "PATH": f"{PATH}:/usr/sbin:/usr/bin:/sbin:/bin",
+    "GLOO_SOCKET_IFNAME": "eth0",
+    "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": str(ROOT),
+}
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[Cluster]:
+    with Network(tmp_path, NODES) as network:
+        yield Cluster(network, tmp_path)
+
+
+def assert_whole(cluster: Cluster) -> None:
+    """Every step of every rank once; nobody's log() noticed; both ends of every ledger agree."""
+    seen, rows = cluster.seen(), cluster.rows()
+    assert set(range(NODES * PER_NODE)) == seen.keys()
+    assert {rank: list(range(int(it["steps"]))) for rank, it in seen.items()} == steps_of_ranks(rows)
+    steps = [row.step for row in rows]
+    assert sorted(set(steps)) == steps
+    assert {NODES * PER_NODE} == {row.values["sidestep/ranks_reported"] for row in rows}, "rows are whole"
+    found = status.report(cluster.run_dir)
+    ledgers = [found.ledger, *(status.report(cluster.relay_dir(node)).ledger for node in range(1, NODES))]
+    assert all(it.balances and not it.pending and not sum(it.dropped.values()) for it in ledgers), ledgers
+    assert all(it["offered"] == it["acknowledged"] for it in seen.values())
+    print(
+        f"{len(rows)} rows of {len(seen)} ranks; "
+        f"the longest log() took {1e3 * max(it['longest_s'] for it in seen.values()):.1f} ms"
+    )
+    assert max(it["longest_s"] for it in seen.values()) < 2.0, "no call waits for a network"
+
+
+def end(cluster: Cluster, commands: list[subprocess.Popen[bytes]]) -> None:
+    cluster.until.touch()
+    assert [0] * NODES == [command.wait(DEADLINE_S) for command in commands], cluster.network.log()
+
+
+class TestALinkThatIsCut:
+    @pytest.mark.parametrize("how", CUTS)
+    def test_for_half_a_minute_costs_no_row(self, cluster: Cluster, how: str):
+        commands = cluster.train()
+        cluster.wait_for_rows()
+        cluster.network.cut(2, how)
+        cut = time.monotonic()
+        eventually(lambda: cluster.pending(2) > 0, DEADLINE_S, cluster.network.log)
+        time.sleep(max(0.0, cut + CUT_S - time.monotonic()))  # a cut has a length
+        waited = cluster.pending(2)
+        cluster.network.heal(2, how)
+        healed = time.monotonic()
+        eventually(lambda: cluster.pending(2) < max(waited, 1), DEADLINE_S, cluster.network.log)
+        print(f"{how}: {waited} records waited; the first was through {time.monotonic() - healed:.1f} s after")
+        cluster.wait_for_rows()
+        end(cluster, commands)
+
+        assert waited > 0
+        assert_whole(cluster)
+
+
+class TestKillNine:
+    @pytest.mark.parametrize(("node", "what"), [(1, "sidestepd.intake"), (2, "sidestepd.upstream"),
+                                                (0, "sidestepd.intake"), (0, "sidestepd.delivery")])  # fmt: skip
+    def test_on_a_node_costs_no_row(self, cluster: Cluster, node: int, what: str):
+        commands = cluster.train()
+        cluster.wait_for_rows()
+        gone = killed(cluster.network.find(node, what))
+        at = time.monotonic()
+        eventually(
+            lambda: (it := cluster.network.find(node, what)) and it.pid != gone.pid,
+            DEADLINE_S,
+            cluster.network.log,
+        )
+        cluster.wait_for_rows(5)
+        print(f"{what} of node{node}: rows again {time.monotonic() - at:.1f} s after")
+        end(cluster, commands)
+
+        assert_whole(cluster)
+
+
+class TestNodesWithoutInternet:
+    def test_are_in_a_live_run_through_the_login_node(self, cluster: Cluster, tmp_path: Path):
+        """node0 is the login node: it alone reaches the W&B server, and holds the key for it."""
+        network, keys = cluster.network, tmp_path / "keys"
+        sidestep = [sys.executable, "-m", "sidestep"]
+        assert 0 == network.start(0, [*sidestep, "keygen", str(keys)], ENVIRONMENT).wait(DEADLINE_S), network.log()
+        with StandIn(tmp_path / "server") as server:
+            port = server.url.rpartition(":")[2]
+            with Proxy(f"tcp://127.0.0.1:{port}", host=network.uplink(0)) as internet:
+                host, _, outside = internet.address.removeprefix("tcp://").partition(":")
+                assert [True, False, False] == [network.reaches(node, host, int(outside)) for node in range(NODES)]
+                network.start(0, [sys.executable, "-c", GATE, internet.address, port], ENVIRONMENT)
+                eventually(lambda: network.reaches(0, "127.0.0.1", int(port)), DEADLINE_S, network.log)
+                login = network.start(0, [*sidestep, *LOGIN, *listens(keys)], ENVIRONMENT | server.environment)
+                up = ["--sink", "upstream", "--id", "live", "--dir", str(cluster.shared), *to(keys), "--"]
+                compute = [
+                    network.start(
+                        node, [*sidestep, "run", *up, *cluster.torchrun(node, nodes=2, first=1)], ENVIRONMENT
+                    )
+                    for node in (1, 2)
+                ]
+                eventually(lambda: len(server.rows("live")) > 20, DEADLINE_S, network.log)
+                assert [None, None] == [command.poll() for command in compute], "the run is live"
+                cluster.until.touch()
+                assert [0, 0] == [command.wait(DEADLINE_S) for command in compute], network.log()
+                login.terminate()
+                assert 0 == login.wait(DEADLINE_S), network.log()
+            rows = [HeldRow(row["_step"], row) for row in server.rows("live")]
+
+        seen = cluster.seen()
+        assert {rank: list(range(int(it["steps"]))) for rank, it in seen.items()} == steps_of_ranks(rows)
+        assert {4} == {row.values["sidestep/ranks_reported"] for row in rows}
+
+
+GATE = """
+import sys, time
+from tests.support.proxy import Proxy
+with Proxy(sys.argv[1], port=int(sys.argv[2])):
+    time.sleep(3600)
+"""
+"""The server names itself by an address of this machine's: on the login node that leads out, too."""
+LOGIN = ["serve", "--id", "live", "--project", "p", "--mode", "online", "--set", "sink.ask_every_s=0.5",
+         "--set", "samplers.enabled=off", "--set", "order.patience_s=60"]  # fmt: skip
+
+
+def listens(keys: Path) -> list[str]:
+    """The options that let in those of other nodes."""
+    options = {"tcp": "tcp://*:7711", "key_file": keys / "server.key", "clients": keys / "clients"}
+    return [word for name, value in options.items() for word in ("--set", f"listen.{name}={value}")]
+
+
+def to(keys: Path) -> list[str]:
+    """The options that lead to the login node."""
+    options = {"upstream.address": "tcp://node0:7711", "upstream.key_file": keys / "client.key"}
+    options["samplers.enabled"] = "off"
+    return [word for name, value in options.items() for word in ("--set", f"{name}={value}")]
