@@ -7,6 +7,7 @@
 # It never fails: a node is not drained because of logging.
 
 set -uo pipefail
+export PATH=/usr/sbin:/usr/bin:/sbin:/bin  # SLURM gives it none
 
 PATIENCE_S=${PATIENCE_S:-240}
 SIDESTEP=${SIDESTEP:-/opt/sidestep/bin/sidestep}

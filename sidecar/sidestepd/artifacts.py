@@ -115,6 +115,11 @@ class Artifacts:
         self._note(id_, held, SENT)
         return True
 
+    def try_again(self, id_: str) -> None:
+        """It could not be made now."""
+        if (held := self._held.get(id_)) is not None:
+            held.state = ""
+
     def flush(self, known: Known) -> None:
         """Nothing more comes: what is not whole is lost."""
         for held in [it for it in self._held.values() if it.state == ""]:

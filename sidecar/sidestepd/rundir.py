@@ -126,10 +126,14 @@ def new_run_dir(config: Config, *, now: float, node: str | None = None) -> Path:
     """Where a run that begins `now` shall live; the name sorts by time. Nothing is made yet.
 
     A relay's has the name of its node, and a folder apart: what is in it is a part of a run that is elsewhere, and
-    the folder may be shared with all other nodes.
+    the folder may be shared with all other nodes. Raises SettingsError.
     """
     stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(now))
-    runs, name = config.run.dir.expanduser().absolute() / RUNS, f"{stamp}-{config.run.id}"
+    try:
+        runs = config.run.dir.expanduser().absolute() / RUNS
+    except FileNotFoundError:
+        raise SettingsError("the directory that this was started in was deleted: say --dir") from None
+    name = f"{stamp}-{config.run.id}"
     if not config.is_relay:
         return runs / name
     usable = "".join(sign if sign.isalnum() or sign in "-_" else "-" for sign in node or os.uname().nodename)

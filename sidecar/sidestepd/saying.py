@@ -49,7 +49,12 @@ def say_in_terminal(text: str) -> None:
 
 
 def _is_watched() -> bool:
-    return sys.stderr.isatty() and os.environ.get("WANDB_SILENT", "").lower() not in ("1", "true", "yes", "on")
+    return is_terminal() and os.environ.get("WANDB_SILENT", "").lower() not in ("1", "true", "yes", "on")
+
+
+def is_terminal() -> bool:
+    """Whether somebody sees what is said; a process may have been started without a stderr."""
+    return sys.stderr is not None and sys.stderr.isatty()
 
 
 class Progress:

@@ -9,10 +9,12 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import logging
 import os
 import shutil
+import time
 import zlib
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -40,6 +42,8 @@ logger = logging.getLogger("sidestepd.delivery")
 SHOWN = "shown"
 ORPHANED_S = 600.0
 """So long after the end of a process that said no word the bytes that it sent are kept for what may still come."""
+FULL_S = 10.0
+"""When a disk is full, it is tried again so much later."""
 MOST_ENTRIES = 1_000_000
 OF_WANDB = frozenset(
     {"wandb-metadata.json", "wandb-summary.json", "config.yaml", "output.log", "requirements.txt", "diff.patch",
@@ -69,6 +73,7 @@ class Storing:
         self._making: dict[str, Future[tuple[Version, str, Any]]] = {}
         self._files: dict[str, set[Path]] = {}
         """The files of what was sent in this life."""
+        self._not_before = 0.0
         self._over: dict[bytes, float] = {}
         """Sessions of which no more is said: when that was seen, or infinity once it was dealt with."""
 
@@ -93,7 +98,7 @@ class Storing:
 
     def go_on(self) -> None:
         """Have those made that are whole, and send those that are made."""
-        if not self.artifacts.waiting:
+        if not self.artifacts.waiting or time.monotonic() < self._not_before:
             return
         for said in self.artifacts.complete(self._media.bytes_of.known):
             facts = {of: self._media.bytes_of.facts_of(of) for of in blobs_of(said)}
@@ -124,6 +129,10 @@ class Storing:
             self._files[id_] = {content.file for content in version.contents if content.file is not None}
             return (version, prepared) if self.artifacts.made(id_, signature) else None
         logger.warning("an artifact can not be kept: %s: %.500s", type(error).__name__, error)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            self.artifacts.try_again(id_)
+            self._not_before = time.monotonic() + FULL_S
+            return None
         why = "corrupt" if isinstance(error, Corrupt) else "bad" if isinstance(error, ValueError) else "failed"
         self.artifacts.refuse(id_, why)
         return None

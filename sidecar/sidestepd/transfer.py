@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,6 +10,7 @@ from pathlib import Path
 import click
 
 from sidestepd import replay
+from sidestepd.saying import is_terminal
 from sidestepd.sync import Target, sync
 
 __all__ = ["Target", "send", "write"]
@@ -51,6 +51,6 @@ class _Rows:
             click.echo("\r\033[K", err=True, nl=False)
 
     def _show(self, done: int, of: int | None = None) -> None:
-        if time.monotonic() > self._next and sys.stderr.isatty():
+        if time.monotonic() > self._next and is_terminal():
             self._next, self._shown = time.monotonic() + _EVERY_S, True
             click.echo(f"\r\033[Ksidestep: {done} rows" + (f" of {of}" if of else ""), err=True, nl=False)

@@ -231,6 +231,21 @@ class TestOneNode:
         assert ("finished", True, 0) == (report.state, report.ledger.balances, report.ledger.pending)
         assert "0" == job.show("Restarts")
 
+    def test_a_job_that_is_killed_is_finished_by_the_epilog(self, cluster):
+        """All its processes at once, daemon and script too: nobody of the job is left to do it."""
+        job = Job(cluster, "killed")
+        job.reaches(50)
+
+        cluster.do("pkill", "-KILL", "-u", "alice")
+
+        eventually(lambda: cluster.ask("squeue", "-h") == "", WAIT_S, job.told)
+        (run_dir,) = job.run_dirs()
+        eventually(lambda: status.report(run_dir).state == "finished", WAIT_S, job.told)
+        report, steps = status.report(run_dir), steps_in(run_dir)
+        assert list(range(len(steps))) == steps
+        assert (True, 0, 1) == (report.ledger.balances, report.ledger.pending, report.lost_sessions)
+        assert 1 == report.run.exit_code  # of workers that ended without a word
+
 
 class TestManyNodes:
     def test_a_job_is_a_run_and_a_requeued_one_goes_on_in_it(self, cluster):

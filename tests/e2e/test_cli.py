@@ -249,6 +249,14 @@ class TestWhatIsSaid:
 
         assert ("hello\n", "") == (ended.stdout, ended.stderr)
 
+    @pytest.mark.nightly
+    def test_a_run_that_was_started_without_any_stream_runs_its_command(self, here):
+        words = " ".join([*SIDESTEP, "run", "--", "sh", "-c", "'exit 5'"])
+
+        ended = subprocess.run(["sh", "-c", f"exec {words} <&- >&- 2>&-"], timeout=WAIT_S, check=False)
+
+        assert (5, "finished") == (ended.returncode, only_run(here).state)
+
     def test_a_loss_is_said_in_a_pipe_too(self, here):
         ended = sidestep("run", "--", *python(ANNOUNCE_FIVE_AND_DIE))
 

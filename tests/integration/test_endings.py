@@ -17,6 +17,7 @@ import pytest
 
 from sidestep import spill
 from sidestep.collect import collect
+from sidestep.endpoint import Endpoint
 from sidestep.testing import FakeDaemon, environment
 from sidestep.wire import Bye, Record
 from tests.support.ledgers import balanced_daemon
@@ -181,7 +182,7 @@ class TestSuddenEnds:
         assert monotonic() - started < 5.0 + 2.0
         assert "1 records are not acknowledged" in told
         daemon.restart()
-        (done,) = collect(spill.waiting(spill.private_folder()), daemon.address, run="fake")
+        (done,) = collect(spill.waiting(spill.private_folder()), Endpoint(address=daemon.address), run="fake")
         assert "" == done.why
         assert [[0, 1]] == by_process(daemon)
 
@@ -279,7 +280,7 @@ class TestForks:
         assert 0 == code
         daemon.start()
 
-        done = collect(spill.waiting(spill.private_folder()), daemon.address, run="fake")
+        done = collect(spill.waiting(spill.private_folder()), Endpoint(address=daemon.address), run="fake")
 
         assert ["", ""] == [one.why for one in done]
         assert [list(range(2500)), list(range(5000, 6000))] == by_process(daemon)

@@ -13,6 +13,7 @@ import pytest
 import sidestep
 from sidestep import media
 from sidestep.collect import collect
+from sidestep.endpoint import Endpoint
 from sidestep.errors import UnsupportedValue
 from sidestep.media.base import Blobs, Media
 from sidestep.testing import FakeDaemon, environment, record
@@ -255,7 +256,7 @@ class TestForkAndExit:
         daemon.thaw()
         assert 2 == len(list(tmp_path.rglob("*.spill")))
         assert "pieces of media are not acknowledged" in caplog.text
-        collect(sorted(tmp_path.rglob("*.spill")), daemon.address, run=str(daemon.run["id"]))
+        collect(sorted(tmp_path.rglob("*.spill")), Endpoint(address=daemon.address), run=str(daemon.run["id"]))
         assert {0: content} == arrived(daemon)
 
     def test_a_file_that_can_not_leave_in_time_leaves_when_its_worker_is_gone(self, daemon, tmp_path, caplog):

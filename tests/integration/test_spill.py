@@ -16,6 +16,7 @@ import pytest
 from sidestep import spill
 from sidestep._run import Run
 from sidestep.collect import collect
+from sidestep.endpoint import Endpoint
 from sidestep.notices import Notices
 from sidestep.ranks import Identity
 from sidestep.session import Session
@@ -307,7 +308,7 @@ class TestCollecting:
         assert f"1000 of them are kept in {folder}" in ended.stderr
         daemon.start()
 
-        (done,) = collect(spill.waiting(folder), daemon.address, run="fake")
+        (done,) = collect(spill.waiting(folder), Endpoint(address=daemon.address), run="fake")
 
         (seen,) = daemon.sessions.values()
         assert (1000, "") == (done.records, done.why)
@@ -324,7 +325,7 @@ class TestCollecting:
         assert -signal.SIGKILL == ended.returncode
         daemon.start()
 
-        (done,) = collect(spill.waiting(folder), daemon.address, run="fake")
+        (done,) = collect(spill.waiting(folder), Endpoint(address=daemon.address), run="fake")
 
         (seen,) = daemon.sessions.values()
         assert list(range(done.records)) == numbers(daemon)
@@ -359,7 +360,7 @@ class TestCollecting:
         had = len(daemon.records)
         (path,) = spill.waiting(folder)
 
-        (done,) = collect([path], daemon.address, run="fake")
+        (done,) = collect([path], Endpoint(address=daemon.address), run="fake")
 
         assert done.why == ""
         assert list(range(len(numbers(daemon)))) == numbers(daemon)
@@ -396,8 +397,8 @@ class TestCollecting:
         daemon.start()
         files = spill.waiting(spill.private_folder())
 
-        (passed_over,) = collect(files, daemon.address, run="fake")
-        (taken,) = collect(files, daemon.address, run="fake", any_run=True)
+        (passed_over,) = collect(files, Endpoint(address=daemon.address), run="fake")
+        (taken,) = collect(files, Endpoint(address=daemon.address), run="fake", any_run=True)
 
         assert (None, "") == (passed_over.why, taken.why)
         assert list(range(5)) == numbers(daemon)
@@ -408,7 +409,9 @@ class TestCollecting:
         assert 0 == ended.returncode
         assert 1 == ended.stderr.count("no daemon is known (")
         assert "5 of them are kept in" in ended.stderr
-        (done,) = collect(spill.waiting(spill.private_folder()), daemon.address, run="fake", any_run=True)
+        (done,) = collect(
+            spill.waiting(spill.private_folder()), Endpoint(address=daemon.address), run="fake", any_run=True
+        )
         assert "" == done.why
         assert list(range(5)) == numbers(daemon)
 
@@ -419,7 +422,7 @@ class TestCollecting:
         (path,) = spill.waiting(folder)
         daemon.start()
 
-        (done,) = collect([path], daemon.address, run="fake")
+        (done,) = collect([path], Endpoint(address=daemon.address), run="fake")
 
         assert done.why is None
         assert run.flush(DEADLINE_S)
@@ -429,7 +432,7 @@ class TestCollecting:
         daemon.stop()
         worker(daemon, "log(0, 5); run.finish(timeout=1)", SIDESTEP_RUN_DIR=str(folder.parent))
 
-        (done,) = collect(spill.waiting(folder), daemon.address, run="fake", stall_s=0.2)
+        (done,) = collect(spill.waiting(folder), Endpoint(address=daemon.address), run="fake", stall_s=0.2)
 
         assert "the daemon does not answer" == done.why
         assert 1 == len(spill.waiting(folder))
@@ -466,7 +469,7 @@ class TestCollecting:
         )
         daemon.start()
 
-        done = collect(spill.waiting(folder), daemon.address, run="fake")
+        done = collect(spill.waiting(folder), Endpoint(address=daemon.address), run="fake")
 
         assert first is not None
         assert ["", ""] == [one.why for one in done]

@@ -42,6 +42,7 @@ HAS = {
     "shellcheck": "shellcheck",
     "kubectl": "kubernetes-client",
     "fsfreeze": "util-linux",
+    "mkfs.ext4": "e2fsprogs",
 }
 TRAIN = """
 import sys, time
@@ -64,8 +65,9 @@ def need(*tools: str, root: bool = False) -> None:
     """Skip, with the reason, unless these programs are here."""
     missing = [tool for tool in tools if find(tool) is None]
     if missing:
-        packages = " ".join(dict.fromkeys(HAS.get(tool, tool) for tool in missing))
-        pytest.skip(f"no {', '.join(missing)} here: apt-get install {packages}")
+        packages = " ".join(dict.fromkeys(HAS[tool] for tool in missing if tool in HAS))
+        how = f"apt-get install {packages}" if packages else "pip install -e '.[deploy-test]'"
+        pytest.skip(f"no {', '.join(missing)} here: {how}")
     if root and os.geteuid() != 0:
         pytest.skip("needs root")
 

@@ -22,10 +22,14 @@ from sidestep.media.value import unpacked
 from sidestep.testing import Recorder, record
 from sidestep.wire import Kind
 from sidestepd.artifacts import DELIVERED, SENT, UNCHANGED, Artifacts
+from sidestepd.intake.blobs import name_of
+from sidestepd.media import Media
+from sidestepd.resolve import SessionFacts
 from sidestepd.rowlog import RowLog, RowLogReader
-from sidestepd.rows import Logged, Position
-from sidestepd.show import Corrupt
-from sidestepd.storing import _checked_path, check
+from sidestepd.rows import Blob, Logged, Position
+from sidestepd.show import Corrupt, Shower
+from sidestepd.sinks.jsonl import JsonlSink
+from sidestepd.storing import ORPHANED_S, Storing, _checked_path, check
 
 LANE = b"L" * 16
 MB = 1024 * 1024
@@ -345,6 +349,68 @@ class TestTheStage:
 
         assert [("b", "model", "x", DELIVERED), ("a", "model", "y", SENT), ("c", "model", "y", UNCHANGED)] == found
         assert 0 == RowLogReader(tmp_path / "delivery.db").cursor()
+
+
+class TestOrphans:
+    """Bytes whose record never came."""
+
+    @pytest.fixture
+    def storing(self, tmp_path: Path) -> Iterator[Storing]:
+        (tmp_path / "blobs").mkdir()
+        rowlog = RowLog(tmp_path / "delivery.db")
+        shower = Shower(tmp_path / "blobs", lambda *_: None, threads=1)
+        media = Media(shower, patience=1.0, capacity=10, beat=lambda: None, told={})
+        yield Storing(tmp_path / "artifacts", tmp_path / "blobs", JsonlSink(), rowlog, media)
+        shower.close()
+
+    @staticmethod
+    def sessions(worker: str | None, lane: str | None) -> dict[bytes, SessionFacts]:
+        return {
+            b"W" * 16: SessionFacts(ended=worker, role="worker"),
+            LANE: SessionFacts(ended=lane, role="blobs", beside=(b"W" * 16).hex()),
+        }
+
+    def left(self, storing: Storing, tmp_path: Path) -> list[str]:
+        storing.clean()
+        storing._media.clean()
+        return sorted(path.name for path in (tmp_path / "blobs").glob("*-*"))
+
+    def test_go_when_their_worker_and_what_sent_them_have_said_their_last_word(
+        self, storing: Storing, tmp_path: Path
+    ):
+        (tmp_path / "blobs" / name_of(LANE, 1)).write_bytes(b"x")
+        for worker, lane in ((None, None), ("bye", None), (None, "bye")):
+            storing.forget_orphans(self.sessions(worker, lane), 0.0)
+            assert [name_of(LANE, 1)] == self.left(storing, tmp_path)
+
+        storing.forget_orphans(self.sessions("bye", "bye"), 0.0)
+
+        assert [] == self.left(storing, tmp_path)
+
+    def test_stay_for_a_while_where_one_said_nothing(self, storing: Storing, tmp_path: Path):
+        (tmp_path / "blobs" / name_of(LANE, 1)).write_bytes(b"x")
+        storing.forget_orphans(self.sessions("lease", "lease"), 0.0)
+        assert [name_of(LANE, 1)] == self.left(storing, tmp_path)
+
+        storing.forget_orphans(self.sessions("lease", "lease"), ORPHANED_S + 1)
+
+        assert [] == self.left(storing, tmp_path)
+
+    def test_what_an_artifact_needs_is_no_orphan(self, storing: Storing, tmp_path: Path):
+        for number in (10, 11):
+            (tmp_path / "blobs" / name_of(LANE, number)).write_bytes(b"x")
+        storing.hear(said(1))
+
+        storing.forget_orphans(self.sessions("bye", "bye"), 0.0)
+
+        assert [name_of(LANE, 10)] == self.left(storing, tmp_path)
+
+    def test_what_a_worker_gave_up_goes_at_once(self, storing: Storing, tmp_path: Path):
+        (tmp_path / "blobs" / name_of(LANE, 1)).write_bytes(b"x")
+
+        storing._media.store(Blob(session=LANE, number=1, failed="dropped"))
+
+        assert [] == self.left(storing, tmp_path)
 
 
 class TestChecking:

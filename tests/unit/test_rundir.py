@@ -36,6 +36,15 @@ def mode(path: Path) -> int:
 
 
 class TestRunDirectory:
+    def test_where_the_current_directory_was_deleted_it_is_said(self, tmp_path, monkeypatch):
+        gone = tmp_path / "gone"
+        gone.mkdir()
+        monkeypatch.chdir(gone)
+        gone.rmdir()
+
+        with pytest.raises(SettingsError, match="was deleted: say --dir"):
+            new_run_dir(with_run_id(Config.load(environ={})), now=NOON)
+
     def test_it_is_for_nobody_else(self, tmp_path):
         config = options(tmp_path)
         run_dir = new_run_dir(config, now=NOON)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
+
 from sidestepd.rundir import RunFile
-from sidestepd.saying import seen, table
+from sidestepd.saying import Progress, is_terminal, say, say_in_terminal, seen, table
 from sidestepd.status import Ledger, Report, SessionReport
 from sidestepd.top import Rates
 
@@ -25,6 +27,19 @@ class TestTextOfOthers:
 
     def test_is_as_it_was_where_it_is_text(self):
         assert "Käse, 東京 → 3" == seen("Käse, 東京 → 3")
+
+
+class TestAProcessWithoutAStderr:
+    def test_says_nothing_and_goes_on(self, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setattr("sys.stderr", None)
+        progress = Progress()
+
+        say("something")
+        say_in_terminal("something")
+        progress(3)
+        progress.clear()
+
+        assert not is_terminal()
 
 
 class TestHowFastARunMoves:

@@ -1,88 +1,20 @@
-"""The watch: who is silent, gone, or holds the others up; told once, also across deaths of delivery."""
+"""The watch: who is silent, gone, or holds the others up."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Self
 
-import msgpack
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from sidestep.wire import SAMPLER, Kind, Record, encode_record
-from sidestepd.config import WatchOptions
 from sidestepd.entries import Entry, EntryKind
-from sidestepd.resolve import Resolver
-from sidestepd.rows import Alert, Part
-from sidestepd.watch import MOST_NAMES, REGULAR, Watch
-from tests.support.builders import Tape, bundle, log, part, session_id
-
-OPTIONS = WatchOptions(silent_s=10.0, stalled_s=40.0, start_s=700.0, straggler_s=12.0)
-
+from sidestepd.watch import MOST_NAMES, REGULAR
+from tests.support.builders import Tape, bundle, log, part
+from tests.support.listening import Listening, replace_options
 
 ALLOCATED = {"values": {"memory_allocated": 1.0}, "ordinal": 0}
 SAMPLED = encode_record(Record(kind=Kind.SAMPLES, time=0.0, step=None, data=ALLOCATED))
-
-
-class Listening:
-    """Delivery's part in it: entries are read in their order, alerts are written down."""
-
-    def __init__(self, options: WatchOptions = OPTIONS, *, ranks: int = 3) -> None:
-        self.options = options
-        self.tape = Tape()
-        self.watch = Watch(options)
-        self.resolver = Resolver()
-        self.read = 0
-        self.now = 0.0
-        self.told: list[tuple[Alert, int]] = []
-        for rank in range(ranks):
-            self.tape.hello(rank, world=ranks)
-
-    def listen(self, clock: float | None = None) -> Self:
-        """Read what was not read, then it is `clock`."""
-        for entry in self.tape.entries[self.read :]:
-            self.take(entry)
-        if clock is not None:
-            self.tape.now = self.now = max(self.now, clock)
-        self.tell()
-        return self
-
-    def take(self, entry: Entry) -> None:
-        self.read, self.now = entry.id, max(self.now, entry.received)
-        if entry.kind is not EntryKind.BOOT:
-            self.watch.poll(self.now)
-        parts = [said for said in self.resolver.read(entry) if isinstance(said, Part)]
-        for one in parts:
-            self.watch.hear(one, self.now)
-        session = self.resolver.sessions.get(entry.session)
-        self.watch.read(entry, session.launch if session else "", logged=bool(parts))
-
-    def tell(self) -> None:
-        self.watch.poll(self.now)
-        self.told += [(alert, self.read) for alert in self.watch.take()]
-
-    def titles(self) -> list[str]:
-        return [alert.title for alert, _ in self.told]
-
-    # What ranks do
-
-    def train(self, *ranks: int, steps: Sequence[int], pace: float = 1.0) -> Self:
-        """These ranks log each step, a step every `pace` seconds."""
-        for step in steps:
-            self.tape.now += pace
-            for rank in ranks:
-                self.tape.say(rank, log(step))
-        return self.listen(self.tape.now)
-
-    def wait(self, seconds: float) -> Self:
-        """Nobody says anything for so long, and delivery looks at its clock all the time."""
-        until = self.tape.now + seconds
-        while self.tape.now < until:
-            self.listen(min(until, self.tape.now + 0.5))
-        return self
 
 
 @pytest.fixture
@@ -591,10 +523,6 @@ def see_rows(ranks: Listening, steps: Sequence[int], *, slow_s: float) -> None:
         ranks.listen(began + 1.0 + slow_s)
 
 
-def replace_options(**options: Any) -> WatchOptions:
-    return WatchOptions(**(OPTIONS.model_dump() | options))
-
-
 class TestSwitchedOff:
     def test_tells_nothing_and_adds_nothing(self):
         off = replace_options(metrics=False, hangs=False, stragglers=False, not_finite=())
@@ -625,89 +553,3 @@ class TestRows:
         shown = bundle(3, {}, {}, **other)
 
         assert [shown] == list(ranks.watch.annotate([shown]))
-
-
-# Deaths of delivery
-
-
-def reborn(ranks: Listening, *, written: int, state: bytes, cursor: int) -> Listening:
-    """The next life, from a fold made at entry `cursor`, with the first `written` alerts on disk."""
-    life = Listening(ranks.options, ranks=0)
-    life.tape, life.told = ranks.tape, ranks.told[:written]
-    for entry in ranks.tape.entries[:cursor]:
-        list(life.resolver.read(entry))
-    life.watch.restore(msgpack.unpackb(state, strict_map_key=False))
-    life.watch.take_up([alert for alert, _ in life.told], max((through for _, through in life.told), default=0))
-    life.read = cursor
-    return life
-
-
-def story(ranks: Listening) -> Iterator[None]:
-    """A run in which much goes wrong; it may be interrupted wherever this yields."""
-    ranks.train(0, 1, 2, steps=range(15))
-    yield
-    ranks.train(0, 2, steps=range(15, 30))
-    yield
-    ranks.tape.say(0, log(30, {"loss": float("nan")}))
-    ranks.train(0, 1, 2, steps=range(31, 40))
-    yield
-    ranks.tape.vital(2, "quiet", since=ranks.tape.now)
-    ranks.wait(12.0)
-    yield
-    ranks.tape.vital(2, "heard", since=ranks.tape.now)
-    ranks.wait(1.0)
-    ranks.train(0, 1, 2, steps=range(40, 50))
-    yield
-    ranks.tape.vital(1, "gone", since=ranks.tape.now)
-    ranks.listen(ranks.tape.now + 1.0)
-    yield
-
-
-STORY = [
-    "rank 1 is silent", "loss is nan", "rank 1 is heard again", "rank 2 is silent", "rank 2 is heard again",
-    "rank 1 ended without a word",
-]  # fmt: skip
-
-
-class TestAcrossDeaths:
-    def test_the_story_is_told_in_one_life(self, ranks):
-        for _ in story(ranks):
-            pass
-
-        assert STORY == ranks.titles()
-
-    @given(deaths=st.lists(st.tuples(st.integers(0, 4), st.integers(0, 10**6)), max_size=4))
-    def test_the_same_alerts_are_told_each_once(self, deaths):
-        """Delivery dies, goes on from an older state, and reads again what it had read and told of."""
-        ranks = Listening()
-        folds = [(0, msgpack.packb(ranks.watch.state()))]
-        for number, _ in enumerate(story(ranks)):
-            folds.append((ranks.read, msgpack.packb(ranks.watch.state())))
-            for place, back in deaths:
-                if place == number:
-                    cursor, state = folds[back % len(folds)]
-                    life = reborn(ranks, written=len(ranks.told), state=state, cursor=cursor)
-                    ranks.watch, ranks.resolver, ranks.read, ranks.now = life.watch, life.resolver, life.read, 0.0
-                    ranks.listen(ranks.tape.now)
-
-        assert STORY == ranks.titles()
-
-    def test_an_alert_that_was_not_written_down_is_told_in_the_next_life(self, ranks):
-        state = msgpack.packb(ranks.watch.state())
-        ranks.train(0, 1, 2, steps=range(20)).train(0, 2, steps=range(20, 40))
-        assert 1 == len(ranks.told)
-
-        life = reborn(ranks, written=0, state=state, cursor=0).listen(ranks.now)
-
-        assert ["rank 1 is silent"] == life.titles()
-
-    def test_the_state_is_plain(self, ranks):
-        ranks.train(0, 1, 2, steps=range(20)).train(0, 2, steps=range(20, 40))
-
-        state = ranks.watch.state()
-        other = Watch(OPTIONS)
-        other.restore(msgpack.unpackb(msgpack.packb(state), strict_map_key=False))
-
-        assert state == other.state()
-        assert session_id(1) in state["workers"]
-        assert json.dumps(state["launches"])
