@@ -350,13 +350,12 @@ class Lane:
                 self._notify(blob, f"{blob.path!r:.200} can not be read: {error.strerror}")
                 self._drop_first("unreadable")
                 continue
-            if blob.unwanted:
-                self._drop_first("dropped")
-                continue
-            if not done:
+            if not done and not blob.unwanted:
                 self._give_up()
                 return
             self._forget_first()
+            if blob.unwanted:  # asked last: from now on whoever gives it up says so
+                self._say_dropped(blob, "dropped")
             self.on_left(blob)
 
     def _send(self, blob: Waiting) -> bool:
@@ -417,9 +416,12 @@ class Lane:
             return
         blob = self._waiting[0]
         self._forget_first()
+        self._say_dropped(blob, reason)
+        self.on_left(blob)
+
+    def _say_dropped(self, blob: Waiting, reason: str) -> None:
         self._failed[reason] += 1
         self._say_failed(blob.number, reason)
-        self.on_left(blob)
 
     def _say_failed(self, number: int, reason: str) -> None:
         assert self._session is not None

@@ -264,8 +264,9 @@ class Head:
     def spent(self) -> dict[str, float]:
         """What its intake used so far, and how many messages it took."""
         assert self.run.process is not None
-        messages = float(self.run.status()["messages"])
-        return {"intake_cpu_s": _used(psutil.Process(self.run.process.pid)), "messages": messages}
+        said = self.run.status()
+        spent = {name: float(said[name]) for name in ("messages", "transfers")}
+        return {"intake_cpu_s": _used(psutil.Process(self.run.process.pid)), **spent}
 
     def processes(self) -> list[psutil.Process]:
         """Intake and what it has started."""
@@ -293,11 +294,16 @@ def daemons(base: Path, options: argparse.Namespace) -> Iterator[tuple[Head, lis
         yield head, doors
 
 
-def in_the_run(run: ServedRun, load: Load) -> dict[str, Any]:
-    """What became of it behind the acknowledgement."""
+def finished(run: ServedRun) -> int:
+    """Have a run finished, however long that takes; returns the exit code of its intake."""
     with run.tool() as tool:
         eventually(lambda: tool.ask(RunInfo(close=0), RunInfo).close is not None, DRAINED_S, run.log)
-    began, code = time.monotonic(), run.wait(DRAINED_S)
+    return run.wait(DRAINED_S)
+
+
+def in_the_run(run: ServedRun) -> dict[str, Any]:
+    """What became of it behind the acknowledgement."""
+    began, code = time.monotonic(), finished(run)
     ledger = status.report(run.run_dir).ledger
     return {
         "drain_s": time.monotonic() - began,
@@ -351,12 +357,12 @@ def main() -> None:
             figures |= run_load([one.endpoint for one in doors or [head]], load, watch)
             print(json.dumps(figures, indent=2, default=str), flush=True)
             for door in doors:
-                figures.setdefault("relays", []).append(door.run.finish())
+                figures.setdefault("relays", []).append(finished(door.run))
             figures["head_spent"] = {name: it - figures["head_before"][name] for name, it in head.spent().items()}
             if options.only_intake:
                 print(json.dumps(figures, indent=2, default=str), flush=True)
             if not options.only_intake:
-                figures |= in_the_run(head.run, load)
+                figures |= in_the_run(head.run)
     text = json.dumps(figures, indent=2, default=str)
     print(text)
     if options.json:

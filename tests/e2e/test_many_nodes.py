@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+import psutil
 import pytest
 
 from sidestepd import status
@@ -65,9 +65,13 @@ class Job:
         return [command.wait(DEADLINE_S) for command in self._commands]
 
     def stop(self) -> None:
+        """End all that is left, daemons too: they outlive their command."""
         for command in self._commands:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(command.pid, signal.SIGKILL)
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process = psutil.Process(command.pid)
+                for one in (process, *process.children(recursive=True)):
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        one.kill()
             command.wait()
 
     def run_dir(self, folder: str = "shared") -> Path:

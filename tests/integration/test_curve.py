@@ -144,7 +144,7 @@ class TestWhoIsLetIn:
         for words in (
             "wants a key of its workers: SIDESTEP_KEY_FILE shall name one",
             f"does not know the key of this worker: its list of clients lacks {elsewhere['public']}",
-            f"does not have the key {elsewhere['servers'][0]}, by which this worker's key file knows it",
+            f"hangs up: it does not have the key {elsewhere['servers'][0]}, by which this worker's key file",
             "exposed.key: others can read or change it (mode 0644)",
         ):
             eventually(lambda words=words: daemon.said(words), WITHIN_S, lambda: "\n".join(daemon.told))

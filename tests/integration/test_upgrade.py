@@ -37,6 +37,7 @@ class TestTakenUp:
             assert list(range(STEPS)) == [row.values["global_step"] for row in run.rows() if "loss" in row.values]
             assert status.report(run.run_dir).ledger.balances
 
+    @pytest.mark.nightly
     def test_a_backlog_alone_is_drained(self, version: Path, tmp_path: Path):
         run = TakenUp(version, tmp_path / "run")
 

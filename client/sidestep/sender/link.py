@@ -27,9 +27,13 @@ OPTIONS = {
     zmq.RECONNECT_IVL: 50,  # milliseconds, as all below; libzmq adds up to as much again
     zmq.RECONNECT_IVL_MAX: 500,
     zmq.CONNECT_TIMEOUT: 3000,
-    zmq.HANDSHAKE_IVL: 5000,
-    zmq.HEARTBEAT_IVL: 2000,
-    zmq.HEARTBEAT_TIMEOUT: 6000,
+    zmq.HANDSHAKE_IVL: 15_000,
+    # No HEARTBEAT_IVL: where a peer is gone while more waits to be read than RCVHWM allows, libzmq 4.3.5 aborts
+    # the process at the next heartbeat. The kernel finds dead links too, and the dialogue asks who is silent.
+    zmq.TCP_MAXRT: 6000,
+    zmq.TCP_KEEPALIVE_IDLE: 5,  # seconds, as the next
+    zmq.TCP_KEEPALIVE_INTVL: 2,
+    zmq.TCP_KEEPALIVE_CNT: 3,
     zmq.MAXMSGSIZE: MAX_CONTROL_BYTES + 1024,
     zmq.TCP_KEEPALIVE: 1,
 }
@@ -94,7 +98,10 @@ class Failure(Enum):
             return f"does not know the key of this worker: its list of clients lacks {endpoint.own.public}"
         if self is Failure.MECHANISM:
             return "speaks without keys, and this worker with one: take away SIDESTEP_KEY_FILE, or give it --keys"
-        return f"does not have the key {endpoint.server_key}, by which this worker's key file knows it"
+        return (
+            f"hangs up: it does not have the key {endpoint.server_key}, by which this worker's key file knows it, "
+            "or is too busy to answer"
+        )
 
 
 def connect(socket: zmq.Socket[bytes], endpoint: Endpoint) -> None:

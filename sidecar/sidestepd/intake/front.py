@@ -21,6 +21,7 @@ from typing import Any, Protocol
 import zmq
 
 from sidestep.errors import ProtocolError, SettingsError
+from sidestep.sender import OPTIONS
 from sidestep.wire import (
     MAX_ENVELOPE_BYTES,
     NO_SESSION,
@@ -44,7 +45,8 @@ from sidestepd.intake.run import Intake
 
 logger = logging.getLogger("sidestepd.intake")
 
-MOST_AT_ONCE = 256
+KEEPALIVE = (zmq.TCP_KEEPALIVE, zmq.TCP_KEEPALIVE_IDLE, zmq.TCP_KEEPALIVE_INTVL, zmq.TCP_KEEPALIVE_CNT)
+MOST_AT_ONCE = 512
 """Messages taken from the socket before others get their turn."""
 MOST_WRAPPING = 16_384
 """Routes of relays that are remembered; a connection more is a route more."""
@@ -99,7 +101,8 @@ class Front:
         self.impostors = 0
         """HELLOs for sessions that belong to somebody else."""
         self._gate = gate
-        self.messages = self.malformed = 0
+        self.messages = self.transfers = self.malformed = 0
+        """Messages taken, and in how many pieces they came: a relay's envelope is one."""
         self._supervisor = supervisor
         self._inbox = asyncio.Event()
         self._inbox.set()
@@ -154,23 +157,25 @@ class Front:
         while True:
             await self._inbox.wait()
             self._inbox.clear()
-            for _ in range(MOST_AT_ONCE):
-                try:
+            most = self.messages + self.transfers + MOST_AT_ONCE
+            try:
+                while self.messages + self.transfers < most:
                     self._take_one()
-                except zmq.Again:
-                    break
-            else:
                 self._inbox.set()
+            except zmq.Again:
+                pass
             await asyncio.sleep(0)
 
     def _take_one(self) -> None:
         """Raises zmq.Again if nothing is there."""
         if self._gate is None:
             route, *parts = self.socket.recv_multipart(zmq.DONTWAIT)
+            self.transfers += 1
             self._take(route, parts, LOCAL)
             return
         frame = self.socket.recv(zmq.DONTWAIT, copy=False)  # with what the handshake said of who sent it
         route, parts = frame.bytes, self.socket.recv_multipart()
+        self.transfers += 1
         if (peer := self._gate.who(frame)) is not None:
             self._take(route, parts, peer)
             return
@@ -178,7 +183,6 @@ class Front:
         self.send(route, Refuse(session=session_of(parts), code="key", message=gone))
 
     def _take(self, route: bytes, parts: Sequence[bytes], peer: str) -> None:
-        self.messages += 1
         if is_envelope(parts):
             self._unwrap(route, parts, peer)
         else:
@@ -190,7 +194,7 @@ class Front:
         if len(self._wrapping) > MOST_WRAPPING:
             self._wrapping.popitem(last=False)
         try:
-            for inner in unwrap(parts):
+            for inner in unwrap(parts):  # each counts: a turn is not the longer for being wrapped
                 self._handle(route, inner, peer)
         except ProtocolError as error:
             self._refuse(route, parts, error)
@@ -202,6 +206,7 @@ class Front:
         self.send(route, Refuse(session=session_of(parts), code=code, message=str(error), final=other))
 
     def _handle(self, route: bytes, parts: Sequence[bytes], peer: str) -> None:
+        self.messages += 1
         try:
             message = decode(parts)
         except ProtocolError as error:
@@ -234,6 +239,7 @@ class Front:
                 "node": os.uname().nodename,
                 "supervisor": self._supervisor,
                 "messages": self.messages,
+                "transfers": self.transfers,
                 "malformed": self.malformed,
                 "impostors": self.impostors,
                 "refused_keys": 0 if self._gate is None else self._gate.refused,
@@ -254,9 +260,9 @@ def bind(socket: zmq.Socket[bytes], address: str) -> None:
     socket.setsockopt(zmq.RCVHWM, 64)
     socket.setsockopt(zmq.SNDHWM, 64)
     socket.setsockopt(zmq.MAXMSGSIZE, MAX_ENVELOPE_BYTES + 4096)
-    socket.setsockopt(zmq.HANDSHAKE_IVL, 5000)
-    socket.setsockopt(zmq.HEARTBEAT_IVL, 2000)
-    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 6000)
+    socket.setsockopt(zmq.HANDSHAKE_IVL, 15_000)
+    for option in (zmq.TCP_MAXRT, *KEEPALIVE):  # no heartbeats of ZeroMQ's: see there
+        socket.setsockopt(option, OPTIONS[option])
     _bind(socket, address)
 
 
