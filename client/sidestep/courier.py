@@ -175,13 +175,18 @@ class Courier:
         return ours
 
     def _serve(self, socket: sockets.socket) -> None:
+        """Until it has ended, or had everything when it was told that no more comes."""
+        said_all = False
         poll = select.poll()
         poll.register(socket, select.POLLIN)
         while True:
             blocked = self._send_queued(socket)
             if self._finishing and not self._queue:
-                self._finishing = False
-                socket.shutdown(sockets.SHUT_WR)
+                if not self._there:
+                    return None
+                if not said_all:
+                    said_all = True
+                    socket.shutdown(sockets.SHUT_WR)
             if not self._there and not self._queue:
                 self._bell.wait()
             elif not blocked:

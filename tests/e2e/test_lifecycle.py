@@ -148,7 +148,10 @@ class TestContextFile:
         assert (31, True) == (run.ledger.delivered, run.ledger.balances)
 
     def test_one_that_can_not_be_read_is_said_and_harms_nobody(self, here: Path):
-        ended = stage("operator", 0, SIDESTEP_CONTEXT="nowhere.json")
+        ended = subprocess.run(
+            [sys.executable, "-c", STAGE.replace("timeout=60", "timeout=1"), "operator", "0"],
+            capture_output=True, text=True, timeout=WAIT_S, env=os.environ | {"SIDESTEP_CONTEXT": "nowhere.json"},
+        )  # fmt: skip
 
         assert 0 == ended.returncode
         assert "context = nowhere.json (from SIDESTEP_CONTEXT): can not be read" in ended.stderr

@@ -193,6 +193,17 @@ class TestFiles:
         assert ["dropped"] == [it.data["failed"] for it in lane_of(daemon).records if "failed" in it.data]
         assert {"too_large": 1} == run.stats().dropped
 
+    def test_when_they_have_arrived_nobody_waits_for_who_sent_them(self, daemon, tmp_path):
+        """It would wait for longer than a test may take."""
+        (tmp_path / "checkpoint").write_bytes(bytes(5 * MB))
+        run = sidestep.init(reinit=True)
+        run.log({"a": Thing(tmp_path / "checkpoint")})
+        assert run.flush(20.0)
+
+        run.finish(timeout=3600.0)
+
+        assert {0: bytes(5 * MB)} == arrived(daemon, FILES)
+
     @pytest.mark.parametrize("what", ["none", "."])
     def test_what_is_no_file_is_refused_in_words(self, what, tmp_path):
         with record() as logged, pytest.raises(UnsupportedValue, match=r"No such file|is no file|directory"):
