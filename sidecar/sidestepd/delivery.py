@@ -286,7 +286,7 @@ class Delivery:
                     self.samples.alert(said)
                     self.settlement.settle(said.position.entry)
                 case _:
-                    logged = True
+                    logged = logged or isinstance(said, Part)
                     self.hear(self.matcher.hear(said, self._now))
         return logged
 

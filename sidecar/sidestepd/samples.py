@@ -24,8 +24,10 @@ from sidestepd.samplers.visible import device_number
 MANY_NODES = 4
 """With more nodes, rows hold aggregates over all of them."""
 FRESH_S = 60.0
-"""A value that is older is not of the present: a worker that is gone, a node that went silent. By the time at
-which it came: the clocks of nodes differ."""
+"""A value that is older, and older than `MISSED` intervals, is not of the present: a worker that is gone, a node
+that went silent. By the time at which it came: the clocks of nodes differ."""
+MISSED = 3
+"""After so many intervals without a sample something was missed."""
 LEVELS = ("INFO", "WARN", "ERROR")
 _START = Position(0, -1)
 _OPERATIONS: Mapping[str, Callable[[list[float]], float]] = {"mean": fmean, "min": min, "max": max, "sum": sum}
@@ -84,6 +86,8 @@ class _Meter:
     """`energy_j` as of the last row that took it."""
     counted_j: float = 0.0
     """`energy_j` as of the last row that knew of more training samples."""
+    pause_s: float = 0.0
+    """Between the two newest of its utilization: samplers may have been asked for another interval."""
 
 
 class Samples:
@@ -101,6 +105,7 @@ class Samples:
         """Up to here the stream was told."""
         self._history = history
         self._interval_s = interval_s
+        self._fresh_s = max(FRESH_S, MISSED * interval_s)
         self._samples_metric = samples_metric
         self._merged = _START
         self._heard = _START
@@ -175,7 +180,7 @@ class Samples:
         shares = self._torch.setdefault((said.node, number), {})
         shares[said.session] = (now, said.values)
         for session, (time, _) in list(shares.items()):
-            if time < now - FRESH_S:
+            if time < now - self._fresh_s:
                 del shares[session]
         total: dict[str, float] = {}
         for _, values in shares.values():
@@ -200,7 +205,7 @@ class Samples:
 
     def _torch_tells(self, node: str, number: int, now: float) -> bool:
         shares = self._torch.get((node, number), {})
-        return any(time >= now - FRESH_S for time, _ in shares.values())
+        return any(time >= now - self._fresh_s for time, _ in shares.values())
 
     # Energy and idle time
 
@@ -215,9 +220,10 @@ class Samples:
                     meter.energy_j += value - meter.counter
                 meter.counter = value
             else:
-                if meter.heard is not None and 0 < time - meter.heard <= 3 * self._interval_s:
-                    meter.idle_s += (time - meter.heard) * (1 - min(value, 100) / 100)
-                meter.heard = time
+                passed = 0.0 if meter.heard is None else time - meter.heard
+                if 0 < passed <= MISSED * max(self._interval_s, meter.pause_s):
+                    meter.idle_s += passed * (1 - min(value, 100) / 100)
+                meter.heard, meter.pause_s = time, passed
 
     def _of_run(self) -> list[_Meter]:
         """The meters of the GPUs that the run uses, or of all while that is not known."""
@@ -230,7 +236,9 @@ class Samples:
         if not meters:
             return {}
         energy, idle = sum(it.energy_j for it in meters), sum(it.idle_s for it in meters)
-        derived = {"system/gpu_idle_s": idle}
+        derived: dict[str, float] = {}
+        if any(it.heard is not None for it in meters):  # with MIG there is no utilization
+            derived["system/gpu_idle_s"] = idle
         if any(it.counter is not None for it in meters):
             derived["system/energy_j"] = energy
         step = row.places.get(MAIN_AXIS)
@@ -307,7 +315,7 @@ class Samples:
         if len(self._nodes) <= MANY_NODES or self._began is None:
             return True
         heard = {node for node, _ in self._newest}
-        return heard >= self._nodes.keys() or self._latest() - self._began >= FRESH_S
+        return heard >= self._nodes.keys() or self._latest() - self._began >= self._fresh_s
 
     def _latest(self) -> float:
         return max((time for time, _ in self._newest.values()), default=0.0)
@@ -326,7 +334,7 @@ class Samples:
         now = self._latest()
         for (_, name), (time, value) in self._newest.items():
             known = look_up(name)
-            if known is not None and time >= now - FRESH_S:
+            if known is not None and time >= now - self._fresh_s:
                 for told in known.metric.node_names:
                     gathered.setdefault(told, []).append(value)
         return {name: _OPERATIONS[name.rpartition(".")[2]](values) for name, values in gathered.items()}
@@ -342,7 +350,8 @@ class Samples:
             "used": {node: sorted(numbers) for node, numbers in self._used.items()},
             "meters": {
                 node: {
-                    n: [m.counter, m.energy_j, m.idle_s, m.heard, m.told_j, m.counted_j] for n, m in gpus.items()
+                    n: [m.counter, m.energy_j, m.idle_s, m.heard, m.told_j, m.counted_j, m.pause_s]
+                    for n, m in gpus.items()
                 }
                 for node, gpus in self._meters.items()
             },

@@ -158,6 +158,8 @@ class Watch:
         self._workers: dict[bytes, _Worker] = {}
         self._launches: dict[str, _Launch] = {}
         self._slow_since: dict[bytes, float] = {}
+        self._weighed, self._weighed_at = self.pace.scores, -inf
+        """The scores that were seen last, and since when: they tell nothing of the time after their steps."""
         self._told = _Told()
         self._alerts: list[Alert] = []
         self._read = 0
@@ -257,6 +259,7 @@ class Watch:
         for launch in self._launches.values():
             launch.voice.excuse(now)
         self._slow_since.clear()
+        self._weighed_at = now
 
     def _sense(self, entry: Entry) -> None:
         worker, facts = self._workers.get(entry.session), entry.facts
@@ -428,6 +431,8 @@ class Watch:
         )
 
     def _see_stragglers(self, now: float) -> None:
+        if self.pace.scores is not self._weighed:
+            self._weighed, self._weighed_at = self.pace.scores, now
         launch = self.pace.launch
         there = ((id_, it) for id_, it in self._workers.items() if it.launch == launch and it.main and it.lives)
         sessions = {it.rank: id_ for id_, it in there}
@@ -438,7 +443,7 @@ class Watch:
             if score.value < self.options.straggler_share / 2:
                 self._slow_since.pop(id_, None)
                 self._clear(cause, f"rank {rank} keeps up again", f"Its score is {score.value:.2f}.", now)
-            elif score.sure and now - self._slow_since.setdefault(id_, now) >= self.options.straggler_s:
+            elif score.sure and self._slow_for(id_) >= self.options.straggler_s:
                 self._raise(
                     cause,
                     f"rank {rank} is slower than the others",
@@ -446,6 +451,10 @@ class Watch:
                     f"share of a step than the median rank, at step {self._workers[id_].step}.",
                     now,
                 )
+
+    def _slow_for(self, id_: bytes) -> float:
+        """How long its steps have been slow: a pause after them does not make them more."""
+        return self._weighed_at - self._slow_since.setdefault(id_, self._weighed_at)
 
     # Telling
 

@@ -14,7 +14,8 @@ import psutil
 import pytest
 from click.testing import CliRunner
 
-from sidestepd import status
+from sidestep.wire import Kind, Record, encode_record
+from sidestepd import saying, status
 from sidestepd.cli import main
 from sidestepd.errors import ExitCode
 from tests.support.daemons import DEADLINE_S, RawWorker, Serve, ServedRun, freeze, killed, logged
@@ -23,6 +24,10 @@ from tests.support.waiting import eventually
 pytestmark = pytest.mark.chaos
 
 QUICK = {"intake__heartbeat_s": 0.2, "watch__silent_s": 2.0, "order__patience_s": 0.5}
+SILENT = "All 2 live processes said nothing for"
+SAMPLED = encode_record(
+    Record(kind=Kind.SAMPLES, time=0.0, step=None, data={"values": {"memory_allocated": 1.0}, "ordinal": 0})
+)
 
 
 def titles(served: ServedRun) -> list[str]:
@@ -101,6 +106,32 @@ class TestSilence:
         assert ["rank 1 is silent", "rank 1 is heard again"] == titles(served)
         told = (served.run_dir / "logs" / "delivery.log").read_text()
         assert (told.count("rank 1 is silent:"), told.count("rank 1 is heard again:")) == (1, 1)
+
+    def test_of_all_ranks_is_told_in_the_run_in_its_status_and_in_the_last_words(
+        self, serve: Serve, capfd: pytest.CaptureFixture[str]
+    ):
+        """They live: their allocators are sampled all the while."""
+        served = serve(sink="jsonl", watch__stalled_s=1.5, **QUICK)
+        workers = [served.worker(rank, world=2) for rank in range(2)]
+        for worker in workers:
+            worker.hello()
+        for step in range(30):
+            for worker in workers:
+                worker.log(step)
+
+        def told() -> list[str]:
+            for worker in workers:
+                worker.log(records=[SAMPLED])
+            return titles(served)
+
+        eventually(told, DEADLINE_S, served.log)
+        assert SILENT in CliRunner().invoke(main, ["status", str(served.run_dir)]).output
+
+        finish(served, *workers)
+        assert ["no word from any rank"] == titles(served)
+        assert (served.run_dir / "rows.jsonl").read_text().count('"alert"') == 1
+        saying.sum_up(served.run_dir, 0, complete=True)
+        assert SILENT in capfd.readouterr().err
 
     def test_of_the_daemon_itself_is_nobodys(self, serve: Serve):
         """Intake stands still for longer than a rank may be silent; what it had missed says nothing of ranks."""

@@ -102,6 +102,15 @@ class TestReading:
         gpus.set(count=1).gpu(0, mig=2).process(0, 17, 5)
         assert 1 == sampler.read(0.0).values["system/gpu0/process_count"]
 
+    def test_tells_no_memory_of_a_rank_where_the_driver_tells_none(self, gpus: StubGpus, tmp_path: Path) -> None:
+        """A process counts all the same; NVML says the highest number of those whose memory it does not know."""
+        gpus.set(count=2).process(0, 17, 2**64 - 1).process(1, 17, 5)
+        (tmp_path / "17").mkdir()
+        (tmp_path / "17" / "status").write_text("NSpid:\t17\nPPid:\t1\n")
+        reading = GpuSampler(owners=Owners(lambda: {17: 3}, proc=tmp_path)).read(0.0)
+        assert [0, 1] == numbers(reading, "process_count") == numbers(reading, "foreign_process_count")
+        assert [1] == numbers(reading, "rank3/memory_bytes")
+
     def test_holds_no_number_that_means_none(self, gpus: StubGpus, sampler: GpuSampler) -> None:
         gpus.set(count=1).gpu(0, fan=0xFFFFFFFF, mem_temp=0xFFFFFFFF, replays=2**64 - 1, pstate=32)
         reading = sampler.read(0.0)

@@ -298,6 +298,24 @@ class TestTheRest:
         assert "memory/percent" not in values
         assert not [name for name in values if name.endswith("read_bytes_per_s")]
 
+    def test_a_kernel_without_cgroups_or_loadavg_has_its_cpu_and_memory(self, machine: Machine) -> None:
+        for name in ("proc/self/cgroup", "proc/loadavg"):
+            (machine.proc.parent / name).unlink()
+        sampler = machine.sampler()
+        machine.cpu((150, 0, 0, 950), (0, 0, 0, 600))
+        values = read(sampler)
+        assert {"cpu/percent", "memory/percent"} <= values.keys()
+        assert "cpu/load1" not in values
+
+    def test_an_infiniband_port_without_counters_costs_no_other(self, machine: Machine) -> None:
+        sampler = machine.sampler()
+        for counted in (0, 100):
+            for device, text in (("mlx5_0", "no counters"), ("mlx5_1", str(counted))):
+                machine.write(f"sys/class/infiniband/{device}/ports/1/counters/port_xmit_data", text)
+            values = read(sampler, 1.0 + counted)
+        sent = [name for name in values if name.startswith("infiniband/")]
+        assert ["infiniband/mlx5_1/sent_bytes_per_s"] == sent
+
 
 class TestThisMachine:
     def test_is_as_psutil_says(self, tmp_path: Path) -> None:

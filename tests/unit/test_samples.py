@@ -240,6 +240,13 @@ class TestTorch:
         samples.hear(said(3, used, time=2 + FRESH_S))
         assert 8.0 == samples.take()[0][-1].values["system/gpu1/memory_allocated"]
 
+    def test_is_not_silent_from_one_sample_to_the_next_however_seldom_they_are(self) -> None:
+        samples = Samples(interval_s=120.0)
+        samples.hear(said(0, {}, gpus=GPUS))
+        samples.hear(torch_said(1, 7.0))
+        samples.hear(said(2, {"system/gpu1/memory_used_bytes": 8.0}, time=119.0))
+        assert "system/gpu1/memory_allocated" not in samples.take()[0][-1].values
+
 
 class TestEnergy:
     def hear(self, samples: Samples, seq: int, *, joules: float, utilization: float = 100.0, gpu: int = 0) -> None:
@@ -319,6 +326,26 @@ class TestEnergy:
         for seq, utilization in ((0, 0.0), (1, 25.0), (2, 50.0), (100, 0.0)):  # nothing is known of the gap
             self.hear(samples, seq, joules=0, utilization=utilization)
         assert 1.25 == samples.into([row(0)])[0].values["system/gpu_idle_s"]
+
+    def test_idle_time_is_known_too_when_samplers_were_asked_for_another_interval(self) -> None:
+        """By the first worker, with x_stats_sampling_interval: that of the options is not theirs then."""
+        samples = Samples(interval_s=5.0)
+        for seq in (0, 30, 60, 90):
+            self.hear(samples, seq, joules=0, utilization=50.0)
+        again = Samples(interval_s=5.0)
+        again.restore(samples.state())
+        self.hear(again, 120, joules=0, utilization=50.0)
+        self.hear(again, 420, joules=0, utilization=50.0)  # nothing is known of the gap
+        assert 45.0 == again.into([row(0)])[0].values["system/gpu_idle_s"]
+
+    def test_idle_time_is_not_told_where_nobody_knows_it(self) -> None:
+        """With MIG NVML tells no utilization."""
+        samples = Samples()
+        samples.hear(said(0, {"system/gpu0/energy_j": 5.0}))
+        samples.hear(said(1, {"system/gpu0/energy_j": 7.0, "system/gpu0/power_w": 2.0}))
+        values = samples.into([row(0)])[0].values
+        assert 2.0 == values["system/energy_j"]
+        assert "system/gpu_idle_s" not in values
 
 
 class TestRecords:

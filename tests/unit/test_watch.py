@@ -513,6 +513,28 @@ class TestStragglers:
         assert ["rank 2 is slower than the others", "rank 2 keeps up again"] == ranks.titles()
         assert "takes 30 % more time" in ranks.told[0][0].text
 
+    def test_are_not_named_for_a_pause_after_a_few_slow_steps(self, ranks):
+        """Nobody is slow in a checkpoint, or in a training that hangs."""
+        ranks.train(0, 1, 2, steps=[0])
+
+        see_rows(ranks, range(12), slow_s=0.3)
+        ranks.wait(100.0)
+
+        assert ranks.watch.pace.scores[2].sure
+        assert [] == ranks.titles()
+
+    def test_are_not_named_for_a_time_in_which_nobody_listened(self, ranks):
+        ranks.train(0, 1, 2, steps=[0])
+        see_rows(ranks, range(12), slow_s=0.3)
+        ranks.tape.now += 60.0
+        ranks.tape.boot()
+        ranks.listen(ranks.tape.now).wait(2.0)
+
+        see_rows(ranks, range(12, 16), slow_s=0.3)
+        assert [] == ranks.titles()
+        see_rows(ranks, range(16, 32), slow_s=0.3)
+        assert ["rank 2 is slower than the others"] == ranks.titles()
+
 
 def see_rows(ranks: Listening, steps: Sequence[int], *, slow_s: float) -> None:
     """Rows of three ranks leave; each works for a second, rank 2 for longer, and they wait for each other."""

@@ -56,8 +56,12 @@ def cpu_group(proc: Path, sys: Path, machine: int) -> CpuGroup | None:
 
 
 def _memberships(proc: Path) -> Iterator[tuple[list[str], str]]:
-    """Controllers and path of each hierarchy; version 2 has no controllers here."""
-    for line in (proc / "self" / "cgroup").read_text().splitlines():
+    """Controllers and path of each hierarchy; version 2 has no controllers here. A kernel may have no cgroups."""
+    try:
+        lines = (proc / "self" / "cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
         _, controllers, path = line.split(":", 2)
         yield (controllers.split(",") if controllers else []), path
 

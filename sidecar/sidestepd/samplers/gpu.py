@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Collection
-from math import isfinite
+from math import isfinite, nan
 from typing import Any
 
 import pynvml
@@ -363,7 +363,7 @@ class GpuSampler:
 
     def _processes(self, gpu: Gpu) -> dict[str, float]:
         """How many there are, and what of the GPU's memory each rank holds; with MIG those of its instances."""
-        found: dict[int, int] = {}
+        found: dict[int, float] = {}
         for name, handle in [(f"processes{id_}", it) for id_, it in gpu.instances.items()] or [
             ("processes", gpu.handle)
         ]:
@@ -371,7 +371,8 @@ class GpuSampler:
             if "" not in got:
                 return {}
             for it in got[""]:
-                found[it.pid] = found.get(it.pid, 0) + (it.usedGpuMemory or 0)
+                size = nan if it.usedGpuMemory is None else it.usedGpuMemory  # not every driver tells it
+                found[it.pid] = found.get(it.pid, 0) + size
         values: dict[str, float] = {"process_count": len(found)}
         if self._owners is None:
             return values

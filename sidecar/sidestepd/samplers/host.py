@@ -52,6 +52,7 @@ class HostSampler:
         """What there is now."""
         sources: tuple[Callable[[float], Mapping[str, float]], ...] = (
             self._of_cpu,
+            self._of_load,
             self._of_memory,
             self._of_disks,
             self._of_shm,
@@ -98,8 +99,7 @@ class HostSampler:
             passed = total - total0
             if passed > 0:
                 shares.append((100 * (1 - (idle - idle0) / passed), 100 * (iowait - iowait0) / passed))
-        load, _, _, tasks = (self._proc / "loadavg").read_text().split()[:4]
-        values = {"cpu/load1": float(load), "cpu/threads": float(tasks.partition("/")[2])}
+        values: dict[str, float] = {}
         if shares:
             values["cpu/percent"], values["cpu/iowait_percent"] = (_percent(share) for share in shares[0])
             values["cpu/max_core_percent"] = _percent(max(busy for busy, _ in shares[1:] or shares))
@@ -107,6 +107,10 @@ class HostSampler:
         if "cpu/cgroup_percent" in limited and "cpu/percent" in values:
             values["cpu/percent"] = max(values["cpu/percent"], limited["cpu/cgroup_percent"])
         return values | limited
+
+    def _of_load(self, _: float) -> Mapping[str, float]:
+        words = (self._proc / "loadavg").read_text().split()
+        return {"cpu/load1": float(words[0]), "cpu/threads": float(words[3].partition("/")[2])}
 
     def _of_cpu_limit(self, now: float) -> dict[str, float]:
         """Where a cgroup allows fewer cores than there are: what of them is used, and how often that was all."""
@@ -220,7 +224,10 @@ class HostSampler:
         counters: dict[str, int] = {}
         for device in sorted((self._sys / "class" / "infiniband").iterdir()):
             for name, file in (("sent", "port_xmit_data"), ("received", "port_rcv_data")):
-                words = [int(path.read_text()) for path in device.glob(f"ports/*/counters/{file}")]
+                try:
+                    words = [int(path.read_text()) for path in device.glob(f"ports/*/counters/{file}")]
+                except (OSError, ValueError):
+                    continue  # a virtual function may have no counters
                 if words:
                     counters[f"infiniband/{_word(device.name)}/{name}"] = sum(words) * IB_WORD_BYTES
         return self._growth(counters, now)

@@ -36,9 +36,12 @@ MACHINE = "pid:[4026531836]"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shares:
-    """Bytes of a GPU by rank. `foreign` processes are no worker's; None where some could not be looked at."""
+    """Bytes of a GPU by rank, NaN where they are not known.
 
-    by_rank: Mapping[int, int] = field(default_factory=dict)
+    `foreign` processes are no worker's; None where some could not be looked at.
+    """
+
+    by_rank: Mapping[int, float] = field(default_factory=dict)
     foreign: int | None = 0
 
 
@@ -57,13 +60,13 @@ class Owners:
             _Roster(placement.home(run_dir) / placement.SPOOL, node or os.environ.get(NODE) or os.uname().nodename)
         )
 
-    def share(self, processes: Mapping[int, int]) -> Shares:
-        """Divide the memory of `processes` (pid to bytes) among ranks."""
+    def share(self, processes: Mapping[int, float]) -> Shares:
+        """Divide the memory of `processes` (pid to bytes, or NaN) among ranks."""
         unseen = [pid for pid in processes if not (self._proc / str(pid)).exists()]
         if unseen and not self._is_in_machines_namespace():
             self._say(len(unseen))
             return Shares(foreign=None)
-        workers, by_rank = self._workers(), dict[int, int]()
+        workers, by_rank = self._workers(), dict[int, float]()
         foreign = sum(map(_exists, unseen))
         for pid in processes.keys() - set(unseen):
             if (rank := self._rank_of(pid, workers)) is None:
