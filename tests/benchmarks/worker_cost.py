@@ -31,7 +31,7 @@ from rich.table import Table
 from sidestep.testing import FakeDaemon, environment
 from tests.benchmarks.measuring import BUSY, Judgement, busy_elsewhere, judge_at_most
 
-IMPORT_MS, INIT_MS, MEMORY_MB, PYTHON_THREADS = 80, 10, 12, 1
+IMPORT_MS, INIT_MS, MEMORY_MB, PYTHON_THREADS = 80, 10, 14, 1
 HEAVY = ("wandb", "torch", "numpy")
 CALLS = 10_000
 
