@@ -374,7 +374,7 @@ class Session:
         if left := self.outbox.pending:
             say(f"{left} {what} are not acknowledged {self._whose_fault(timeout)}{self._where_they_are()}")
         elif self.sender is not None and not confirmed:
-            say(f"everything is delivered, but the daemon did not confirm the end within {timeout:g} s")
+            say(f"everything is delivered, but the daemon did not confirm the end within {timeout:.1f} s")
 
     def at_exit(self) -> None:
         """What the interpreter does at its end."""
@@ -565,7 +565,7 @@ class Session:
         endpoint = self.whereabouts.look()
         if endpoint is None:
             return "because no daemon is known"
-        return f"by the daemon at {endpoint} within {timeout:g} s"
+        return f"by the daemon at {endpoint} within {timeout:.1f} s"
 
     def _where_they_are(self) -> str:
         path = self.sender.kept_in if self.sender is not None else None

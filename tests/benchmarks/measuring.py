@@ -257,9 +257,8 @@ def judge_at_most(claim: str, value: float, limit: float, unit: str) -> Judgemen
 
 def judge_at_least(claim: str, value: float, limit: float, unit: str) -> Judgement:
     """The claim that a value is no less than a limit."""
-    return Judgement(
-        claim=f"{claim}: at least {limit:g} {unit}", measured=f"{value:.0f} {unit}", holds=value >= limit
-    )
+    shown = f"{value:.0f}" if value >= 10 else f"{value:.2f}"
+    return Judgement(claim=f"{claim}: at least {limit:g} {unit}", measured=f"{shown} {unit}", holds=value >= limit)
 
 
 # Words

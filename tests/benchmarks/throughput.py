@@ -384,10 +384,10 @@ def show(parts: list[Part]) -> None:
     """Tables, then the claims."""
     console = Console()
     for part in parts:
-        table = Table(title=part.name, title_justify="left")
-        for name in part.figures:
-            table.add_column(name.replace("_", " "), justify="right")
-        table.add_row(*(f"{value:,.0f}" if value >= 100 else f"{value:.2f}" for value in part.figures.values()))
+        table = Table("", "", title=part.name, title_justify="left", show_header=False)
+        table.columns[1].justify = "right"
+        for name, value in part.figures.items():
+            table.add_row(name.replace("_", " "), f"{value:,.0f}" if value >= 100 else f"{value:.2f}")
         console.print(table)
         for claim in part.judgements:
             console.print(str(claim), highlight=False)

@@ -85,7 +85,7 @@ class TestDelivery:
         assert 9 == served.told()["settled_beyond"]
 
     def test_standing_still_is_killed(self, serve: Serve):
-        served = serve(delivery__stall_s=4.0)
+        served = serve(delivery__stall_s=6.0)
         with self.under_load(served) as steps:
             delivery = served.delivery()
             freeze(delivery)

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 import sidestep
-from sidestep.program import Word, without_password
+from sidestep.program import Word
+from sidestep.program_facts import without_password
 from sidestep.testing import FakeDaemon, environment
 from sidestep.wire import Kind, Record
 from sidestepd.beside import Beside, described_from, printed_from
@@ -49,7 +50,7 @@ def project(tmp_path: Path) -> Path:
 
 def found(**asked: Any) -> tuple[dict[str, Any], dict[str, str]]:
     done = subprocess.run(
-        [sys.executable, "-P", "-m", "sidestep.program"],
+        [sys.executable, "-P", "-m", "sidestep.program_facts"],
         input=json.dumps(asked),
         capture_output=True,
         text=True,
