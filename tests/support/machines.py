@@ -70,7 +70,11 @@ class Machine:
         except subprocess.TimeoutExpired:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self._init, signal.SIGKILL)  # and with it everything in there
-            self._process.wait()
+            try:
+                self._process.wait(30)
+            except subprocess.TimeoutExpired:  # something in there waits for a disk
+                self._process.kill()
+                self._process.wait(30)
         for client in self._clients:  # whose pipes are closed only now
             client.kill()
             client.communicate()
