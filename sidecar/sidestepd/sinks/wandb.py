@@ -48,7 +48,11 @@ BROKEN = (ConnectionError, wandb.errors.CommError, wandb.errors.UsageError, OSEr
 
 
 class WandbSink:
-    """One run in this process, through wandb's public interface alone: what both modes have in common."""
+    """One run in this process: what both modes have in common.
+
+    Of wandb's inside it uses one method, `_publish` of the run's interface: for records that have no call of their
+    own (samples, console, environment), and to let rows go `Ahead`.
+    """
 
     takes_files = False
 
