@@ -60,7 +60,7 @@ class Axis:
         dicts of these, numpy scalars, small tensors on the CPU, and media, whose bytes follow in the background;
         a value that can not be logged is left out, counted and said once.
         """
-        session, at = self._session, None
+        session, number = self._session, None
         try:
             if type(data) is dict and session.names.issuperset(data):
                 for value in data.values():  # a loop, not a C call over a map: less code that has left the caches
@@ -71,18 +71,19 @@ class Axis:
                     if step is None and commit is None:  # what Steps.take does, without the call
                         steps.next = (number := steps.next) + 1
                         kind = steps.kind
-                        at = kind, number
                     else:
-                        kind, number = at = steps.take(step, commit)
-                    packer = session.packers.pop()
+                        kind, number = steps.take(step, commit)
+                    packer, session.packer = session.packer, None  # what Session.take_packer does, likewise
+                    if packer is None:
+                        packer = session.take_packer()
                     if self._stage is None:
                         record = packer.pack((kind, now(), number, data))
                     else:
                         record = packer.pack((kind, now(), number, data, self._stage))
                     size, outbox = len(record), session.outbox
                     if size <= LARGE_BYTES:
-                        session.packers.append(packer)
-                        if outbox.room >= size:  # what Outbox.offer does, likewise
+                        session.packer = packer
+                        if outbox.room >= size:  # what Outbox.offer does
                             outbox.room -= size
                             outbox.queue.append(record)
                             if outbox.idle:
@@ -90,7 +91,7 @@ class Axis:
                             return
         except Exception:  # noqa: BLE001 - the careful way finds out what it was, counts it and says it
             pass
-        self._log_guarded(data, step, commit, at)
+        self._log_guarded(data, step, commit, None if number is None else (kind, number))
 
     def define_metric(
         self,

@@ -140,7 +140,7 @@ class Session:
     __slots__ = (
         "__weakref__", "_beside", "_carried", "_devices", "_hidden", "_keywords", "_lock", "_new_carrier",
         "_own_id", "_spill", "_spills", "_starter", "dormant", "exit_code", "finished", "id", "identity", "lane",
-        "names", "notices", "on_finish", "outbox", "packers", "role", "sender", "settings", "silent", "staging",
+        "names", "notices", "on_finish", "outbox", "packer", "role", "sender", "settings", "silent", "staging",
         "steps", "watcher", "whereabouts",
     )  # fmt: skip
 
@@ -168,7 +168,7 @@ class Session:
         self._beside = beside
         self._own_id = own_id
         self._carried = carrier
-        self.packers: list[Packer]
+        self.packer: Packer | None  # whoever packs takes it away, and puts it back
         self.names: set[str] = set()  # that log() has looked at and found good
         self.on_finish: Callable[[float], None] = lambda _: None  # is given the seconds there are
         self.exit_code: int | None = None  # of the process, as soon as it is known
@@ -202,10 +202,8 @@ class Session:
 
     def take_packer(self) -> Packer:
         """A packer that nobody else is using: threads, signal handlers and re-entry each get their own."""
-        try:
-            return self.packers.pop()
-        except IndexError:
-            return new_packer()
+        packer, self.packer = self.packer, None
+        return packer or new_packer()
 
     def steps_of(self, stage: str | None) -> Steps:
         """The counter of an axis."""
@@ -242,7 +240,7 @@ class Session:
         if len(record) > MAX_RECORD_BYTES:
             raise Refusal(DropReason.TOO_LARGE, f"{len(record)} bytes; {MAX_RECORD_BYTES} is the most")
         if len(record) <= LARGE_BYTES:
-            self.packers.append(packer)
+            self.packer = packer
         return record
 
     def offer_staged(
@@ -414,7 +412,7 @@ class Session:
         for steps in self.steps.values():
             steps.restart()
         self.id = self._own_id or os.urandom(16)  # what `secrets` does, without its import, which takes 4 MB
-        self.packers = [new_packer()]
+        self.packer = new_packer()
         self._spill = self._new_spill()
         self.outbox = Outbox(self.id, self.settings.outbox_bytes, self._spill)
         self.sender = None if self.silent else self._started(self.outbox)

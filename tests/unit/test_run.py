@@ -128,7 +128,7 @@ class TestRecords:
         run.log({"text": "x" * 100_000})
 
         assert [{"text": "x" * 100_000}] == data(run)
-        assert [] == run._session.packers
+        assert run._session.packer is None
 
     def test_many_names_that_are_long_together_are_no_problem(self, run: Run):
         values = {f"metric/{number}": 1.0 for number in range(500)}
