@@ -31,9 +31,9 @@ def head_of(environ: Mapping[str, str], node: str, *, hosts: Path = HOSTS) -> st
 
 
 def full_name(node: str, hosts: Path = HOSTS) -> str:
-    """A name with its domain, by this machine's own list of hosts: by that alone other pods of a service are found.
+    """A name with its domain, by this machine's own list of hosts; no name server is asked.
 
-    A pod calls itself by the first part, and Kubernetes writes the whole into that list. No name server is asked.
+    A pod calls itself by the first part. Its service has the whole name, which Kubernetes writes into that list.
     """
     if "." in node:
         return node
