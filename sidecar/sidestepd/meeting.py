@@ -181,6 +181,15 @@ class Meeting:
         return None
 
 
+def forget(run_dir: Path, config: Config) -> None:
+    """The run of a job that was killed is finished: nobody needs the keys that were made for it."""
+    folder = config.listen.key_file.parent if config.listen.key_file else None
+    if folder is not None and folder.parent == run_dir.parent / JOBS:
+        shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            folder.parent.rmdir()
+
+
 def _port(said: str) -> int:
     if not said.strip():
         return DEFAULT_PORT

@@ -19,7 +19,7 @@ import psutil
 from sidestep.autostart import log_of
 from sidestep.endpoint import Endpoint
 from sidestep.errors import SettingsError
-from sidestepd import rundir, status
+from sidestepd import meeting, rundir, status, stranded
 from sidestepd.command import Signals
 from sidestepd.config import Config, Given
 from sidestepd.control import Control
@@ -34,6 +34,8 @@ from sidestepd.running import STOP, Drain, finish
 from sidestepd.saying import say, sum_up
 
 AUTOSTARTED_GRACE_S = 60.0
+RELAYS_AT_ONCE = 8
+"""So many are served beside the run that they hand on to: each is two processes."""
 LOST = 1
 """The exit code of a run whose workers had not left when it was interrupted."""
 
@@ -78,17 +80,30 @@ def _drain(run_dir: Path) -> int:
     found = status.report(run_dir)
     if found.state == "finished":
         return sum_up(run_dir, 0, complete=True)
-    left = all(session.state == "bye" for session in found.sessions)
     here = found.run.at(run_dir, rundir.private_address(run_dir))
     home = RunHome(run_dir, rundir.stored_config(run_dir), here, listens=False)
     with Signals() as signals:
         daemon = Daemon(home, pause=Drain(signals))
         try:
-            daemon.start()
+            _start(daemon, stranded.relays_of(run_dir, found.run.id), signals)
+            left = all(session.state == "bye" for session in status.report(run_dir).sessions)
             complete = finish(daemon, 0 if left else LOST)
         finally:
             daemon.release()
+    if complete:
+        meeting.forget(run_dir, home.options)
     return sum_up(run_dir, 0, complete=complete)
+
+
+def _start(daemon: Daemon, relays: Sequence[Path], signals: Signals) -> None:
+    """Start a daemon, and have it told first what relays of its run kept."""
+    for begin in range(0, max(1, len(relays)), RELAYS_AT_ONCE):
+        some = relays[begin : begin + RELAYS_AT_ONCE]
+        with stranded.served(some, daemon.home.address, Drain(signals)) as handing_on:
+            if begin == 0:  # they are there before rows are made without what they have
+                daemon.start()
+            for one in handing_on:
+                finish(one, LOST)
 
 
 def stop(endpoint: Endpoint, timeout_s: float) -> int:
