@@ -34,8 +34,6 @@ from sidestepd.running import STOP, Drain, finish
 from sidestepd.saying import say, sum_up
 
 AUTOSTARTED_GRACE_S = 60.0
-RELAYS_AT_ONCE = 8
-"""So many are served beside the run that they hand on to: each is two processes."""
 LOST = 1
 """The exit code of a run whose workers had not left when it was interrupted."""
 
@@ -85,25 +83,17 @@ def _drain(run_dir: Path) -> int:
     with Signals() as signals:
         daemon = Daemon(home, pause=Drain(signals))
         try:
-            _start(daemon, stranded.relays_of(run_dir, found.run.id), signals)
+            stranded.start(daemon, found.run.id, Drain(signals))
             left = all(session.state == "bye" for session in status.report(run_dir).sessions)
             complete = finish(daemon, 0 if left else LOST)
+        except Incomplete as error:
+            say(f"not complete: {error}. `{home.resume}` takes it up")
+            complete = False
         finally:
             daemon.release()
     if complete:
         meeting.forget(run_dir, home.options)
     return sum_up(run_dir, 0, complete=complete)
-
-
-def _start(daemon: Daemon, relays: Sequence[Path], signals: Signals) -> None:
-    """Start a daemon, and have it told first what relays of its run kept."""
-    for begin in range(0, max(1, len(relays)), RELAYS_AT_ONCE):
-        some = relays[begin : begin + RELAYS_AT_ONCE]
-        with stranded.served(some, daemon.home.address, Drain(signals)) as handing_on:
-            if begin == 0:  # they are there before rows are made without what they have
-                daemon.start()
-            for one in handing_on:
-                finish(one, LOST)
 
 
 def stop(endpoint: Endpoint, timeout_s: float) -> int:

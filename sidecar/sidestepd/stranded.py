@@ -3,6 +3,7 @@
 - the directory of a relay that `sidestep run` started lies beside the run's; whose it is, the daemon above told it
 - it is handed on over the run's socket on this node: the keys of the job were gone with the job
 - one that somebody serves is left alone, and so is one whose spool is on another machine's own disk
+- the run is not finished before all of that is in its spool: a run that is over takes no more
 - its options are as they were afterwards, so that whoever does it another way still can
 """
 
@@ -19,6 +20,26 @@ from sidestepd.daemon import Daemon
 from sidestepd.home import RunHome
 from sidestepd.processes import Lock, read_json, write_json
 from sidestepd.rowlog import RowLogReader
+
+AT_ONCE = 8
+"""So many are served beside the run: each is two processes."""
+LOST = 1
+"""The exit code of a node whose processes were killed."""
+
+
+def start(daemon: Daemon, run_id: str, pause: Callable[[float], object]) -> None:
+    """Start the daemon of a run that was interrupted, and have it told what relays of that kept.
+
+    Raises Incomplete if one of them can not say it all, and whatever `Daemon.start` raises.
+    """
+    relays = relays_of(daemon.home.directory, run_id)
+    for begin in range(0, max(1, len(relays)), AT_ONCE):
+        with _served(relays[begin : begin + AT_ONCE], daemon.home.address, pause) as handing_on:
+            if begin == 0:  # they are there before rows are made without what they have
+                daemon.start()
+            for one in handing_on:
+                one.close(LOST)
+                one.wait_closed(lambda _: None)
 
 
 def relays_of(run_dir: Path, run_id: str) -> list[Path]:
@@ -39,7 +60,7 @@ def _has_more(relay: Path, run_dir: Path, run_id: str) -> bool:
 
 
 @contextmanager
-def served(relays: Sequence[Path], above: str, pause: Callable[[float], object]) -> Iterator[list[Daemon]]:
+def _served(relays: Sequence[Path], above: str, pause: Callable[[float], object]) -> Iterator[list[Daemon]]:
     """Daemons that hand on what these have to the one at `above`, until they are released."""
     with ExitStack() as stack:
         daemons = []
