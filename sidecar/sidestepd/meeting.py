@@ -181,7 +181,7 @@ class Meeting:
         return None
 
     def _lasting(self, told: Mapping[str, str]) -> Path | None:
-        """Which file tells of the first daemon from now on: its own follows it to another port, where it is seen."""
+        """Which file tells of the first daemon from now on: its own follows it to other ports, if it is seen."""
         own = Path(told.get("run_dir", "")) / CONTEXT
         return own if "run_dir" in told and own.is_file() else self.later().context
 
