@@ -177,7 +177,7 @@ def _by_index(environ: Mapping[str, str], node: str) -> Place | None:
 
 
 def starts_elsewhere(environ: Mapping[str, str], words: Sequence[str]) -> str | None:
-    """The launcher in the command whose tasks are on other nodes of this job too, where a socket here is no use."""
+    """The launcher in the command whose tasks are on other nodes of this job too, where our socket is no use."""
     nodes = _number(environ.get("SLURM_JOB_NUM_NODES") or environ.get("SLURM_NNODES"))
     program = words[0].rsplit("/", 1)[-1]
     if (nodes or 1) < 2 or program not in _LAUNCH_ELSEWHERE or not _ON_ONE_NODE.isdisjoint(words):
