@@ -72,8 +72,9 @@ def _plain(confirmed: Confirmed) -> dict[str, Any]:
 
 def _rows(steps: Sequence[int], values: Mapping[str, Any]) -> Iterator[Row]:
     for step in steps:
-        plain = {name: bytes.fromhex(it["bytes"]) if isinstance(it, dict) else it for name, it in values.items()}
-        held = {"loss": step * 1.0, "global_step": step, **plain}
+        held = {"loss": step * 1.0, "global_step": step}
+        for name, it in values.items():  # JSON has no bytes
+            held[name] = bytes.fromhex(it["bytes"]) if isinstance(it, dict) and "bytes" in it else it
         yield Row(step=step, time=step + 0.5, values=held, places={"global_step": step}, positions=())
 
 
