@@ -448,11 +448,14 @@ class TestWandb:
     def test_a_row_with_a_value_that_wandb_refuses_keeps_the_others(self, tmp_path: Path):
         with Life(OFFLINE, tmp_path) as life:
             life.open()
-            life.write(0, huge=10**400)
+            refused = life.call("write", [0], {"raw": {"bytes": "ff"}})
             life.close()
+
+        assert ["raw"] == refused
 
         [(_, values)] = rows_in(OFFLINE, tmp_path)
         assert values["loss"] == 0.0
+        assert "raw" not in values
 
     def test_names_that_wandb_would_take_for_patterns_are_not_defined(self, tmp_path: Path):
         with Life(OFFLINE, tmp_path) as life:
