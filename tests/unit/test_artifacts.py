@@ -26,7 +26,7 @@ from sidestepd.intake.blobs import name_of
 from sidestepd.media import Media
 from sidestepd.resolve import SessionFacts
 from sidestepd.rowlog import RowLog, RowLogReader
-from sidestepd.rows import Blob, Logged, Position
+from sidestepd.rows import Blob, Logged, Part, Position
 from sidestepd.show import Corrupt, Shower
 from sidestepd.sinks.jsonl import JsonlSink
 from sidestepd.storing import ORPHANED_S, Storing, _checked_path, check
@@ -402,6 +402,19 @@ class TestOrphans:
         storing.hear(said(1))
 
         storing.forget_orphans(self.sessions("bye", "bye"), 0.0)
+
+        assert [name_of(LANE, 10)] == self.left(storing, tmp_path)
+
+    def test_what_a_call_shows_that_waits_for_another_rank_is_none(self, storing: Storing, tmp_path: Path):
+        for number in (10, 11):
+            (tmp_path / "blobs" / name_of(LANE, number)).write_bytes(b"x")
+        image = {"_sidestep": "image", "facts": {"file": {"_blob": {"of": LANE, "id": 10, "size": 1}}}}
+        waits = Part(
+            position=Position(1, 1), session=b"W" * 16, rank=1, axis="global_step", step=1, time=0.0,
+            values={"image": image},
+        )  # fmt: skip
+
+        storing.forget_orphans(self.sessions("bye", "bye"), 0.0, waiting=[waits])
 
         assert [name_of(LANE, 10)] == self.left(storing, tmp_path)
 
