@@ -126,6 +126,7 @@ class Delivery:
             for name, reduce in config.reduce.items()
         )
         self.marks: dict[str, Any] = rowlog.meta("marks", {})
+        self._refused_before: int = rowlog.meta("ledger", {}).get("refused_by_sink", 0)
         self.resolver = Resolver(rules, Names(config.delivery.max_names))
         self.matcher = Matcher(patience=order.patience_s, capacity=order.capacity_rows)
         self.media = Media(
@@ -480,7 +481,8 @@ class Delivery:
             "conflicts": self.assembler.conflicts,
             "waiting": self.matcher.waiting + self.media.held + self.order.waiting + self.assembler.waiting,
             "unmatched": self.unmatched,
-            "values_refused": self.resolver.names.refused,
+            "values_refused": self.resolver.names.refused + self._refused_before + self.sink.refused,
+            "refused_by_sink": self._refused_before + self.sink.refused,
             "media": self.media.ledger(),
             "artifacts": self.storing.artifacts.ledger(),
             "sessions": {

@@ -168,7 +168,7 @@ class Gatherer:
 
     @property
     def needed(self) -> Iterator[BlobId]:
-        """The blobs of values that wait for them, or are on their way into a row: after a crash they are shown anew."""
+        """The blobs of values that wait for them, or are on their way into a row: a crash has them shown anew."""
         return chain(self._gone_on, (of for value in self._values() for of in value.blobs))
 
     def end(self, session: bytes) -> None:

@@ -238,7 +238,7 @@ class AfterHistory:
         """`carry` has the sink take what the run holds beside rows."""
         self.rows = self.found = 0
         """Rows written, and those among them that the run was known to hold and its files have."""
-        self.takes_files = sink.takes_files
+        self.takes_files, self.refused = sink.takes_files, 0
         self._sink, self._history, self._progress, self._waiting = sink, history, progress, waiting
         self._trouble: Trouble | None = None
         self._unconfirmed = frozenset(unconfirmed)

@@ -38,7 +38,7 @@ class TestAClone:
             opened = snapshot.take(path)
 
             assert opened.cloned
-            assert ["model"] == os.listdir(disk)
+            assert ["model"] == [it.name for it in disk.iterdir()]
             assert free - os.statvfs(disk).f_bfree < 64
             path.write_bytes(b"2")
             assert opened.file is not None

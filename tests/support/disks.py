@@ -60,7 +60,7 @@ def fill(disk: Path, *, leave: int = 0) -> Path:
 
 @contextlib.contextmanager
 def disk_of_clones(at: Path, image: Path, megabytes: int = 300) -> Iterator[Path]:
-    """An XFS, which clones files, in a file of this machine's own; the test is skipped where that can not be had."""
+    """An XFS, which clones files, in the file `image`; the test is skipped where that can not be had."""
     why = _own_mounts()
     if why is None and shutil.which("mkfs.xfs") is None:
         why = "no mkfs.xfs: apt-get install xfsprogs"

@@ -161,6 +161,22 @@ class TestWhatIsTaken:
         assert 2 == len(saved), "once when it was said, and once at the end, since it had changed"
         assert {"d/a.txt": b"more"} == contents(logged)
 
+    def test_what_is_saved_in_the_directory_of_the_run_is_called_as_it_is_there(
+        self, logged: Recorder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ):
+        folder = tmp_path / "time-id"
+        (folder / "sub").mkdir(parents=True)
+        for name in ("model.pt", "sub/k", "spool.db"):
+            (folder / name).write_text(name)
+        with sidestep.init() as run:
+            monkeypatch.setattr(type(run), "_own_folder", lambda _: str(folder))
+            run.save(folder / "model.pt", policy="now")
+            run.save("sub/k", policy="now")
+
+            assert [str(folder / "model.pt")] == run.save(folder / "*", policy="now")
+
+        assert [{"model.pt": b"model.pt"}, {"sub/k": b"sub/k"}] == [contents(logged, at) for at in (0, 1)]
+
     def test_bytes_json_and_code(self, logged: Recorder, tmp_path: Path):
         (tmp_path / "wandb").mkdir()
         (tmp_path / "wandb" / "not.py").write_text("")

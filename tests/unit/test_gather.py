@@ -114,7 +114,7 @@ class TestWaiting:
 
 
 class TestNeed:
-    """Bytes that no row refers to are deleted when their process has ended: what is on its way into one is needed."""
+    """Bytes that no row needs are deleted when their process has ended; what is on its way into one is needed."""
 
     def test_lasts_from_when_a_part_is_heard_until_its_row_is_decided(self):
         it = gatherer()

@@ -71,6 +71,8 @@ class Sink(Protocol):
 
     takes_files: bool
     """Whether files that were kept lie elsewhere then, and those that `keep` was given may be deleted."""
+    refused: int
+    """Values that rows had to go without, in this life."""
 
     def open(self, run: RunFacts, bookmark: Mapping[str, Any]) -> Confirmed:
         """Open or resume the run; returns the rows it holds beyond `bookmark`, all lives together.

@@ -29,6 +29,7 @@ class JsonlSink:
     """Appends to one file, and syncs it when asked to confirm."""
 
     takes_files = False
+    refused = 0
 
     def __init__(self, path: Path | None = None) -> None:
         """Into `path`, or into `rows.jsonl` in the run directory."""
