@@ -12,47 +12,41 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
-import os
-import signal
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import msgpack
 
-from sidestepd import placement
 from sidestepd.assemble import Assembler
+from sidestepd.behind import begin, end
 from sidestepd.beside import Beside
-from sidestepd.clock import Clock, Horizon
+from sidestepd.clock import Clock
 from sidestepd.config import Config
 from sidestepd.crashpoints import crash_point
 from sidestepd.entries import SAID
-from sidestepd.errors import ExitCode, Fatal, Retry, SpoolDamaged, Trouble
+from sidestepd.errors import ExitCode, Fatal, Retry, Trouble
 from sidestepd.facts import wait_for_facts
 from sidestepd.match import Event, Matcher
 from sidestepd.media import Media
 from sidestepd.order import ReorderBuffer
-from sidestepd.processes import Beat, Lock, die_with_parent, read_json, step_back, write_json
+from sidestepd.processes import read_json, write_json
 from sidestepd.quota import Names
 from sidestepd.recovery import Recovery
 from sidestepd.resolve import Closed, Folded, LaneEnded, Lost, Resolver
 from sidestepd.resume import resume
-from sidestepd.room import Ballast, Patience
 from sidestepd.rowlog import RowLog
 from sidestepd.rows import Blob, Bundle, Definition, Described, Logged, Part, Printed, Raised, Row, Sampled
 from sidestepd.rules import Rule, Rules, Source, operations
-from sidestepd.rundir import ARTIFACTS, BLOBS, tell_trouble
+from sidestepd.rundir import ARTIFACTS, BLOBS
 from sidestepd.samples import Samples, first_ranks
 from sidestepd.settlement import Settlement
 from sidestepd.show import Shower
-from sidestepd.sinks import Confirmed, RunFacts, Sink, load, make_sink, patiently, write_all
+from sidestepd.sinks import Confirmed, LeftOut, RunFacts, Sink, load, make_sink, patiently, write_all
 from sidestepd.spool import Entry, EntryKind, SpoolReader
 from sidestepd.storing import Storing
 from sidestepd.telling import Telling
@@ -126,7 +120,6 @@ class Delivery:
             for name, reduce in config.reduce.items()
         )
         self.marks: dict[str, Any] = rowlog.meta("marks", {})
-        self._refused_before: int = rowlog.meta("ledger", {}).get("refused_by_sink", 0)
         self.resolver = Resolver(rules, Names(config.delivery.max_names))
         self.matcher = Matcher(patience=order.patience_s, capacity=order.capacity_rows)
         self.media = Media(
@@ -359,10 +352,14 @@ class Delivery:
     def write(self, rows: Sequence[Row]) -> None:
         """Hand rows that are written down to the sink; what it refuses for good is settled."""
         self.wait_for_room()
-        for rejected in write_all(self.sink, self.media.shown(rows), beat=self.beat, kept=self.keep):
-            logger.warning("row %d was rejected: %s", rejected.row.step, rejected.reason)
-            self.settlement.reject(rejected.row.step, rejected.reason)
-            self.media.settle([rejected.row.step], rejected=True)
+        for refused in write_all(self.sink, self.media.shown(rows), beat=self.beat, kept=self.keep):
+            step = refused.row.step
+            if isinstance(refused, LeftOut):
+                self.settlement.leave_out(step, len(refused.names))
+                continue
+            logger.warning("row %d was rejected: %s", step, refused.reason)
+            self.settlement.reject(step, refused.reason)
+            self.media.settle([step], rejected=True)
         crash_point("delivery.written")
 
     # Confirming
@@ -481,8 +478,9 @@ class Delivery:
             "conflicts": self.assembler.conflicts,
             "waiting": self.matcher.waiting + self.media.held + self.order.waiting + self.assembler.waiting,
             "unmatched": self.unmatched,
-            "values_refused": self.resolver.names.refused + self._refused_before + self.sink.refused,
-            "refused_by_sink": self._refused_before + self.sink.refused,
+            "values_refused": self.resolver.names.refused
+            + self.settlement.values_refused
+            + len(self.telling.refused),
             "media": self.media.ledger(),
             "artifacts": self.storing.artifacts.ledger(),
             "sessions": {
@@ -502,68 +500,32 @@ def _source(given: str) -> Source:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The delivery process of one run directory."""
-    parser = argparse.ArgumentParser(prog="sidestepd.delivery", description=__doc__.splitlines()[0])
-    parser.add_argument("run_dir", type=Path)
-    parser.add_argument("--parent", type=int, required=True, help="die when this process ends")
-    options = parser.parse_args(arguments)
-    die_with_parent(options.parent)
-    step_back(NICENESS)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is for the command; the run is drained after it
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    directory: Path = options.run_dir
-    lock = Lock(directory / "delivery.lock")
-    lock.acquire()
-    config = Config.from_json((directory / "config.json").read_text())
-    beat = Beat(directory / "delivery.beat")
-    home = placement.home(directory)
-    ballast = Ballast(home / "delivery.ballast", config.spool.ballast_bytes)
-    patience = Patience(ballast, [home, directory], beat=beat)
-    spool = SpoolReader(home / placement.SPOOL)
-    rowlog = RowLog(home / placement.ROW_LOG, when_full=patience.when_full)
-    if rowlog.meta("state", None) == "closed":  # the last life did all of it, and died before it could say so
+    behind = begin("sidestepd.delivery", __doc__.splitlines()[0], arguments, niceness=NICENESS)
+    if behind.is_done:
         return ExitCode.COMPLETE
+    directory, config = behind.directory, behind.config
     run = read_json(directory / "run.json") | {"dir": str(directory)}
     load(config.sink.kind)  # importing wandb takes its time, best while workers import theirs
-    facts = wait_for_facts(spool, rowlog, run, config, beat)
+    facts = wait_for_facts(behind.spool, behind.rowlog, run, config, behind.beat)
     sink = make_sink(config.sink.kind, facts.mode)
-    horizon = Horizon(directory / "horizon")
-    shower = Shower(directory / BLOBS, sink.show, threads=config.delivery.media_threads)
     delivery = Delivery(
-        spool,
-        rowlog,
+        behind.spool,
+        behind.rowlog,
         sink,
         config,
-        shower=shower,
+        shower=Shower(directory / BLOBS, sink.show, threads=config.delivery.media_threads),
         shelf=directory / ARTIFACTS,
-        horizon=horizon,
-        beat=beat,
-        wait_for_room=patience.wait_for_room,
-        troubled=partial(tell_trouble, directory),
+        horizon=behind.horizon,
+        beat=behind.beat,
+        wait_for_room=behind.patience.wait_for_room,
+        troubled=behind.troubled,
     )
-    try:
+    with behind.told():
         delivery.start(facts, lambda about: write_json(directory / "about.json", about))
         delivery.serve()
         delivery.finish()
-    except Fatal as error:
-        if error.trouble:
-            tell_trouble(directory, error.trouble)
-        raise
     return ExitCode.COMPLETE
 
 
-def _main() -> int:
-    try:
-        return main()
-    except SpoolDamaged:
-        logger.exception("the spool is damaged")
-        return ExitCode.DISK
-    except Exception:
-        logger.exception("delivery ends, and will be started again")
-        return ExitCode.SOFTWARE
-
-
 if __name__ == "__main__":
-    code = _main()
-    logging.shutdown()
-    sys.stdout.flush()
-    os._exit(code)  # wandb's exit hooks wait without bound for a core that may be gone
+    end(main, logger)

@@ -14,7 +14,7 @@ import pytest
 
 from sidestepd import status
 from sidestepd.rundir import newest_run_dir
-from tests.support.daemons import DEADLINE_S, HeldRow, read_jsonl
+from tests.support.daemons import DEADLINE_S, HeldRow, killed, read_jsonl
 from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.e2e
@@ -24,7 +24,7 @@ STEPS = 20
 TRAIN = f"""
 import os, sys, time, sidestep
 run = sidestep.init()
-rank = int(os.environ.get("RANK") or os.environ["SLURM_PROCID"])
+rank = int(next(filter(None, map(os.environ.get, ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK")))))
 for step in range({STEPS}):
     run.log({{"mine": rank, "step": step}}, step=step)
     time.sleep(0.02)
@@ -73,6 +73,11 @@ class Job:
                     with contextlib.suppress(psutil.NoSuchProcess):
                         one.kill()
             command.wait()
+
+    def sidestep(self, *words: str, folder: str = "shared") -> subprocess.CompletedProcess[bytes]:
+        """Another command, in the same place."""
+        command = [sys.executable, "-m", "sidestep", *words]
+        return subprocess.run(command, cwd=self.base / folder, timeout=DEADLINE_S, check=False)
 
     def run_dir(self, folder: str = "shared") -> Path:
         found = newest_run_dir(self.base / folder)
@@ -140,6 +145,61 @@ class TestSrun:
         assert [0, 0, 0] == job.wait(), job.log()
         report = assert_one_run(job, ranks=3, exit_code=0)
         assert [] == [it for it in report.sessions if it.role == "relay"]
+
+
+class TestMpirun:
+    @pytest.mark.nightly
+    def test_with_fewer_tasks_on_the_first_node_waits_for_those_nodes_that_there_are(self, job: Job):
+        """Each task is told how many there are on its own node and in all, and of nodes nothing."""
+        for rank, local in ((1, 0), (2, 1), (3, 2), (0, 0)):
+            said = {"RANK": rank, "SIZE": 4, "LOCAL_RANK": local, "LOCAL_SIZE": 3 if rank else 1}
+            ours = {"SIDESTEP_NODE": f"n{min(rank, 1)}", "PMIX_NAMESPACE": "prte-1"}
+            job.start({f"OMPI_COMM_WORLD_{name}": str(value) for name, value in said.items()} | ours)
+
+        assert [0, 0, 0, 0] == job.wait(), job.log()
+        assert "never came" not in job.log()
+        assert_one_run(job, ranks=4, exit_code=0)
+
+
+@pytest.mark.nightly
+class TestAJobThatIsKilled:
+    """With all its processes, as a scheduler ends one whose time is over."""
+
+    def test_is_finished_with_what_its_relays_kept(self, job: Job):
+        words = (sys.executable, "-c", TRAIN.replace(f"in range({STEPS})", "in range(10**9)"))
+        for task in (1, 0):
+            job.start(srun(task), words)
+        runs = job.base / "shared" / "sidestep-runs"
+        eventually(lambda: any(runs.glob(".relays/*/upstream.json")) and job.rows(), DEADLINE_S, job.log)
+        (relay,), head = (path.parent for path in runs.glob(".relays/*/run.json")), job.run_dir()
+        intakes = {one: find_intake(one) for one in (head, relay)}
+        eventually(lambda: len(job.rows()) > STEPS, DEADLINE_S, job.log)
+
+        intakes[head].suspend()
+        eventually(lambda: status.report(relay).ledger.pending > 2 * STEPS, DEADLINE_S, job.log)
+        job.stop()
+        for one in intakes.values():
+            killed(one)
+        (said,) = (it.acknowledged for it in status.report(relay).sessions if it.role == "worker")
+        assert job.sidestep("drain", str(head)).returncode == 0
+
+        report, rows = status.report(head), job.rows()
+        assert list(range(said)) == [row.values["step"] for row in rows if row.values["step"] < said]
+        of_both = {row.values["step"] for row in rows if row.values["sidestep/ranks_reported"] == 2}
+        assert len(of_both) > STEPS
+        assert [said] == [it.acknowledged for it in report.sessions if it.node == "n1" and it.role == "worker"]
+        assert report.ledger.balances
+        assert (0, 0, "finished") == (report.ledger.pending, report.late_rows, status.report(relay).state)
+        assert not (runs / ".jobs").exists()
+
+
+def find_intake(run_dir: Path) -> psutil.Process:
+    (found,) = (
+        it
+        for it in psutil.process_iter(["cmdline"])
+        if {"sidestepd.intake", str(run_dir)} <= set(it.info["cmdline"] or ())
+    )
+    return found
 
 
 @pytest.mark.nightly

@@ -41,8 +41,7 @@ def do(sink: Sink, run: RunFacts, name: str, *arguments: Any) -> Any:
         case "open":
             result = _plain(patiently(lambda: sink.open(run, arguments[0]), beat=_nothing))
         case "write":
-            for row in _rows(*arguments):
-                sink.write(row)
+            result = [name for row in _rows(*arguments) for name in sink.write(row)] or None
         case "try_write":
             try:
                 return do(sink, run, "write", *arguments)
@@ -67,12 +66,10 @@ def do(sink: Sink, run: RunFacts, name: str, *arguments: Any) -> Any:
 
 
 def _other(sink: Sink, run: RunFacts, name: str, *arguments: Any) -> Any:
-    if name == "refused":
-        return sink.refused
     return _media(sink, run, name, *arguments) if "media" in name else getattr(sink, name)(*arguments)
 
 
-def _media(sink: Sink, run: RunFacts, name: str, value: Any = None) -> str | None:
+def _media(sink: Sink, run: RunFacts, name: str, value: Any = None) -> Any:
     """Show a value; or write a row with a page in it, and something else that wandb has no form for."""
     if name == "write_media":
         page, odd = wandb.Html("<p>good</p>"), [[wandb.Html("")]]
@@ -90,7 +87,9 @@ def _plain(confirmed: Confirmed) -> dict[str, Any]:
 
 def _rows(steps: Sequence[int], values: Mapping[str, Any]) -> Iterator[Row]:
     for step in steps:
-        held = {"loss": step * 1.0, "global_step": step, **values}
+        held = {"loss": step * 1.0, "global_step": step}
+        for name, it in values.items():  # JSON has no bytes
+            held[name] = bytes.fromhex(it["bytes"]) if isinstance(it, dict) and "bytes" in it else it
         yield Row(step=step, time=step + 0.5, values=held, places={"global_step": step}, positions=())
 
 

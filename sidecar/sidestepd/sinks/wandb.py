@@ -13,7 +13,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -59,7 +59,6 @@ class WandbSink:
     takes_files = False
 
     def __init__(self) -> None:
-        self.refused = 0
         self._run: wandb.Run | None = None
         self._ahead: Ahead | None = None
         self._defined: set[str] = set()
@@ -84,14 +83,14 @@ class WandbSink:
             logger.warning("wandb refuses the definition of %.80r: %s", it.name, error)
         self._defined.add(it.name)
 
-    def config(self, values: Mapping[str, Any]) -> None:
+    def config(self, values: Mapping[str, Any]) -> Sequence[str]:
         """Later values replace earlier ones."""
         run = self._open_run
-        _each(values, lambda some: run.config.update(some, allow_val_change=True))  # type: ignore[no-untyped-call]
+        return _each(values, lambda some: run.config.update(some, allow_val_change=True))  # type: ignore[no-untyped-call]
 
-    def summary(self, values: Mapping[str, Any]) -> None:
+    def summary(self, values: Mapping[str, Any]) -> Sequence[str]:
         """Beside what wandb derives from the rows."""
-        _each(values, self._open_run.summary.update)
+        return _each(values, self._open_run.summary.update)
 
     def named(self, values: Mapping[str, Any]) -> None:
         """As wandb's own properties do it; what it refuses stays as it was."""
@@ -115,12 +114,13 @@ class WandbSink:
         except REFUSED as error:
             logger.warning("wandb refuses the alert %.80r: %s", title, error)
 
-    def write(self, row: Row) -> None:
+    def write(self, row: Row) -> Sequence[str]:
         """One call."""
         try:
-            self._send(row)
+            refused = self._send(row)
             if row.restore:
                 self.summary(row.restore)
+            return refused
         except (TypeError, ValueError) as error:
             raise Reject("unloggable", str(error)) from error
         except BROKEN as error:
@@ -198,16 +198,17 @@ class WandbSink:
         except BROKEN as error:
             raise Fatal(f"wandb-core is gone: {error!r}") from error
 
-    def _send(self, row: Row) -> None:
+    def _send(self, row: Row) -> Sequence[str]:
         values = {"_timestamp": row.time, **row.values}
         try:
             self._open_run.log(values, step=row.step, commit=True)
+            return ("",) if "" in values else ()  # wandb-core takes it and does not keep it
         except BROKEN:
             raise
         except Exception as error:  # noqa: BLE001 - media have code of their own, which may raise anything
             good = _loggable(self._open_run, values, row.step, error)
-            self.refused += len(values) - len(good)
             self._open_run.log(good, step=row.step, commit=True)
+            return tuple(name for name in values if name not in good or not name)
 
     def _opened(self, run: wandb.Run) -> wandb.Run:
         self._run, self._ahead = run, Ahead(run)
@@ -416,8 +417,9 @@ def _init_offline(run: RunFacts) -> wandb.Run:
     raise Fatal("wandb can not open the run; the lines before say why")
 
 
-def _each(values: Mapping[str, Any], tell: Callable[[dict[str, Any]], object]) -> None:
-    """Tell all at once, or if wandb refuses that, one by one, without those that it refuses."""
+def _each(values: Mapping[str, Any], tell: Callable[[dict[str, Any]], object]) -> Sequence[str]:
+    """Tell all at once, or if wandb refuses that, one by one; returns the names that it refuses."""
+    refused = []
     try:
         tell(dict(values))
     except REFUSED:
@@ -426,6 +428,8 @@ def _each(values: Mapping[str, Any], tell: Callable[[dict[str, Any]], object]) -
                 tell({name: value})
             except REFUSED as error:
                 logger.warning("wandb refuses %.80r: %s", name, error)
+                refused.append(name)
+    return refused
 
 
 def _histograms_in_lists(value: Any, inside: bool = False) -> Any:
