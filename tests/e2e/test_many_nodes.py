@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import psutil
 import pytest
 
 from sidestepd import status
+from sidestepd.addresses import CONTEXT
 from sidestepd.rundir import newest_run_dir
 from tests.support.daemons import DEADLINE_S, HeldRow, killed, read_jsonl
 from tests.support.waiting import eventually
@@ -128,6 +130,8 @@ class TestSrun:
         assert [3, 3] == job.wait(), job.log()
         report = assert_one_run(job, ranks=2, exit_code=3)
         assert ["bye"] == [it.state for it in report.sessions if it.role == "relay"]
+        (relay,) = (job.base / "shared/sidestep-runs/.relays").glob("*/config.json")
+        assert {str(job.run_dir() / CONTEXT)} == {json.loads(relay.read_text())["upstream"]["context"]}
 
     @pytest.mark.nightly
     def test_with_a_task_for_each_rank_is_one_run_too(self, job: Job):
