@@ -151,6 +151,27 @@ class TestSrun:
         assert [] == [it for it in report.sessions if it.role == "relay"]
 
 
+@pytest.mark.nightly
+class TestAFirstNodeThatEndsFirst:
+    def test_waits_for_the_others_and_says_for_whom(self, job: Job):
+        enough = job.base / "enough"
+        words = TRAIN.replace(f"for step in range({STEPS})", "step = -1\nwhile not os.path.exists(sys.argv[1])")
+        words = words.replace("    run.log", "    step += 1\n    run.log")
+        job.start(srun(1), (sys.executable, "-c", words, str(enough)))
+        job.start(srun(0), (sys.executable, "-c", "raise SystemExit(2)"))
+
+        waits = f"waiting for those of other nodes: {os.uname().nodename}"
+        eventually(lambda: waits in job.log(), DEADLINE_S, job.log)
+        enough.touch()
+
+        assert [0, 2] == job.wait(), job.log()
+        steps = [row.values["step"] for row in job.rows()]
+        assert list(range(len(steps))) == steps
+        assert len(steps) > STEPS
+        report = status.report(job.run_dir())
+        assert (2, 0, True) == (report.run.exit_code, report.ledger.pending, report.ledger.balances)
+
+
 class TestMpirun:
     @pytest.mark.nightly
     def test_with_fewer_tasks_on_the_first_node_waits_for_those_nodes_that_there_are(self, job: Job):
