@@ -373,7 +373,7 @@ class Delivery:
         self._watched = confirmed.watched
         self.see_confirmed(confirmed.steps)
         self.storing.see(confirmed)
-        self.storing.forget_orphans(self.resolver.sessions, self._now)
+        self.storing.forget_orphans(self.resolver.sessions, self._now, self.matcher.parts)
         self._tell_trouble(confirmed.trouble)
         self._see_progress(confirmed)
         if self.settlement.newest_snapshot != self.read_through:

@@ -177,8 +177,13 @@ class Meeting:
         for endpoint in endpoints(address, keys, told=told.get("server_key", "")):
             if (answer := _ask(endpoint)) is not None:
                 run_id = run_id or answer.get("run", {}).get("id")
-                return Found(context=self.later().context, address=address, run_id=run_id)
+                return Found(context=self._lasting(told), address=address, run_id=run_id)
         return None
+
+    def _lasting(self, told: Mapping[str, str]) -> Path | None:
+        """Which file tells of the first daemon from now on: its own follows it to other ports, if it is seen."""
+        own = Path(told.get("run_dir", "")) / CONTEXT
+        return own if "run_dir" in told and own.is_file() else self.later().context
 
 
 def forget(run_dir: Path, config: Config) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import psutil
 import pytest
 
 from sidestepd import status
+from sidestepd.addresses import CONTEXT
 from sidestepd.rundir import newest_run_dir
 from tests.support.daemons import DEADLINE_S, HeldRow, killed, read_jsonl
 from tests.support.waiting import eventually
@@ -129,6 +131,8 @@ class TestSrun:
         assert [3, 3] == job.wait(), job.log()
         report = assert_one_run(job, ranks=2, exit_code=3)
         assert ["bye"] == [it.state for it in report.sessions if it.role == "relay"]
+        (relay,) = (job.base / "shared/sidestep-runs/.relays").glob("*/config.json")
+        assert {str(job.run_dir() / CONTEXT)} == {json.loads(relay.read_text())["upstream"]["context"]}
 
     @pytest.mark.nightly
     def test_with_a_task_for_each_rank_is_one_run_too(self, job: Job):
@@ -146,6 +150,27 @@ class TestSrun:
         assert [0, 0, 0] == job.wait(), job.log()
         report = assert_one_run(job, ranks=3, exit_code=0)
         assert [] == [it for it in report.sessions if it.role == "relay"]
+
+
+@pytest.mark.nightly
+class TestAFirstNodeThatEndsFirst:
+    def test_waits_for_the_others_and_says_for_whom(self, job: Job):
+        enough = job.base / "enough"
+        words = TRAIN.replace(f"for step in range({STEPS})", "step = -1\nwhile not os.path.exists(sys.argv[1])")
+        words = words.replace("    run.log", "    step += 1\n    run.log")
+        job.start(srun(1), (sys.executable, "-c", words, str(enough)))
+        job.start(srun(0), (sys.executable, "-c", "raise SystemExit(2)"))
+
+        waits = f"waiting for those of other nodes: {os.uname().nodename}"
+        eventually(lambda: waits in job.log(), DEADLINE_S, job.log)
+        enough.touch()
+
+        assert [0, 2] == job.wait(), job.log()
+        steps = [row.values["step"] for row in job.rows()]
+        assert list(range(len(steps))) == steps
+        assert len(steps) > STEPS
+        report = status.report(job.run_dir())
+        assert (2, 0, True) == (report.run.exit_code, report.ledger.pending, report.ledger.balances)
 
 
 class TestMpirun:

@@ -146,7 +146,7 @@ class TestThePort:
 class TestASecret:
     def test_leaves_no_keys_on_a_node_that_handed_on_everything(self, tmp_path: Path):
         other = meeting(tmp_path, 1, WORD)
-        other.find(0.0)
+        other.open(options(tmp_path))
 
         other.clear(complete=False)
         kept = other.key_file.exists()

@@ -20,6 +20,8 @@ from typing import Any, Literal
 import psutil
 import wandb
 from wandb.proto import wandb_internal_pb2 as pb
+from wandb.sdk.data_types.base_types.wb_value import WBValue
+from wandb.sdk.data_types.utils import history_dict_to_json
 
 from sidestep import media
 from sidestep.media.base import Files
@@ -127,7 +129,7 @@ class WandbSink:
     def show(self, value: Any, files: Files) -> Any:
         """wandb's own objects."""
         try:
-            return _histograms_in_lists(media.shown(value, files))
+            return _takeable(_histograms_in_lists(media.shown(value, files)))
         except (wandb.errors.Error, TypeError, KeyError, IndexError) as error:
             raise ValueError(f"wandb does not take it: {error!r}") from error
 
@@ -201,8 +203,10 @@ class WandbSink:
         try:
             self._open_run.log(values, step=row.step, commit=True)
             return ("",) if "" in values else ()  # wandb-core takes it and does not keep it
-        except (TypeError, ValueError) as error:
-            good = _loggable(values, error)
+        except BROKEN:
+            raise
+        except Exception as error:  # noqa: BLE001 - media have code of their own, which may raise anything
+            good = _loggable(self._open_run, values, row.step, error)
             self._open_run.log(good, step=row.step, commit=True)
             return tuple(name for name in values if name not in good or not name)
 
@@ -460,14 +464,32 @@ def _core() -> psutil.Process | None:
     return None
 
 
-def _loggable(values: Mapping[str, Any], error: Exception) -> dict[str, Any]:
-    """The values that wandb can turn into JSON, each tried by itself."""
+def _takeable(value: Any, inside: bool = False) -> Any:
+    """The value, unless wandb has no form for it: it knows lists of media, and no other list with media in it."""
+    if isinstance(value, dict):
+        for item in value.values():
+            _takeable(item, inside)
+    elif isinstance(value, WBValue):
+        if inside:
+            raise ValueError("wandb shows lists of media, and none with anything else beside or around them")
+    elif isinstance(value, list):
+        alone = not inside and all(isinstance(item, WBValue) for item in value)
+        for item in () if alone else value:
+            _takeable(item, inside=True)
+    return value
+
+
+def _loggable(run: wandb.Run, values: Mapping[str, Any], step: int, error: Exception) -> dict[str, Any]:
+    """The values that wandb can turn into JSON, as such, each tried by itself."""
     good = {}
     for name, value in values.items():
         try:
-            wandb.util.json_dumps_safer_history(value)
-        except (TypeError, ValueError, OverflowError):
-            logger.warning("wandb refuses %.80r: %s", name, error)
+            told = history_dict_to_json(run, {name: value}, step=step)
+            wandb.util.json_dumps_safer_history(told[name])
+        except BROKEN:
+            raise
+        except Exception:  # noqa: BLE001 - likewise
+            logger.warning("wandb refuses %.80r in row %d: %s", name, step, error)
         else:
-            good[name] = value
+            good[name] = told[name]
     return good
