@@ -93,7 +93,10 @@ def _drain(run_dir: Path) -> int:
             daemon.release()
     if complete:
         meeting.forget(run_dir, home.options)
-    return sum_up(run_dir, 0, complete=complete)
+    code = sum_up(run_dir, 0, complete=complete)
+    if complete:
+        stranded.forget(run_dir)
+    return code
 
 
 def stop(endpoint: Endpoint, timeout_s: float) -> int:
