@@ -222,15 +222,15 @@ class Roster:
         """The disk had no room: frames will come again; what happened to sessions is returned, to be written."""
         entries = list(entries)
         for entry in entries:
-            if entry.kind in SAID:
-                session = self.sessions[entry.session]
-                session.next = min(session.next, entry.first)
+            for said in (entry,) if entry.kind in SAID else entry.frames():
+                session = self.sessions[said.session]
+                session.next = min(session.next, said.first)
         return [
             replace(entry, first=min(entry.first, self.sessions[entry.session].next))
             if entry.kind is EntryKind.LEASE
             else entry
             for entry in entries
-            if entry.kind not in SAID
+            if entry.kind not in (*SAID, EntryKind.ENVELOPE)
         ]
 
     def heartbeat(self, status: Status, now: float) -> Entry | None:
