@@ -11,8 +11,8 @@ help:
 	@echo "make test-nightly  the long forms of the fault tests too"
 	@echo "make deploy-test   systemd booted, containers built and run, a SLURM, Ray: as root on Debian 12"
 	@echo "make bench         the cost of log(), beside wandb.log, SummaryWriter and no logging; that it waits for"
-	@echo "                   nobody, whatever is broken; and what a worker costs beside the calls"
-	@echo "make bench-media   the cost of logging an image, beside wandb.log, and of a checkpoint"
+	@echo "                   nobody, whatever is broken; what a worker costs beside the calls; and then bench-media"
+	@echo "make bench-media   the cost of logging an image, a large tensor and a checkpoint, and of watch()"
 	@echo "make bench-throughput  how much the daemon takes, and how fast it hands it on"
 	@echo "make lint          ruff, mypy --strict, import-linter"
 
@@ -45,11 +45,14 @@ bench: $(VENV)/.test
 	$(BIN)/python -m tests.benchmarks.hot_path && hot=0 || hot=$$?; \
 	$(BIN)/python -m tests.benchmarks.never_blocks && never=0 || never=$$?; \
 	$(BIN)/python -m tests.benchmarks.worker_cost && worker=0 || worker=$$?; \
-	exit $$((hot | never | worker))
+	$(MAKE) --no-print-directory bench-media && media=0 || media=$$?; \
+	exit $$((hot | never | worker | media))
 
 bench-media: $(VENV)/.test
-	$(BIN)/python -m tests.benchmarks.media_cost
-	$(BIN)/python -m tests.benchmarks.checkpoint
+	$(BIN)/python -m tests.benchmarks.media_cost && media=0 || media=$$?; \
+	$(BIN)/python -m tests.benchmarks.tensors && tensors=0 || tensors=$$?; \
+	$(BIN)/python -m tests.benchmarks.checkpoint && checkpoint=0 || checkpoint=$$?; \
+	exit $$((media | tensors | checkpoint))
 
 bench-throughput: $(VENV)/.test
 	$(BIN)/python -m tests.benchmarks.throughput

@@ -502,7 +502,7 @@ class Session:
         return found.look
 
     def _new_whereabouts(self) -> Whereabouts:
-        node = self.identity.node
+        node = os.uname().nodename
         head = None if is_on_one_node(os.environ, self.identity.world) else head_of(os.environ, node)
         return Whereabouts(
             self.settings, head=head, say=lambda text: self.notices.once(("whereabouts", text), text)

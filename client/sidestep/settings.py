@@ -183,7 +183,8 @@ def _bytes(raw: str) -> int:
     return value
 
 
-def _port(raw: str) -> int:
+def port_of(raw: str) -> int:
+    """The port that a text says; raises ValueError in words."""
     if not raw.isdecimal() or not 0 < int(raw) < 65536:
         raise ValueError("must be a port: 1 to 65535")
     return int(raw)
@@ -210,5 +211,5 @@ _PARSE: Mapping[str, Callable[[str], Any]] = {
     "file_bytes_per_s": _bytes,
     "when_full": _when_full,
     "flush_interval_s": _seconds,
-    "port": _port,
+    "port": port_of,
 }

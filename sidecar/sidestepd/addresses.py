@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from sidestep.endpoint import KeyFile
 from sidestep.errors import SettingsError
 from sidestep.head import tcp_address
-from sidestepd.clients import Clients
+from sidestepd.clients import read_clients
 from sidestepd.hosts import host_and_port
 from sidestepd.processes import read_json, write_json
 
@@ -36,7 +36,7 @@ def check(config: Config) -> None:
         if options.tcp and options.key_file is not None:
             KeyFile.read(options.key_file)
         if options.tcp and options.clients is not None:
-            Clients(options.clients)
+            read_clients(options.clients)
     except SettingsError as error:
         name = "key_file" if str(error).startswith(str(options.key_file)) else "clients"
         raise SettingsError(f"listen.{name} (from {config.source(f'listen.{name}')}): {error}") from None

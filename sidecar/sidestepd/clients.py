@@ -7,6 +7,7 @@
 - a session belongs to the name that said HELLO first, whatever key it has by then; nobody else can speak for it
 - the socket on this node is guarded by its directory: who reaches that may read all there is, and speak for all
 - the file is read again when it changes; while it can not be read the list stays as it was
+- a daemon begins with no list of nobody; one that became that under it lets in nobody, as was meant
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class Clients:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._seen = self._mark()
-        self._names = read_clients(path)
+        self._names = read_clients(path, or_nobody=True)
 
     def name_of(self, key: str) -> str | None:
         """Whose key it is; None for one that is not, or no longer, on the list."""
@@ -46,7 +47,7 @@ class Clients:
             return
         self._seen = seen
         try:
-            names = read_clients(self.path)
+            names = read_clients(self.path, or_nobody=True)
         except SettingsError as error:
             logger.error("the list of clients stays as it was: %s", error)
             return
@@ -62,8 +63,11 @@ class Clients:
         return (found.st_ino, found.st_size, found.st_mtime_ns, found.st_mode)
 
 
-def read_clients(path: Path) -> dict[str, str]:
-    """Names by public key. Raises SettingsError for a list that is none, or that others can change."""
+def read_clients(path: Path, *, or_nobody: bool = False) -> dict[str, str]:
+    """Names by public key. Raises SettingsError for a list that is none, or that others can change.
+
+    With `or_nobody` an empty list is one too.
+    """
     try:
         with path.open("rb") as file:
             found = os.fstat(file.fileno())
@@ -74,7 +78,7 @@ def read_clients(path: Path) -> dict[str, str]:
         raise SettingsError(f"{path} is no list of clients") from None
     if found.st_uid not in (os.geteuid(), 0) or stat.S_IMODE(found.st_mode) & 0o022:
         raise SettingsError(f"{path}: others can change it, and let in whom they like: chmod 644, or chown")
-    if not (names := parse(text, path)):
+    if not (names := parse(text, path)) and not or_nobody:
         raise SettingsError(f"{path} lists nobody: `sidestep keygen` adds clients to it")
     return names
 

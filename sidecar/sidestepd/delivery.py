@@ -12,43 +12,37 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
-import os
-import signal
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import msgpack
 
-from sidestepd import placement
 from sidestepd.assemble import Assembler
+from sidestepd.behind import begin, end
 from sidestepd.beside import Beside
-from sidestepd.clock import Clock, Horizon
+from sidestepd.clock import Clock
 from sidestepd.config import Config
 from sidestepd.crashpoints import crash_point
 from sidestepd.entries import SAID
-from sidestepd.errors import ExitCode, Fatal, Retry, SpoolDamaged, Trouble
+from sidestepd.errors import ExitCode, Fatal, Retry, Trouble
 from sidestepd.facts import wait_for_facts
 from sidestepd.match import Event, Matcher
 from sidestepd.media import Media
 from sidestepd.order import ReorderBuffer
-from sidestepd.processes import Beat, Lock, die_with_parent, read_json, step_back, write_json
+from sidestepd.processes import read_json, write_json
 from sidestepd.quota import Names
 from sidestepd.recovery import Recovery
 from sidestepd.resolve import Closed, Folded, LaneEnded, Lost, Resolver
 from sidestepd.resume import resume
-from sidestepd.room import Ballast, Patience
 from sidestepd.rowlog import RowLog
 from sidestepd.rows import Blob, Bundle, Definition, Described, Logged, Part, Printed, Raised, Row, Sampled
 from sidestepd.rules import Rule, Rules, Source, operations
-from sidestepd.rundir import ARTIFACTS, BLOBS, tell_trouble
+from sidestepd.rundir import ARTIFACTS, BLOBS
 from sidestepd.samples import Samples, first_ranks
 from sidestepd.settlement import Settlement
 from sidestepd.show import Shower
@@ -500,68 +494,32 @@ def _source(given: str) -> Source:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The delivery process of one run directory."""
-    parser = argparse.ArgumentParser(prog="sidestepd.delivery", description=__doc__.splitlines()[0])
-    parser.add_argument("run_dir", type=Path)
-    parser.add_argument("--parent", type=int, required=True, help="die when this process ends")
-    options = parser.parse_args(arguments)
-    die_with_parent(options.parent)
-    step_back(NICENESS)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is for the command; the run is drained after it
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    directory: Path = options.run_dir
-    lock = Lock(directory / "delivery.lock")
-    lock.acquire()
-    config = Config.from_json((directory / "config.json").read_text())
-    beat = Beat(directory / "delivery.beat")
-    home = placement.home(directory)
-    ballast = Ballast(home / "delivery.ballast", config.spool.ballast_bytes)
-    patience = Patience(ballast, [home, directory], beat=beat)
-    spool = SpoolReader(home / placement.SPOOL)
-    rowlog = RowLog(home / placement.ROW_LOG, when_full=patience.when_full)
-    if rowlog.meta("state", None) == "closed":  # the last life did all of it, and died before it could say so
+    behind = begin("sidestepd.delivery", __doc__.splitlines()[0], arguments, niceness=NICENESS)
+    if behind.is_done:
         return ExitCode.COMPLETE
+    directory, config = behind.directory, behind.config
     run = read_json(directory / "run.json") | {"dir": str(directory)}
     load(config.sink.kind)  # importing wandb takes its time, best while workers import theirs
-    facts = wait_for_facts(spool, rowlog, run, config, beat)
+    facts = wait_for_facts(behind.spool, behind.rowlog, run, config, behind.beat)
     sink = make_sink(config.sink.kind, facts.mode)
-    horizon = Horizon(directory / "horizon")
-    shower = Shower(directory / BLOBS, sink.show, threads=config.delivery.media_threads)
     delivery = Delivery(
-        spool,
-        rowlog,
+        behind.spool,
+        behind.rowlog,
         sink,
         config,
-        shower=shower,
+        shower=Shower(directory / BLOBS, sink.show, threads=config.delivery.media_threads),
         shelf=directory / ARTIFACTS,
-        horizon=horizon,
-        beat=beat,
-        wait_for_room=patience.wait_for_room,
-        troubled=partial(tell_trouble, directory),
+        horizon=behind.horizon,
+        beat=behind.beat,
+        wait_for_room=behind.patience.wait_for_room,
+        troubled=behind.troubled,
     )
-    try:
+    with behind.told():
         delivery.start(facts, lambda about: write_json(directory / "about.json", about))
         delivery.serve()
         delivery.finish()
-    except Fatal as error:
-        if error.trouble:
-            tell_trouble(directory, error.trouble)
-        raise
     return ExitCode.COMPLETE
 
 
-def _main() -> int:
-    try:
-        return main()
-    except SpoolDamaged:
-        logger.exception("the spool is damaged")
-        return ExitCode.DISK
-    except Exception:
-        logger.exception("delivery ends, and will be started again")
-        return ExitCode.SOFTWARE
-
-
 if __name__ == "__main__":
-    code = _main()
-    logging.shutdown()
-    sys.stdout.flush()
-    os._exit(code)  # wandb's exit hooks wait without bound for a core that may be gone
+    end(main, logger)

@@ -33,6 +33,8 @@ class Place:
     """Whether this one has the daemon of its node; the others join it."""
     nodes: int | None = None
     tasks: int | None = None
+    guessed_of: int | None = None
+    """How many tasks the job has, where `nodes` only follows from that: there may be more elsewhere than here."""
     master: str | None = None
     """The host of node 0, where the command says it."""
 
@@ -56,7 +58,7 @@ def place_of(
     found = identify(environ, pid=pid, parent=parent, node=node, started=started, warn=lambda _: None, modules={})
     index_alone = environ.get("JOB_COMPLETION_INDEX") and not (environ.get("WORLD_SIZE") or environ.get("RANK"))
     if found.world > 1 and not index_alone:
-        nodes = _nodes(environ, found.world)
+        nodes, is_guess = _nodes(environ, found.world)
         return Place(
             job=_name(f"{found.launch}~{found.attempt}"),
             node=found.node,
@@ -64,21 +66,22 @@ def place_of(
             hosts=found.local_rank == 0,
             nodes=nodes,
             tasks=_tasks(environ, found.world, nodes),
+            guessed_of=found.world if is_guess else None,
         )
     return _by_torchrun(environ, words, node, is_here) or _by_index(environ, node)
 
 
-def _nodes(environ: Mapping[str, str], world: int) -> int | None:
-    """How many nodes the tasks of a launcher are on."""
+def _nodes(environ: Mapping[str, str], world: int) -> tuple[int | None, bool]:
+    """How many nodes the tasks of a launcher are on; and whether that holds only if all have as many as this."""
     for name in ("SLURM_STEP_NUM_NODES", "SLURM_NNODES", "FLUX_JOB_NNODES", "GROUP_WORLD_SIZE", "NNODES"):
         if nodes := _number(environ.get(name)):
-            return nodes
+            return nodes, False
     if is_on_one_node(environ, world):
-        return 1
+        return 1, False
     if per_node := _local_world(environ):
-        return -(-world // per_node)
+        return -(-world // per_node), True
     has_places = any(environ.get(name) for name in _LOCAL_RANK)
-    return None if has_places else world  # who numbers no places on a node has one command on each
+    return None if has_places else world, False  # who numbers no places on a node has one command on each
 
 
 def _tasks(environ: Mapping[str, str], world: int, nodes: int | None) -> int | None:
@@ -116,9 +119,12 @@ def _by_torchrun(
     environ: Mapping[str, str], words: Sequence[str], node: str, is_here: Callable[[str], bool]
 ) -> Place | None:
     """A torchrun on each of several nodes, started by hand or by something that numbers nothing."""
-    if not any(word.rsplit("/", 1)[-1] in _TORCHRUN for word in words):
+    at = next((at for at, word in enumerate(words, 1) if word.rsplit("/", 1)[-1] in _TORCHRUN), None)
+    if at is None:
         return None
-    said = _Torchrun(environ, words)
+    said = _Torchrun(environ, words[at:])
+    if said("standalone"):
+        return None
     nodes = [_number(part) or 1 for part in said("nnodes", "1").split(":")]
     if max(nodes) < 2:
         return None
@@ -138,15 +144,21 @@ def _by_torchrun(
 
 
 class _Torchrun:
-    """Options of torchrun: what its words say, else the environment."""
+    """Options of torchrun: what its words say, up to the training's own, else the environment."""
+
+    _ALONE = frozenset({"standalone", "m", "module", "no_python", "run_path", "virtual_local_rank", "use_env"})
+    """Those with no word after them."""
 
     def __init__(self, environ: Mapping[str, str], words: Sequence[str]) -> None:
         self._environ = environ
         self._said: dict[str, str] = {}
-        for word, after in zip(words, [*words[1:], ""], strict=True):
+        left = iter(words)
+        for word in left:
             name, equals, value = word.partition("=")
-            if name.startswith("--"):
-                self._said.setdefault(name[2:].replace("-", "_"), value if equals else after)
+            if not name.startswith("-"):
+                break  # the training, and what follows is for that
+            name = name.lstrip("-").replace("-", "_")
+            self._said[name] = value if equals else "1" if name in self._ALONE else next(left, "")
 
     def __call__(self, name: str, default: str = "") -> str:
         return self._said.get(name) or self._environ.get(f"PET_{name.upper()}") or default

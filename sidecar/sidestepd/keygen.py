@@ -142,7 +142,8 @@ def _admit(folder: Path, public: str, name: str) -> None:
 def _write(path: Path, text: str) -> None:
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    with open(descriptor, "w") as file:  # noqa: PTH123 - opened with the mode that it has for ever
+    with open(descriptor, "w") as file:  # noqa: PTH123 - opened with a mode that shows it to nobody
+        os.fchmod(descriptor, 0o600)  # a umask may have taken it from us too
         file.write(text)
         file.flush()
         os.fsync(descriptor)

@@ -1,6 +1,7 @@
 """How the commands of a job find each other: keys and addresses for this job alone, made by the first of them.
 
-    FOLDER/.jobs/JOB/    0700, where the run directory is: server.key, clients, client.key, then context.json
+    FOLDER/.jobs/JOB/    0700, where the run directory is: server.key, clients, client.key, then context.json;
+                         NODE.came.json of each other node
     /tmp/sidestep-UID/   0700, on each node: where its daemon is, and who joined it
 
 - between nodes either the folder is shared, or all have the same secret in `SIDESTEP_JOB_SECRET`, of which keys
@@ -13,6 +14,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
+import re
 import shutil
 import tempfile
 import time
@@ -24,7 +27,7 @@ from typing import Any
 from sidestep.endpoint import DEFAULT_PORT, Endpoint, KeyFile, endpoints
 from sidestep.errors import SettingsError
 from sidestep.head import head_of, tcp_address
-from sidestep.settings import told_by
+from sidestep.settings import port_of, told_by
 from sidestepd import keygen, rundir
 from sidestepd.addresses import CONTEXT
 from sidestepd.config import Config
@@ -36,6 +39,7 @@ from sidestepd.processes import read_json, write_json
 SECRET = "SIDESTEP_JOB_SECRET"
 LEAST_SECRET_CHARS = 32
 JOBS = ".jobs"
+_CAME = ".came.json"
 LOOK_EVERY_S = 0.2
 ANSWER_S = 2.0
 
@@ -59,8 +63,8 @@ class Meeting:
         self._secret = environ.get(SECRET, "").strip()
         if self._secret and len(self._secret) < LEAST_SECRET_CHARS:
             raise SettingsError(f"{SECRET} has {len(self._secret)} characters: {LEAST_SECRET_CHARS} at least")
-        self._head = place.master or head_of(environ, place.node)
-        self._port = int(environ.get("SIDESTEP_PORT") or DEFAULT_PORT)
+        self._head = place.master or head_of(environ, os.uname().nodename)
+        self._port = _port(environ.get("SIDESTEP_PORT", ""))
         self._jobs = config.run.dir.expanduser().absolute() / rundir.RUNS / JOBS
         name = place.job if not self._secret else f"{place.job}.{place.node}"
         self.folder = self._jobs / name
@@ -113,14 +117,35 @@ class Meeting:
                 return None
             pause(LOOK_EVERY_S)
 
+    def come(self) -> None:
+        """Say that this node is one of the job's, with so many tasks."""
+        if not self._secret:
+            name = re.sub(r"[^\w-]", "-", self._place.node)
+            with contextlib.suppress(OSError):
+                write_json(self.folder / f"{name}{_CAME}", {"tasks": self._place.tasks})
+
+    def others(self) -> int:
+        """How many other nodes are to be waited for, by what is known now."""
+        tasks = [read_json(path).get("tasks") for path in self.folder.glob(f"*{_CAME}")]
+        place = self._place
+        if place.guessed_of is None or self._secret:
+            return max((place.nodes or 1) - 1, len(tasks))
+        known = (place.tasks or 1) + sum(it for it in tasks if isinstance(it, int))
+        return len(tasks) + (known < place.guessed_of)
+
     def later(self) -> Found:
         """Where to look on: it was not there in time."""
         if self._secret and self._head:
             return Found(context=None, address=tcp_address(self._head, self._port))
         return Found(context=self.folder / CONTEXT, address="")
 
-    def clear(self) -> None:
-        """The job is over."""
+    def clear(self, *, complete: bool) -> None:
+        """The job is over, on this node; of another one's folder only that one knows when.
+
+        A relay that is not complete needs its key to become that.
+        """
+        if not (self._place.first or (self._secret and complete)):
+            return
         shutil.rmtree(self.folder, ignore_errors=True)
         with contextlib.suppress(OSError):
             self._jobs.rmdir()
@@ -135,7 +160,8 @@ class Meeting:
 
     def _start_afresh(self) -> None:
         """What an earlier start left is not ours to use: its context goes first, so that nobody believes it."""
-        for name in (CONTEXT, "client.key", "server.key", "clients"):
+        came = (path.name for path in self.folder.glob(f"*{_CAME}"))
+        for name in (CONTEXT, "client.key", "server.key", "clients", *came):
             (self.folder / name).unlink(missing_ok=True)
 
     def _look(self) -> Found | None:
@@ -153,6 +179,15 @@ class Meeting:
                 run_id = run_id or answer.get("run", {}).get("id")
                 return Found(context=self.later().context, address=address, run_id=run_id)
         return None
+
+
+def _port(said: str) -> int:
+    if not said.strip():
+        return DEFAULT_PORT
+    try:
+        return port_of(said)
+    except ValueError as error:
+        raise SettingsError(f"SIDESTEP_PORT = {said!r:.80}: {error}") from None
 
 
 def _ask(endpoint: Endpoint) -> Mapping[str, Any] | None:

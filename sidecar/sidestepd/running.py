@@ -64,12 +64,13 @@ class Alone:
         """Its exit code is the run's."""
         return code
 
-    def clear(self) -> None:
+    def clear(self, *, complete: bool) -> None:
         """There is nothing beside the run."""
 
 
 def _serve_command(words: Sequence[str], environ: Mapping[str, str], part: Alone | together.Part) -> int:
     """A daemon, and the command beside it; returns our exit code."""
+    complete = False
     with Signals() as signals:
         try:
             home = part.home(signals)
@@ -85,7 +86,7 @@ def _serve_command(words: Sequence[str], environ: Mapping[str, str], part: Alone
             finally:
                 daemon.release()
         finally:
-            part.clear()
+            part.clear(complete=complete)
     if daemon.deleted:
         return code or ExitCode.DISK
     return sum_up(home.directory, code, complete=complete)

@@ -113,6 +113,8 @@ class Part:
                 "waits on disk for it. It is looked for in a run directory that all nodes share, or by "
                 f"{SECRET} and MASTER_ADDR"
             )
+        else:
+            self.meeting.come()
         return found or self.meeting.later()
 
     def started(self, daemon: Daemon, exports: Mapping[str, str]) -> None:
@@ -135,8 +137,8 @@ class Part:
     def _wait_for_nodes(self, daemon: Daemon) -> int:
         """Until the relays of all nodes have said how their commands ended."""
         deadline = time.monotonic() + self.config.job.wait_s
-        expected = (self.place.nodes or 1) - 1
         while daemon.tend():
+            expected = self.meeting.others() if self.meeting else 0
             relays = (daemon.report() or {}).get("relays")
             if relays is not None:
                 over = [it for it in relays if it["state"] not in ("live", "away")]
@@ -148,11 +150,11 @@ class Part:
             daemon.pause(TICK_S)
         return 0
 
-    def clear(self) -> None:
-        """All is over."""
+    def clear(self, *, complete: bool) -> None:
+        """All is over, or is left for later."""
         self.neighbours.clear()
-        if self.meeting is not None and self.place.first:
-            self.meeting.clear()
+        if self.meeting is not None:
+            self.meeting.clear(complete=complete)
 
 
 def _code_of(relay: Mapping[str, object]) -> int:

@@ -84,6 +84,7 @@ def of_arrays(run: Run, times: int) -> Mapping[str, float]:
     return {
         **timed("cpu: log of a tensor of 1M elements", lambda: run.log({"h": tensor}), times),
         **timed("cpu: log of an array of 1M elements", lambda: run.log({"h": array}), times),
+        **timed("cpu: log of Histogram() of the array", lambda: run.log({"h": sidestep.Histogram(array)}), times),
         **timed("cpu: numpy.histogram of the same", lambda: np.histogram(array, bins=32), times),
     }
 

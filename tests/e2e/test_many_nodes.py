@@ -24,7 +24,7 @@ STEPS = 20
 TRAIN = f"""
 import os, sys, time, sidestep
 run = sidestep.init()
-rank = int(os.environ.get("RANK") or os.environ["SLURM_PROCID"])
+rank = int(next(filter(None, map(os.environ.get, ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK")))))
 for step in range({STEPS}):
     run.log({{"mine": rank, "step": step}}, step=step)
     time.sleep(0.02)
@@ -140,6 +140,20 @@ class TestSrun:
         assert [0, 0, 0] == job.wait(), job.log()
         report = assert_one_run(job, ranks=3, exit_code=0)
         assert [] == [it for it in report.sessions if it.role == "relay"]
+
+
+class TestMpirun:
+    @pytest.mark.nightly
+    def test_with_fewer_tasks_on_the_first_node_waits_for_those_nodes_that_there_are(self, job: Job):
+        """Each task is told how many there are on its own node and in all, and of nodes nothing."""
+        for rank, local in ((1, 0), (2, 1), (3, 2), (0, 0)):
+            said = {"RANK": rank, "SIZE": 4, "LOCAL_RANK": local, "LOCAL_SIZE": 3 if rank else 1}
+            ours = {"SIDESTEP_NODE": f"n{min(rank, 1)}", "PMIX_NAMESPACE": "prte-1"}
+            job.start({f"OMPI_COMM_WORLD_{name}": str(value) for name, value in said.items()} | ours)
+
+        assert [0, 0, 0, 0] == job.wait(), job.log()
+        assert "never came" not in job.log()
+        assert_one_run(job, ranks=4, exit_code=0)
 
 
 @pytest.mark.nightly

@@ -72,7 +72,7 @@ class TestOthers:
         assert [(True, True), (False, False), (False, True), (False, False)] == [
             (it.first, it.hosts) for it in found
         ]
-        assert {(2, 2)} == {(it.nodes, it.tasks) for it in found}
+        assert {(2, 2, 4)} == {(it.nodes, it.tasks, it.guessed_of) for it in found}
 
     def test_a_job_that_sets_torchs_variables_for_each_node(self):
         """As Kubeflow does for its pods, whose command is a torchrun."""
@@ -122,6 +122,20 @@ class TestATorchrunInTheCommand:
 
     def test_of_as_many_nodes_as_come_has_no_number(self):
         assert place({}, ["torchrun", "--nnodes=1:4", "--node-rank=0", "t.py"]).nodes is None
+
+    @pytest.mark.parametrize(
+        "words",
+        [
+            ("--nproc-per-node", "2", "-t", "3", "train.py", "--nnodes", "2"),
+            ("--standalone", "-m", "train", "--nnodes=2", "--node-rank=0"),
+            ("--standalone", "--nnodes=2", "train.py"),
+        ],
+    )
+    def test_has_its_options_before_the_trainings_own(self, words: Sequence[str]):
+        assert place({}, ["torchrun", *words]) is None
+
+    def test_is_told_by_the_last_of_two(self):
+        assert 3 == place({}, torchrun("--node-rank=0", "--nnodes=3")).nodes
 
     def test_counts_when_python_starts_it(self):
         words = ["python", "-m", "torch.distributed.run", "--nnodes", "2", "--node-rank", "0", "t.py"]

@@ -15,7 +15,7 @@ from sidestep.head import first_host, head_of, tcp_address
 from sidestep.settings import WorkerSettings
 from sidestep.whereabouts import Whereabouts
 from sidestepd.addresses import context_of, remote_of
-from sidestepd.clients import LOCAL, Clients, may_speak, parse
+from sidestepd.clients import LOCAL, Clients, may_speak, parse, read_clients
 from sidestepd.config import Config
 from sidestepd.keygen import keygen, make_keys, rotate
 
@@ -43,6 +43,16 @@ class TestKeygen:
         assert (server.pair.public,) == client.servers
         assert {client.pair.public: "client"} == listed(keys)
         assert [0o600] * 3 == [stat.S_IMODE(path.stat().st_mode) for path in keys.iterdir()]
+
+    @pytest.mark.parametrize("umask", [0o000, 0o277])
+    def test_files_are_their_owners_to_read_and_write_whatever_is_masked(self, tmp_path: Path, umask: int):
+        before = os.umask(umask)
+        try:
+            made = make_keys(tmp_path / "masked")
+        finally:
+            os.umask(before)
+
+        assert {0o600} == {stat.S_IMODE(path.stat().st_mode) for path in (*made, tmp_path / "masked/clients")}
 
     def test_what_is_there_is_not_overwritten(self, keys: Path):
         before = (keys / "client.key").read_text()
@@ -145,7 +155,17 @@ class TestClients:
         (keys / "clients").write_text("# nobody\n")
 
         with pytest.raises(SettingsError, match="lists nobody"):
-            Clients(keys / "clients")
+            read_clients(keys / "clients")
+
+    def test_one_that_is_emptied_lets_in_nobody_any_more(self, keys: Path):
+        """Also by an intake that is started again."""
+        clients = Clients(keys / "clients")
+        key = KeyFile.read(keys / "client.key").pair.public
+
+        (keys / "clients").write_text("# nobody\n")
+        clients.look()
+
+        assert (None, None) == (clients.name_of(key), Clients(keys / "clients").name_of(key))
 
     def test_a_change_counts_and_a_damage_does_not(self, keys: Path):
         clients = Clients(keys / "clients")
@@ -302,8 +322,27 @@ class TestHead:
     def test_it_is_where_the_launcher_says(self, environ: dict[str, str], node: str, head: str | None):
         assert head == head_of(environ, node)
 
+    def test_a_pod_is_found_by_the_name_of_its_service(self, tmp_path: Path):
+        """As Kubernetes writes it into the pod's list of hosts; the pod calls itself `train-3`."""
+        hosts = tmp_path / "hosts"
+        hosts.write_text("127.0.0.1 localhost\n10.0.0.9\ttrain-3.heads.ns.svc.cluster.local\ttrain-3\n")
+        environ = {"JOB_COMPLETION_INDEX": "3"}
+
+        heads = [head_of(environ, "train-3", hosts=path) for path in (hosts, tmp_path / "none")]
+
+        assert ["train-0.heads.ns.svc.cluster.local", "train-0"] == heads
+
     @pytest.mark.parametrize(
-        ("hosts", "first"), [("", None), ("a", "a"), ("a,b[1-2]", "a"), ("r1n[2,4-5]", "r1n2")]
+        ("hosts", "first"),
+        [
+            ("", None),
+            ("a", "a"),
+            ("a,b[1-2]", "a"),
+            ("r1n[2,4-5]", "r1n2"),
+            ("r[01-02]n[0,3],login", "r01n0"),
+            ("r[1-", None),
+            ("r[]", None),
+        ],
     )
     def test_slurms_list_is_read(self, hosts: str, first: str | None):
         assert first == first_host(hosts)

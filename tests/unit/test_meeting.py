@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import stat
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -74,9 +75,17 @@ class TestAFolderThatIsShared:
         first = meeting(tmp_path)
         first.open(options(tmp_path))
 
-        first.clear()
+        first.clear(complete=False)
 
         assert [] == list((tmp_path / "sidestep-runs").iterdir())
+
+    def test_is_the_first_nodes_to_clear(self, tmp_path: Path):
+        first, other = meeting(tmp_path), meeting(tmp_path, 1)
+        first.open(options(tmp_path))
+
+        other.clear(complete=True)
+
+        assert first.key_file.exists()
 
     def test_lets_others_in_at_any_free_port(self, tmp_path: Path):
         listen = meeting(tmp_path).open(options(tmp_path)).listen
@@ -89,7 +98,62 @@ class TestAFolderThatIsShared:
         assert said == meeting(tmp_path).open(said)
 
 
+class TestHowManyNodesThereAre:
+    """With tasks on nodes as mpirun tells of them: how many there are in all, and how many here."""
+
+    def test_follows_from_the_tasks_of_those_that_came(self, tmp_path: Path):
+        """One task on the first node and four on the other: by its own the first would expect four others."""
+        first, other = (
+            Meeting(replace(place(node), tasks=tasks, nodes=-(-5 // tasks), guessed_of=5), options(tmp_path), {})
+            for node, tasks in enumerate((1, 4))
+        )
+        first.open(options(tmp_path))
+
+        before = first.others()
+        other.come()
+
+        assert (1, 1) == (before, first.others())
+
+    def test_is_more_than_came_while_tasks_are_missing(self, tmp_path: Path):
+        it = place()
+        first, other = (
+            Meeting(replace(it, node=name, tasks=1, nodes=3, guessed_of=3), options(tmp_path), {})
+            for name in ("a", "b")
+        )
+        first.open(options(tmp_path))
+
+        other.come()
+
+        assert 2 == first.others()
+
+    def test_is_at_least_how_many_came_where_nobody_says(self, tmp_path: Path):
+        first, other = (Meeting(replace(place(node), nodes=None), options(tmp_path), {}) for node in range(2))
+        first.open(options(tmp_path))
+
+        before = first.others()
+        other.come()
+
+        assert (0, 1) == (before, first.others())
+
+
+class TestThePort:
+    @pytest.mark.parametrize("said", ["http", "0", "70000"])
+    def test_that_is_none_is_named(self, tmp_path: Path, said: str):
+        with pytest.raises(SettingsError, match=f"SIDESTEP_PORT = '{said}': must be a port"):
+            Meeting(place(), options(tmp_path), {"SIDESTEP_PORT": said})
+
+
 class TestASecret:
+    def test_leaves_no_keys_on_a_node_that_handed_on_everything(self, tmp_path: Path):
+        other = meeting(tmp_path, 1, WORD)
+        other.find(0.0)
+
+        other.clear(complete=False)
+        kept = other.key_file.exists()
+        other.clear(complete=True)
+
+        assert (True, False) == (kept, other.folder.exists())
+
     def test_makes_the_same_keys_in_folders_that_are_not_shared(self, tmp_path: Path):
         first, other = meeting(tmp_path / "a", 0, WORD), meeting(tmp_path / "b", 1, WORD)
 

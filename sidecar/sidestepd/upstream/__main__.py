@@ -10,13 +10,10 @@
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import logging
 import os
 import random
-import signal
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -29,19 +26,17 @@ import zmq
 from sidestep.settings import WorkerSettings
 from sidestep.whereabouts import Whereabouts
 from sidestep.wire import LANES, Frame, Refuse
-from sidestepd import placement
-from sidestepd.clock import Clock, Horizon
-from sidestepd.config import Config
+from sidestepd.behind import begin, end
+from sidestepd.clock import Clock
 from sidestepd.crashpoints import crash_point
 from sidestepd.entries import Entry, EntryKind
-from sidestepd.errors import ExitCode, Fatal, SpoolDamaged, Trouble
+from sidestepd.errors import ExitCode, Fatal, Trouble
 from sidestepd.listening import UpstreamOptions
-from sidestepd.processes import Beat, Lock, die_with_parent, write_json
-from sidestepd.room import Ballast, Patience
+from sidestepd.processes import write_json
 from sidestepd.rowlog import RowLog
 from sidestepd.rows import Checkpoint
 from sidestepd.rundir import BLOBS as BLOBS_FOLDER
-from sidestepd.rundir import UPSTREAM, RunFile, tell_trouble
+from sidestepd.rundir import UPSTREAM, RunFile
 from sidestepd.spool import SpoolReader
 from sidestepd.upstream.legs import Legs, Settling, Upper
 from sidestepd.upstream.link import Link
@@ -410,66 +405,28 @@ def _of_session(leg: Any) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The forwarder of one run directory."""
-    parser = argparse.ArgumentParser(prog="sidestepd.upstream", description=__doc__.splitlines()[0])
-    parser.add_argument("run_dir", type=Path)
-    parser.add_argument("--parent", type=int, required=True, help="die when this process ends")
-    options = parser.parse_args(arguments)
-    die_with_parent(options.parent)
-    os.nice(NICENESS)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is for the command; the run is drained after it
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    directory: Path = options.run_dir
-    lock = Lock(directory / "delivery.lock")
-    lock.acquire()
-    config = Config.from_json((directory / "config.json").read_text())
-    beat = Beat(directory / "delivery.beat")
-    home = placement.home(directory)
-    patience = Patience(
-        Ballast(home / "delivery.ballast", config.spool.ballast_bytes), [home, directory], beat=beat
-    )
-    rowlog = RowLog(home / placement.ROW_LOG, when_full=patience.when_full)
-    if rowlog.meta("state", None) == "closed":
+    behind = begin("sidestepd.upstream", __doc__.splitlines()[0], arguments, niceness=NICENESS)
+    if behind.is_done:
         return ExitCode.COMPLETE
-
-    def troubled(trouble: Trouble | None) -> None:
-        tell_trouble(directory, trouble)
-
-    run = RunFile.read(directory)
+    run = RunFile.read(behind.directory)
     forwarder = Forwarder(
-        SpoolReader(home / placement.SPOOL),
-        rowlog,
-        run.at(directory, run.address),
-        whereabouts=_whereabouts(config.upstream),
-        horizon=Horizon(directory / "horizon"),
-        beat=beat,
-        poll_interval_s=config.delivery.poll_interval_s,
-        troubled=troubled,
+        behind.spool,
+        behind.rowlog,
+        run.at(behind.directory, run.address),
+        whereabouts=_whereabouts(behind.config.upstream),
+        horizon=behind.horizon,
+        beat=behind.beat,
+        poll_interval_s=behind.config.delivery.poll_interval_s,
+        troubled=behind.troubled,
     )
     try:
-        forwarder.serve()
-        forwarder.finish()
-    except Fatal as error:
-        if error.trouble:
-            troubled(error.trouble)
-        raise
+        with behind.told():
+            forwarder.serve()
+            forwarder.finish()
     finally:
         forwarder.shut()
     return ExitCode.COMPLETE
 
 
-def _main() -> int:
-    try:
-        return main()
-    except SpoolDamaged:
-        logger.exception("the spool is damaged")
-        return ExitCode.DISK
-    except Exception:
-        logger.exception("the forwarder ends, and will be started again")
-        return ExitCode.SOFTWARE
-
-
 if __name__ == "__main__":
-    code = _main()
-    logging.shutdown()
-    sys.stdout.flush()
-    os._exit(code)
+    end(main, logger)
