@@ -182,6 +182,10 @@ class Entry:
                 body=body,
             )
 
+    def said(self) -> Iterator[Entry]:
+        """The entries of a session with records in them that this one is, or is made of."""
+        yield from (self,) if self.kind is EntryKind.BLOBS else self.frames()
+
     def ends(self) -> list[tuple[bytes, int]]:
         """Of each frame in it the session, and the sequence after its last record."""
         if self.kind is EntryKind.ENVELOPE:

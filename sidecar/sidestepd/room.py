@@ -115,6 +115,10 @@ class Room:
         used, free = self._used + more, self._free - more
         return max(used / self._quota, (used + self._reserve) / max(free, 1))
 
+    def fits(self, size: int) -> bool:
+        """Whether `size` bytes are sure to be admitted."""
+        return not self.closed and self._share_with(self.taken + size) < CLOSE_AT
+
     def admit(self, size: int) -> bool:
         """Whether a frame of `size` bytes may be taken; counts it if so."""
         if not self.closed and self._share_with(self.taken + size) >= CLOSE_AT:

@@ -9,12 +9,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
 
-from sidestep.wire import FILES, LANES, RELAY, WORKER, Bye, Frame, Hello, Status
+from sidestep.wire import FILES, LANES, RELAY, WORKER, Bye, Frame, Hello, Status, Wrapped
 from sidestepd.entries import SAID, Entry, EntryKind, StoredSession
 
 LOST = 1
@@ -209,6 +209,22 @@ class Roster:
         session.next, session.state, session.more = frame.end, "live", frame.more
         return Verdict.TAKE
 
+    def take(self, frames: Iterable[Wrapped], now: float, *, route: bytes, routes: Mapping[bytes, bytes]) -> int:
+        """Take the first of these frames, as long as each is simply what is wanted next; returns how many.
+
+        Simply: by the route on which its session said HELLO, of one that is live, and sends no blobs.
+        """
+        taken = 0
+        for id_, first, count, more, _, _ in frames:
+            session = self.sessions.get(id_)
+            if session is None or session.next != first or session.state != "live" or session.is_lane:
+                break
+            if routes.get(id_) != route:
+                break
+            session.next, session.heard, session.more = first + count, now, more
+            taken += 1
+        return taken
+
     def hold(self, id_: bytes, now: float) -> Entry | None:
         """A session was told to keep what it has: patience runs against it, as room comes of rows that leave."""
         session = self.sessions[id_]
@@ -222,7 +238,7 @@ class Roster:
         """The disk had no room: frames will come again; what happened to sessions is returned, to be written."""
         entries = list(entries)
         for entry in entries:
-            for said in (entry,) if entry.kind in SAID else entry.frames():
+            for said in entry.said():
                 session = self.sessions[said.session]
                 session.next = min(session.next, said.first)
         return [

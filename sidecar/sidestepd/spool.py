@@ -232,7 +232,7 @@ class SpoolReader:
         with self._reading(), closing(self._db.execute(query, (after, limit))) as rows:
             for row in rows:  # one by one: what came together may be more than was asked for
                 entry = entry_of(row)
-                found += (it for it in entry.frames() if it.id > after) if entry.ids > 1 else (entry,)
+                found += (it for it in entry.frames() if it.id > after) if entry.kind is EntryKind.ENVELOPE else (entry,)
                 if len(found) >= limit:
                     break
         return found[:limit]

@@ -16,19 +16,18 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sidestep.wire import Ack, Bye, Frame, Hello, Message, Refuse, RunInfo, Status, Welcome
+from sidestep.wire import Ack, Bye, Frame, Hello, Message, Refuse, RunInfo, Status, Welcome, Wrapped, decode
 from sidestepd import placement
 from sidestepd.clock import Clock, Horizon, SpoolClock
 from sidestepd.collect import Collector
 from sidestepd.config import Config
 from sidestepd.crashpoints import crash_point
-from sidestepd.entries import SAID
 from sidestepd.errors import ExitCode, SpoolDamaged, SpoolFull
 from sidestepd.exits import Exits, Lifeline, is_here
 from sidestepd.intake.blobs import CREDIT_BYTES, BlobStore
@@ -219,7 +218,7 @@ class Intake:
             session=hello.session,
             first=self.roster.wanted(session),
             boot=self.boot,
-            credit=self._credit(session),
+            credit=self._credit(is_lane=session.is_lane),
             heartbeat_s=self.relays.heartbeat_s if session.is_relay else self.config.intake.heartbeat_s,
             **intervals_of(self.config, self.run_dir, hello.world),
             run=self.facts(),
@@ -251,11 +250,13 @@ class Intake:
         if frame.first == session.next and not self.room.admit(len(frame.body)):
             self._hold(frame.session)
             return
+        was_live = session.state == "live"
         match self.roster.frame(frame, now):
             case Verdict.TAKE:
                 self._write(Entry.of_frame(frame, received=now))
-                self._touched.add(frame.session)
                 self._acknowledge.add(frame.session)
+                if not was_live:  # else the frame says it all
+                    self._touched.add(frame.session)
             case Verdict.DUPLICATE:
                 self._acknowledge.add(frame.session)
                 self._something.set()
@@ -263,6 +264,26 @@ class Intake:
                 self._hold(frame.session)
             case _:
                 self._send(route, self._ack(frame.session, gap=True, first=session.next))
+
+    def hear_together(self, route: bytes, frames: Sequence[Wrapped], body: bytes) -> None:
+        """Take in FRAMEs out of the body of an envelope; one that is not simply wanted next is heard by itself."""
+        while frames:
+            taken = frames[: self._take(route, frames)]
+            if taken:
+                self._write(Entry.of_envelope(taken, body, received=self._awake_at))
+                self._acknowledge.update(it.session for it in taken)
+            left = frames[len(taken) :]
+            for frame in left[:1]:
+                self.hear(route, decode(frame.parts(body)))
+            frames = left[1:]
+
+    def _take(self, route: bytes, frames: Sequence[Wrapped]) -> int:
+        now, size = self._now(), sum(it.end - it.start for it in frames)
+        if self.closing or not self.room.fits(size):
+            return 0
+        taken = self.roster.take(frames, now, route=route, routes=self._routes)
+        self.room.taken += size if taken else 0
+        return taken
 
     def _on_blobs(self, frame: Frame, session: Session) -> None:
         """What is to be stored waits for the thread that does; all of it is judged when its turn comes."""
@@ -427,11 +448,12 @@ class Intake:
         return known is not None and known.state == "bye"
 
     def _ack(self, session: bytes, *, first: int, gap: bool = False) -> Ack:
-        return Ack(session=session, first=first, gap=gap, credit=self._credit(self.roster.sessions[session]))
+        credit = self._credit(is_lane=self.roster.sessions[session].is_lane)
+        return Ack(session=session, first=first, gap=gap, credit=credit)
 
-    def _credit(self, session: Session) -> int:
+    def _credit(self, *, is_lane: bool) -> int:
         most = self.config.intake.credit_bytes
-        return self.room.credit(min(most, CREDIT_BYTES) if session.is_lane else most)
+        return self.room.credit(min(most, CREDIT_BYTES) if is_lane else most)
 
     def _hold(self, session: bytes) -> None:
         """Have a session keep what it has until there is room."""
@@ -477,6 +499,7 @@ class Intake:
         touched, self._touched = self._touched, set()
         acknowledge, self._acknowledge = self._acknowledge, set()
         sessions = [self.roster.sessions[id_].as_stored() for id_ in touched]
+        reached = {id_: self.roster.sessions[id_].next for id_ in acknowledge}
         if entries or sessions:
             crash_point("intake.commit")
             self._committing = True
@@ -494,19 +517,25 @@ class Intake:
             crash_point("intake.committed")
         for session in sessions:
             self.roster.sessions[session.id].stored = session.next
-        for id_ in acknowledge:
-            if id_ in self._routes:
-                self._send(self._routes[id_], self._ack(id_, first=self.roster.sessions[id_].stored))
+        self._acknowledge_all(reached)
         for route, message in replies:
             self._send(route, message)
         return True
+
+    def _acknowledge_all(self, reached: Mapping[bytes, int]) -> None:
+        credits = [self._credit(is_lane=is_lane) for is_lane in (False, True)]
+        for id_, end in reached.items():
+            session, route = self.roster.sessions[id_], self._routes.get(id_)
+            session.stored = end
+            if route is not None:
+                self._send(route, Ack(session=id_, first=end, credit=credits[session.is_lane]))
 
     def _ran_out(self, why: SpoolFull, entries: list[Entry]) -> None:
         """Frames are left to their workers; what happened to sessions is tried again."""
         self.room.ran_out(why)
         entries = [*entries, *self._entries]
         self._entries = self.roster.take_back(entries)
-        for id_ in dict.fromkeys(entry.session for entry in entries if entry.kind in SAID):
+        for id_ in dict.fromkeys(said.session for entry in entries for said in entry.said()):
             self._hold(id_)
         self._something.set()
 
@@ -517,6 +546,8 @@ class Intake:
             if cursor > self._cursor:
                 await self._in_writer(self.spool.delete_through, cursor)
                 self._cursor = cursor
+            else:
+                await self._in_writer(self.spool.note)
             taken = self.room.taken
             await self._in_writer(self.room.look)
             self.room.taken -= taken
