@@ -110,6 +110,8 @@ class Roster:
         self.duplicates = 0
         self.gaps = 0
         self._gate = duplicate_gate
+        self._oldest: dict[str, int] = {}
+        """Of each launch the lowest restart count of a session: no HELLO with that, or less, ends any."""
         self.sessions = {
             s.id: Session(
                 id=s.id,
@@ -126,6 +128,8 @@ class Roster:
             )
             for s in stored
         }
+        for session in self.sessions.values():
+            self._date(session)
 
     @property
     def live(self) -> list[Session]:
@@ -182,6 +186,7 @@ class Roster:
                 "pids",
             )
         }
+        self._date(session)
         self._count(session, hello)
         return Entry.of_event(
             EntryKind.HELLO,
@@ -350,11 +355,17 @@ class Roster:
 
     def supersede(self, hello: Hello, now: float) -> list[Entry]:
         """The sessions that end because their launch was started again."""
+        if hello.attempt <= self._oldest.get(hello.launch, hello.attempt):
+            return []
         return [
             self._end(session, now)
             for session in self.awaited
             if session.hello.get("launch") == hello.launch and session.hello.get("attempt", 0) < hello.attempt
         ]
+
+    def _date(self, session: Session) -> None:
+        launch, attempt = session.hello.get("launch", ""), session.hello.get("attempt", 0)
+        self._oldest[launch] = min(self._oldest.get(launch, attempt), attempt)
 
     def _end(self, session: Session, now: float) -> Entry:
         session.state = "lease"

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,33 @@ _KNOWN: tuple[str, ...] = (
 )  # fmt: skip
 
 
-def facts_of(run: RunFile, run_dir: Path, *, is_relay: bool) -> dict[str, Any]:
-    """What is known of the run by now."""
-    about = read_json(run_dir / "about.json")
+class Known:
+    """What is known of a run by now. Each HELLO is told: what is written of it is read again when it changed."""
+
+    def __init__(self, run: RunFile, run_dir: Path, *, is_relay: bool) -> None:
+        self._run, self._run_dir, self._is_relay = run, run_dir, is_relay
+        self._file = run_dir / "about.json"
+        self._seen: tuple[int, ...] | None = None
+        self._facts: dict[str, Any] = {}
+
+    def __call__(self) -> dict[str, Any]:
+        """Names and plain values."""
+        seen = _state_of(self._file)
+        if seen != self._seen or not self._facts:
+            self._seen = seen  # as of before reading: what changes meanwhile is read the next time
+            self._facts = _facts_of(self._run, self._run_dir, read_json(self._file), is_relay=self._is_relay)
+        return dict(self._facts)
+
+
+def _state_of(path: Path) -> tuple[int, ...] | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns, found.st_size
+
+
+def _facts_of(run: RunFile, run_dir: Path, about: Mapping[str, Any], *, is_relay: bool) -> dict[str, Any]:
     facts = {name: getattr(run, name) for name in TOLD}
     if run.tags:  # none yet are not known to be none: a worker may have given some
         facts["tags"] = list(run.tags)

@@ -31,7 +31,7 @@ from sidestepd.crashpoints import crash_point
 from sidestepd.errors import ExitCode, SpoolDamaged, SpoolFull
 from sidestepd.exits import Exits, Lifeline, is_here
 from sidestepd.intake.blobs import CREDIT_BYTES, BlobStore
-from sidestepd.intake.facts import facts_of, intervals_of
+from sidestepd.intake.facts import Known, intervals_of
 from sidestepd.intake.frames import FrameStore
 from sidestepd.intake.place import open_room
 from sidestepd.keeper import DeliveryKeeper
@@ -83,6 +83,7 @@ class Intake:
         self.boot = uuid.uuid4().hex
         self.rowlog = RowLogReader(spool.path.with_name(placement.ROW_LOG))
         self.collector = Collector(self.run_dir, run.address, run.id)
+        self._known = Known(run, self.run_dir, is_relay=config.is_relay)
         self.exit_code: int | None = None
         self.closing = spool.has_close()
         self._ended_well = False
@@ -606,7 +607,7 @@ class Intake:
 
     def facts(self) -> dict[str, Any]:
         """What a worker may know of the run."""
-        return facts_of(self.run, self.run_dir, is_relay=self.config.is_relay)
+        return self._known()
 
     def report(self) -> dict[str, Any]:
         """How this run is, for a tool that asks."""
