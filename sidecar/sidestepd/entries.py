@@ -119,7 +119,7 @@ class Entry:
         return cls(
             kind=EntryKind.ENVELOPE,
             first=len(frames),
-            count=sum(it.count for it in frames),
+            count=sum(it.records for it in frames),
             crc=checksum(heads),
             received=received,
             body=b"".join([heads, *bodies]),

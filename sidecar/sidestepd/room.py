@@ -111,6 +111,11 @@ class Room:
         """How much of the room was used when it was measured; 1 is all of it."""
         return 1.0 if self._ran_out else self._share_with(0)
 
+    @property
+    def short(self) -> bool:
+        """Whether workers are told to send less."""
+        return self.closed or self.share > SHRINK_AT
+
     def _share_with(self, more: int) -> float:
         used, free = self._used + more, self._free - more
         return max(used / self._quota, (used + self._reserve) / max(free, 1))

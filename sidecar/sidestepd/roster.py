@@ -110,6 +110,8 @@ class Roster:
         self.duplicates = 0
         self.gaps = 0
         self._gate = duplicate_gate
+        self.has_own = False
+        """Whether a worker spoke here itself, and not through a relay."""
         self._oldest: dict[str, int] = {}
         """Of each launch the lowest restart count of a session: no HELLO with that, or less, ends any."""
         self.sessions = {
@@ -220,13 +222,13 @@ class Roster:
         Simply: by the route on which its session said HELLO, of one that is live, and sends no blobs.
         """
         taken = 0
-        for id_, first, count, more, _, _ in frames:
+        for id_, first, records, more, _, _ in frames:
             session = self.sessions.get(id_)
             if session is None or session.next != first or session.state != "live" or session.is_lane:
                 break
             if routes.get(id_) != route:
                 break
-            session.next, session.heard, session.more = first + count, now, more
+            session.next, session.heard, session.more = first + records, now, more
             taken += 1
         return taken
 
@@ -295,7 +297,9 @@ class Roster:
 
     def expire(self, now: float) -> list[Entry]:
         """The leases that ended by `now`."""
-        return [self._end(it, now) for it in self._speaking if now >= it.heard + self._lease_of(it)]
+        before = now - self.lease  # the shorter one: nearly all were heard of since
+        silent = [it for it in self.sessions.values() if it.heard <= before and it.state == "live"]
+        return [self._end(it, now) for it in silent if now >= it.heard + self._lease_of(it)]
 
     def _lease_of(self, session: Session) -> float:
         return self.relay_lease if session.relay or session.is_relay else self.lease
@@ -364,6 +368,7 @@ class Roster:
         ]
 
     def _date(self, session: Session) -> None:
+        self.has_own = self.has_own or (session.is_worker and not session.relay)
         launch, attempt = session.hello.get("launch", ""), session.hello.get("attempt", 0)
         self._oldest[launch] = min(self._oldest.get(launch, attempt), attempt)
 

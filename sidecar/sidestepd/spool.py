@@ -2,8 +2,8 @@
 
 - one writer: intake, with one connection, used by one thread at a time; everyone else reads
 - one commit holds frames together with the next sequence of their sessions: neither is there without the other.
-  Frames say it themselves. A session's own row is written when something happened to it, and at the latest with the
-  next deletion; whoever reads adds what the frames above `noted` say
+  Frames say it themselves. A session's own row is written when something happened to it, and before its frames are
+  deleted; whoever reads adds what the frames above `noted` say
 - frames that came together are one entry, of as many ids: whoever reads gets them one by one
 - an entry's id grows for ever and is never used again, not after a full drain, not after a salvage, not when
   the file was lost
@@ -112,6 +112,8 @@ class Spool:
             self._last = above + SALVAGE_STRIDE
         self._ahead = _ends(self._db)
         """Where sessions stand by frames that their rows may not know of yet."""
+        self.noted: int = self._one("SELECT value FROM meta WHERE key = 'noted'") or 0
+        """Up to which id the rows of sessions have all that frames say."""
         self._page = int(self._one("PRAGMA page_size"))
         if quota:
             self._db.execute(f"PRAGMA max_page_count = {max(1, quota // self._page)}")
@@ -136,25 +138,22 @@ class Spool:
             self._ahead.pop(session.id, None)
         return last
 
-    def delete_through(self, last: int) -> int:
+    def delete_through(self, last: int, *, note: bool = False) -> int:
         """Delete every entry up to and including id `last`, but for a CLOSE; returns how many went.
 
-        Of frames that came together none goes before the last of them.
+        Of frames that came together none goes before the last of them. The rows of sessions are written with it,
+        which costs, where frames above `noted` go, or `note` says so.
         """
+        note = bool(self._ahead) and (note or last > self.noted)
         with self._writing():
             gone = self._db.execute(
                 "DELETE FROM entry WHERE id <= ? AND kind != ?", (last, EntryKind.CLOSE)
             ).rowcount
-            self._note()  # after it, so that there is room
-        self._ahead = {}
+            if note:
+                self._note()  # after it, so that there is room
+        if note:
+            self._ahead, self.noted = {}, self._last
         return gone
-
-    def note(self) -> None:
-        """Have the rows of sessions say what frames say of them, as far as they do not yet."""
-        if self._ahead:
-            with self._writing():
-                self._note()
-            self._ahead = {}
 
     def _note(self) -> None:
         query = f"SELECT {SESSION_COLUMNS} FROM session WHERE id = ?"
@@ -232,7 +231,8 @@ class SpoolReader:
         with self._reading(), closing(self._db.execute(query, (after, limit))) as rows:
             for row in rows:  # one by one: what came together may be more than was asked for
                 entry = entry_of(row)
-                found += (it for it in entry.frames() if it.id > after) if entry.kind is EntryKind.ENVELOPE else (entry,)
+                together = entry.kind is EntryKind.ENVELOPE
+                found += (it for it in entry.frames() if it.id > after) if together else (entry,)
                 if len(found) >= limit:
                     break
         return found[:limit]

@@ -32,7 +32,7 @@ class Wrapped(NamedTuple):
 
     session: bytes
     first: int
-    count: int
+    records: int
     more: bool
     start: int
     end: int
@@ -52,7 +52,7 @@ class Wrapper:
 
     def fits(self, parts: Sequence[bytes]) -> bool:
         """Whether an encoded message may still be added; the first always may."""
-        size = self._size + _HEAD + sum(map(len, parts[1:]))
+        size = self._size + _HEAD + (len(parts[1]) if len(parts) > 1 else 0)
         return not self._count or (size <= MAX_ENVELOPE_BYTES and self._count < MAX_ENVELOPE_MESSAGES)
 
     def add(self, parts: Sequence[bytes]) -> None:

@@ -31,9 +31,9 @@ from sidestepd.crashpoints import crash_point
 from sidestepd.errors import ExitCode, SpoolDamaged, SpoolFull
 from sidestepd.exits import Exits, Lifeline, is_here
 from sidestepd.intake.blobs import CREDIT_BYTES, BlobStore
-from sidestepd.intake.facts import Known, intervals_of
+from sidestepd.intake.facts import Known, intervals_of, report_of, wished
 from sidestepd.intake.frames import FrameStore
-from sidestepd.intake.place import open_room
+from sidestepd.intake.place import Deleting, open_room, open_roster
 from sidestepd.keeper import DeliveryKeeper
 from sidestepd.listen import Listener
 from sidestepd.processes import Lock
@@ -50,8 +50,8 @@ logger = logging.getLogger("sidestepd.intake")
 WATCH_INTERVAL_S = 0.1
 LOOK_INTERVAL_S = 1.0
 """How often what is settled is deleted, and room is measured."""
-MOST_OFTEN_S, SELDOM_S = 0.5, 3600.0
-"""Between which a worker may wish the machine to be read."""
+RELAYED_S = 0.05
+"""How long frames of relays may wait for their commit: whoever said them has his answer already."""
 FROZEN_S = 1.0
 """A longer pause of this process is not the silence of its workers."""
 
@@ -83,7 +83,7 @@ class Intake:
         self.boot = uuid.uuid4().hex
         self.rowlog = RowLogReader(spool.path.with_name(placement.ROW_LOG))
         self.collector = Collector(self.run_dir, run.address, run.id)
-        self._known = Known(run, self.run_dir, is_relay=config.is_relay)
+        self.facts = Known(run, self.run_dir, is_relay=config.is_relay)
         self.exit_code: int | None = None
         self.closing = spool.has_close()
         self._ended_well = False
@@ -97,6 +97,8 @@ class Intake:
         self._held: set[bytes] = set()
         """Sessions that were told to keep what they have."""
         self._something = asyncio.Event()
+        self._soon: asyncio.TimerHandle | None = None
+        """Sets it, if nothing else does before."""
         self._blob_frames: list[Frame] = []
         self._some_blobs = asyncio.Event()
         self._writer = ThreadPoolExecutor(1, "spool")
@@ -106,7 +108,7 @@ class Intake:
         self._awake_at = clock()
         self.went_round_at = time.monotonic()
         """The loop came back from the threads that write; about every second where the disks do."""
-        self._cursor = 0
+        self._deleting = Deleting(spool, room)
         self.listener = Listener(heartbeat_s=config.intake.heartbeat_s)
         self.relays = Relays(roster, heartbeat_s=config.intake.heartbeat_s, patience_s=config.order.patience_s)
         self.exits: Exits | None = None
@@ -123,13 +125,7 @@ class Intake:
             (run_dir / told).unlink(missing_ok=True)
         spool, room = open_room(run_dir, config)
         clock = SpoolClock.starting_after(spool.latest())
-        roster = Roster(
-            spool.sessions(),
-            lease=config.order.lease_s,
-            relay_lease=config.order.relay_lease_s,
-            now=clock(),
-            duplicate_gate=config.unsafe.duplicate_gate,
-        )
+        roster = open_roster(spool, config, now=clock())
         module = "sidestepd.upstream" if config.is_relay else "sidestepd.delivery"
         keeper = DeliveryKeeper(
             run_dir, module, stall_s=config.delivery.stall_s, backoff_s=config.delivery.backoff_s
@@ -227,18 +223,11 @@ class Intake:
         self._replies.append((route, welcome))
 
     def _ask_samplers(self, hello: Hello) -> None:
-        """What wandb's settings of the first worker say of the machine, where our own options say nothing."""
+        """What the first worker wishes."""
         if self._samplers_are_asked:
             return
         self._samplers_are_asked = True
-        options, said = self.config, hello.settings
-        interval = said.get("x_stats_sampling_interval")
-        in_range = isinstance(interval, float) and MOST_OFTEN_S <= interval < SELDOM_S
-        ours = options.source("samplers.interval_s") != "default"
-        self.samplers.ask(
-            enabled=options.source("samplers.enabled") != "default" or said.get("x_disable_stats") is not True,
-            interval_s=interval if in_range and not ours else None,
-        )
+        self.samplers.ask(**wished(self.config, hello.settings))
 
     def _on_frame(self, route: bytes, frame: Frame) -> None:
         if self._is_stranger(route, frame.session):
@@ -271,8 +260,10 @@ class Intake:
         while frames:
             taken = frames[: self._take(route, frames)]
             if taken:
-                self._write(Entry.of_envelope(taken, body, received=self._awake_at))
+                self._entries.append(Entry.of_envelope(taken, body, received=self._awake_at))
                 self._acknowledge.update(it.session for it in taken)
+                if self._soon is None:
+                    self._soon = asyncio.get_running_loop().call_later(RELAYED_S, self._something.set)
             left = frames[len(taken) :]
             for frame in left[:1]:
                 self.hear(route, decode(frame.parts(body)))
@@ -495,6 +486,9 @@ class Intake:
     async def _commit_once(self) -> bool:
         """Write what came in one transaction, then make good on it; False if the disk has no room for it."""
         now = self._now()
+        if self._soon is not None:
+            self._soon.cancel()
+            self._soon = None
         entries, self._entries = self._entries, []
         replies, self._replies = self._replies, []
         touched, self._touched = self._touched, set()
@@ -524,12 +518,12 @@ class Intake:
         return True
 
     def _acknowledge_all(self, reached: Mapping[bytes, int]) -> None:
-        credits = [self._credit(is_lane=is_lane) for is_lane in (False, True)]
+        credit = [self._credit(is_lane=is_lane) for is_lane in (False, True)]
         for id_, end in reached.items():
             session, route = self.roster.sessions[id_], self._routes.get(id_)
             session.stored = end
             if route is not None:
-                self._send(route, Ack(session=id_, first=end, credit=credits[session.is_lane]))
+                self._send(route, Ack(session=id_, first=end, credit=credit[session.is_lane]))
 
     def _ran_out(self, why: SpoolFull, entries: list[Entry]) -> None:
         """Frames are left to their workers; what happened to sessions is tried again."""
@@ -542,13 +536,8 @@ class Intake:
 
     async def _make_room(self) -> None:
         """Drop what delivery calls settled, and see how much may be taken."""
-        cursor = self.rowlog.cursor()
         try:
-            if cursor > self._cursor:
-                await self._in_writer(self.spool.delete_through, cursor)
-                self._cursor = cursor
-            else:
-                await self._in_writer(self.spool.note)
+            await self._in_writer(self._deleting.through, self.rowlog.cursor(), time.monotonic())
             taken = self.room.taken
             await self._in_writer(self.room.look)
             self.room.taken -= taken
@@ -572,7 +561,7 @@ class Intake:
             if damage_mark(self.spool.path).exists():
                 raise SpoolDamaged(self.spool.path, "delivery can not read it")
             self.keeper.tend(time.monotonic())
-            if not self.closing and any(not worker.relay for worker in self.roster.workers):
+            if not self.closing and self.roster.has_own:
                 self.samplers.tend(time.monotonic())
             for entry in (*self.listener.look(self.roster.live, self._now()), *self.relays.look(self._now())):
                 self._write(entry)
@@ -605,26 +594,6 @@ class Intake:
             self._write(Entry.of_event(EntryKind.BOOT, received=now, boot=self.boot))
         return now
 
-    def facts(self) -> dict[str, Any]:
-        """What a worker may know of the run."""
-        return self._known()
-
     def report(self) -> dict[str, Any]:
         """How this run is, for a tool that asks."""
-        return {
-            "run": self.facts(),
-            "boot": self.boot,
-            "closing": self.closing,
-            "silent_s": time.monotonic() - self.went_round_at,
-            "sessions": len(self.roster.workers),
-            "live": len(self.roster.live),
-            "relays": self.relays.report(),
-            "duplicates": self.roster.duplicates,
-            "gaps": self.roster.gaps,
-            "salvaged": self.spool.salvaged,
-            "room": {**self.room.facts(), "held": len(self._held)},
-            "blobs": {"bytes": self.blobs.used + self.blobs.theirs, "closed": self.blobs.closed},
-            "collected": self.collector.collected,
-            "delivery": {"pid": self.keeper.pid, "restarts": self.keeper.restarts},
-            "samplers": {"pid": self.samplers.pid, "restarts": self.samplers.restarts},
-        }
+        return report_of(self, held=len(self._held))

@@ -236,7 +236,7 @@ class Forwarder:
     # Reading
 
     def _read(self, now: float) -> None:
-        """What there is. Behind it more is gathered before it is read, but what comes after a pause is not held up."""
+        """What there is; more is gathered before it is read, but what comes after a pause is not held up."""
         entries = self.spool.read(self.read_through, READ_LIMIT)
         for entry in entries:
             self._take(entry)
