@@ -311,7 +311,8 @@ class Roster:
 
     def behind(self, relay: Session) -> list[Session]:
         """Those that may speak through a relay."""
-        return [session for session in self._speaking if session.relay == relay.id.hex()]
+        id_ = relay.id.hex()
+        return [it for it in self.sessions.values() if it.state == "live" and it.hello.get("relay") == id_]
 
     def excuse(self, seconds: float) -> None:
         """Nobody listened for so long: what was said meanwhile is still to be heard."""

@@ -33,6 +33,8 @@ def open_roster(spool: Spool, config: Config, *, now: float) -> Roster:
     )
 
 
+RELAYED_S = 0.05
+"""How long frames of relays may wait for their commit: whoever said them has his answer already."""
 NOTE_INTERVAL_S = 5.0
 """How often the rows of all sessions are written that frames moved: else with what happens to one, or for room."""
 

@@ -33,7 +33,7 @@ from sidestepd.exits import Exits, Lifeline, is_here
 from sidestepd.intake.blobs import CREDIT_BYTES, BlobStore
 from sidestepd.intake.facts import Known, intervals_of, report_of, wished
 from sidestepd.intake.frames import FrameStore
-from sidestepd.intake.place import Deleting, open_room, open_roster
+from sidestepd.intake.place import RELAYED_S, Deleting, open_room, open_roster
 from sidestepd.keeper import DeliveryKeeper
 from sidestepd.listen import Listener
 from sidestepd.processes import Lock
@@ -50,8 +50,6 @@ logger = logging.getLogger("sidestepd.intake")
 WATCH_INTERVAL_S = 0.1
 LOOK_INTERVAL_S = 1.0
 """How often what is settled is deleted, and room is measured."""
-RELAYED_S = 0.05
-"""How long frames of relays may wait for their commit: whoever said them has his answer already."""
 FROZEN_S = 1.0
 """A longer pause of this process is not the silence of its workers."""
 
@@ -264,15 +262,14 @@ class Intake:
                 self._acknowledge.update(it.session for it in taken)
                 if self._soon is None:
                     self._soon = asyncio.get_running_loop().call_later(RELAYED_S, self._something.set)
-            left = frames[len(taken) :]
-            for frame in left[:1]:
+            for frame in frames[len(taken) : len(taken) + 1]:
                 self.hear(route, decode(frame.parts(body)))
-            frames = left[1:]
+            frames = frames[len(taken) + 1 :]
 
     def _take(self, route: bytes, frames: Sequence[Wrapped]) -> int:
         now, size = self._now(), sum(it.end - it.start for it in frames)
         if self.closing or not self.room.fits(size):
-            return 0
+            return 0  # each is told so, or held
         taken = self.roster.take(frames, now, route=route, routes=self._routes)
         self.room.taken += size if taken else 0
         return taken
@@ -345,14 +342,17 @@ class Intake:
         self._something.set()
 
     def _on_status(self, route: bytes, status: Status) -> None:
-        if not self._is_stranger(route, status.session):
-            if status.session in self._held:
-                status = replace(status, more=False)
-            entries = [self.roster.heartbeat(status, self._now()), *self.relays.hear(status, self._now())]
-            self._touched.add(status.session)
+        if self._is_stranger(route, status.session):
+            return
+        if status.session in self._held:
+            status = replace(status, more=False)
+        session, now = self.roster.sessions[status.session], self._now()
+        before = (session.state, session.offered, session.values_refused)
+        entries = [it for it in (self.roster.heartbeat(status, now), *self.relays.hear(status, now)) if it]
+        if entries or before != (session.state, session.offered, session.values_refused):
+            self._touched.add(session.id)
             self._something.set()
-            for entry in filter(None, entries):
-                self._write(entry)
+        self._entries.extend(entries)
 
     def _on_bye(self, route: bytes, bye: Bye) -> None:
         if not self._has_left(bye.session) and self._is_stranger(route, bye.session):
