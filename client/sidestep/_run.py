@@ -100,8 +100,8 @@ class Axis:
         step_sync: bool | None = None,  # noqa: ARG002 - wandb's; here an axis always has its value in the row
         hidden: bool | None = None,
         summary: str | None = None,
-        goal: str | None = None,
         overwrite: bool | None = None,  # noqa: ARG002 - wandb's; here the last definition counts
+        goal: str | None = None,
         *,
         reduce: str | list[str] | None = None,
     ) -> Metric:
@@ -326,7 +326,7 @@ class Run(Axis, About, Outputs, Elsewhere):
         self._alerts = Alerts()
         self._began = now()
         self._config = Bag(session, Kind.CONFIG)
-        self._summary = Bag(session, Kind.SUMMARY)
+        self._summary = Bag(session, Kind.SUMMARY, self._log_last)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """In another process it is that process's own, which joins the same run; a copy of it is itself."""
@@ -347,6 +347,10 @@ class Run(Axis, About, Outputs, Elsewhere):
     def summary(self) -> Bag:
         """What the run comes to in the end, beside the last values of its metrics."""
         return self._summary
+
+    def _log_last(self, values: dict[Any, Any]) -> None:
+        """Media for the summary go with the next row: what was logged last under a name is in the summary."""
+        self._log_guarded(values, None, False, None)
 
     def watch(
         self,

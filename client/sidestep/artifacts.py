@@ -154,7 +154,13 @@ class Artifact:
         self._guard(add)
 
     @contextmanager
-    def new_file(self, name: str, mode: str = "x", encoding: str | None = None) -> Iterator[IO[Any]]:
+    def new_file(
+        self,
+        name: str,
+        mode: str = "x",
+        encoding: str | None = None,
+        policy: str | None = "mutable",  # noqa: ARG002 - wandb's
+    ) -> Iterator[IO[Any]]:
         """A file to be written, which is in the artifact when it is closed: `with artifact.new_file(...) as f`."""
         opened = f"w{'b' if 'b' in mode else ''}+"
         with tempfile.NamedTemporaryFile(opened, encoding=None if "b" in mode else encoding) as file:

@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import Any
 
 from sidestep import configs, convert
@@ -22,8 +22,11 @@ from sidestep.wire import MAX_NAME_CHARS, Kind
 class Bag(MutableMapping[str, Any]):
     """Entries that belong to the run rather than to a step."""
 
-    def __init__(self, session: Session | None, kind: Kind) -> None:
-        vars(self).update(_session=session, _kind=kind, _entries={}, _locked=frozenset())
+    def __init__(
+        self, session: Session | None, kind: Kind, others: Callable[[dict[Any, Any]], None] | None = None
+    ) -> None:
+        """`others` takes what has no place here: media, and arrays that are more than a list."""
+        vars(self).update(_session=session, _kind=kind, _entries={}, _locked=frozenset(), _others=others)
 
     def update(self, *others: Any, allow_val_change: bool | None = None, **entries: Any) -> None:  # noqa: ARG002
         """Set entries from mappings, namespaces, dataclasses or keywords; a nested dict replaces the one before.
@@ -38,12 +41,12 @@ class Bag(MutableMapping[str, Any]):
                 self._refuse("update", other, error)
         self._store({**given, **entries})
 
-    def setdefaults(self, entries: Mapping[str, Any]) -> dict[str, Any]:
+    def setdefaults(self, d: Mapping[str, Any]) -> dict[str, Any]:
         """Set the entries that are not there yet, and return all."""
         try:
-            given = entries_of(entries)
+            given = entries_of(d)
         except UnsupportedValue as error:
-            self._refuse("setdefaults", entries, error)
+            self._refuse("setdefaults", d, error)
         else:
             self._store({name: value for name, value in given.items() if name not in self._entries})
         return self.as_dict()
@@ -71,7 +74,10 @@ class Bag(MutableMapping[str, Any]):
             try:
                 plain[_name(name)] = convert.plain(value, fallback=_known_by_its_text)
             except UnsupportedValue as error:
-                self._refuse(name, value, error)
+                if self._others is not None:
+                    self._others({name: value})
+                else:
+                    self._refuse(name, value, error)
         self._entries.update(plain)
         if plain and self._session is not None:
             self._session.send(self._kind, plain)

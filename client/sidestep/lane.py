@@ -21,7 +21,7 @@ import os
 import threading
 import zlib
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from time import monotonic, time
 from typing import TYPE_CHECKING, Any
@@ -81,9 +81,7 @@ class Waiting:
     def read(self) -> Iterator[bytes | memoryview]:
         """Its bytes, a piece at a time. Raises OSError, and Torn for a file that is not what it was."""
         if self.opened is None:
-            for piece in self.pieces:
-                for start in range(0, len(piece), MAX_CHUNK_BYTES):
-                    yield piece[start : start + MAX_CHUNK_BYTES]
+            yield from _in_chunks(self.pieces)
             return
         reopen(self.opened)
         file = self.opened.file
@@ -473,6 +471,21 @@ def lane_of(session: Session) -> Lane:
 def waiting_file(opened: Opened, number: int = 0) -> Waiting:
     """A file as a blob."""
     return Waiting(number=number, size=opened.size, opened=opened, sha256=_sha256())
+
+
+def _in_chunks(pieces: Iterable[bytes | memoryview]) -> Iterator[bytes | memoryview]:
+    """The same bytes in records of some size: thousands of small pieces are no thousands of records."""
+    gathered, size = list[bytes | memoryview](), 0
+    for piece in pieces:
+        for start in range(0, len(piece), MAX_CHUNK_BYTES):
+            part = piece[start : start + MAX_CHUNK_BYTES]
+            if size + len(part) > MAX_CHUNK_BYTES:
+                yield b"".join(gathered) if len(gathered) > 1 else gathered[0]
+                gathered, size = [], 0
+            gathered.append(part)
+            size += len(part)
+    if gathered:
+        yield b"".join(gathered) if len(gathered) > 1 else gathered[0]
 
 
 def _sha256() -> Any:

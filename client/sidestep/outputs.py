@@ -28,6 +28,8 @@ Saved = tuple[str, Signature, str]
 POLICIES = ("live", "now", "end")
 MOST_WATCHED = 10_000
 """Files of `save` whose changes are looked for at the end."""
+OF_THE_DAEMON = ("spool.", "delivery.", "intake.", "horizon", "run.json", "about.json", "config.json")
+"""Files in a run's directory that `save` passes over."""
 WANDBS = (".wandb", "wandb", "sidestep-runs")
 """Directories that are not code."""
 
@@ -40,6 +42,7 @@ class Outputs:
     _session: Session
     _saved: dict[str, Saved]
     _keywords: Mapping[str, Any]
+    _told: Callable[..., Any]
 
     def log_artifact(
         self,
@@ -75,8 +78,8 @@ class Outputs:
         """Keep files with the run, under their paths below `base_path`; returns the files that were found.
 
         `policy`: `now` is once; `live` and `end` are looked at once more when the run is finished. (`live` is not
-        watched in between: call it again.) Without `base_path`, relative paths are the run's, and of an absolute
-        one the last directory is kept, as in wandb.
+        watched in between: call it again.) Without `base_path`, relative paths are the run's, what is in `run.dir`
+        is named as it is there, and of another absolute path the last directory is kept, as in wandb.
         """
         found: list[str] = []
         self._session.guard(lambda: found.extend(self._save(glob_str, base_path, policy, pattern=glob)))
@@ -139,6 +142,11 @@ class Outputs:
 
     # How
 
+    def _own_folder(self) -> str | None:
+        """The run's directory, if it is known and on this machine."""
+        folder = self._told("dir", self._session.settings.run_dir, wait=False)
+        return os.path.abspath(folder) if isinstance(folder, str) and os.path.isdir(folder) else None
+
     def _of_path(self, given: Any, name: str | None, type: str | None) -> Artifact:  # noqa: A002 - as above
         from sidestep.artifacts import Artifact, safe_name
 
@@ -184,18 +192,27 @@ class Outputs:
 
         if policy not in POLICIES:
             raise Refusal(DropReason.UNSUPPORTED, f"save(policy={policy!r:.40}): live, now or end")
-        said = os.fsdecode(given)
+        said, own = os.fsdecode(given), self._own_folder()
         if said.startswith(("gs://", "s3://")):
             raise Refusal(DropReason.UNSUPPORTED, f"save({said!r:.200}): what is in a cloud's store is not copied")
+
+        def found_as(wanted: str) -> list[str]:
+            return sorted(globs.glob(wanted)) if pattern else [wanted] if os.path.exists(wanted) else []
+
         wanted = os.path.abspath(said)
         if base_path is not None:
             base = os.path.abspath(os.fspath(base_path))
+        elif own and not os.path.isabs(said) and not found_as(wanted) and os.path.isfile(os.path.join(own, said)):
+            wanted, base = os.path.join(own, said), own
+        elif own and os.path.commonpath([wanted, own]) == own:
+            base = own
         else:
             base = os.path.dirname(os.path.dirname(wanted)) if os.path.isabs(said) else os.getcwd()
         if os.path.commonpath([wanted, base]) != base:
             raise Refusal(DropReason.UNSUPPORTED, f"save({said!r:.200}): it is not below {base!r:.200}")
-        paths = sorted(globs.glob(wanted)) if pattern else [wanted] if os.path.exists(wanted) else []
-        found = [path for path in paths if os.path.isfile(path)]
+        paths = found_as(wanted)
+        theirs = tuple(os.path.join(own, name) for name in OF_THE_DAEMON) if own else ()
+        found = [path for path in paths if os.path.isfile(path) and not path.startswith(theirs)]
         if not found:
             self._session.notices.once(("save", said), f"save({said!r:.200}): there is no such file")
         self._send({path: os.path.relpath(path, base) for path in found}, policy, now=policy != "end")

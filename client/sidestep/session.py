@@ -15,6 +15,7 @@ from __future__ import annotations
 import atexit
 import os
 import platform
+import re
 import sys
 import threading
 import weakref
@@ -291,12 +292,13 @@ class Session:
             self.wake()
 
     def drop(self, reason: DropReason, detail: str = "") -> None:
-        """Count a record that was given up, and say so once."""
+        """Count a record that was given up, and say so once; of a user's mistakes, each, but for its numbers."""
         self.outbox.drop(reason)
         text = f"{WHY[reason]}: {detail}" if detail else WHY[reason]
         if self.settings.strict:
             raise (UnsupportedValue if reason in _USERS else SidestepError)(text)
-        self.notices.once(("drop", reason), text)
+        kind_of_mistake = re.sub(r"\d+", "#", detail) if reason is DropReason.UNSUPPORTED else ""
+        self.notices.once(("drop", reason, kind_of_mistake), text)
 
     def refuse_value(self, name: str, kind: type, why: str) -> None:
         """Count a value that its record goes without, and say so once for each name and type."""

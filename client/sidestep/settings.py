@@ -125,7 +125,8 @@ def _context(path: Path, strict: bool, warn: Callable[[str], None]) -> dict[str,
     try:
         return told_by(path)
     except (OSError, ValueError) as error:
-        message = f"context = {path} (from SIDESTEP_CONTEXT): can not be read: {error}"
+        why = error.strerror if isinstance(error, OSError) else error
+        message = f"context = {path} (from SIDESTEP_CONTEXT): can not be read: {why}"
         if strict:
             raise SettingsError(message) from None
         warn(f"{message}; it is looked for again")

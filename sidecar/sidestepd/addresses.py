@@ -1,7 +1,7 @@
 """Where a daemon listens beside its socket on this node, and what it tells others of that.
 
 - tcp that other nodes reach needs keys and a list of clients: without them nothing there would ask who is speaking
-- a port of 0 is any free one; an intake that is started again takes the same
+- a port of 0 is any free one; an intake that is started again takes the same, unless somebody has it by then
 - the context file leads to the daemon from this node and from others; it is replaced by rename and holds no secret
 """
 

@@ -8,6 +8,7 @@
 - the value of the axis is data in every row, and every name is defined once, exactly, with its axis. Where a
   user's own metric has the axis's name, its value is there, and that of the axis under `sidestep/` and that name
 - a late row is a row of its own; a share of a value that was already written goes under `<name>.late`
+- a row that is a process's own meets no other, says whose it is, and is not what others' steps are measured by
 - attempts do not meet in a row; a step that an earlier attempt has in a row is said again, and says so
 - no I/O and no clock here: callers pass `now`
 """
@@ -22,7 +23,7 @@ from typing import Any
 from sidestepd.packed import has_media
 from sidestepd.quota import leaves
 from sidestepd.reduce import is_number, reduce_parts
-from sidestepd.rows import MAIN_AXIS, OWN_PREFIX, Aggregate, Bundle, Definition, Latest, Position, Row
+from sidestepd.rows import MAIN_AXIS, OWN_PREFIX, PROCESS, Aggregate, Bundle, Definition, Latest, Position, Row
 from sidestepd.rules import Rules
 
 NOWHERE = (-1, -1)
@@ -43,6 +44,7 @@ class _Draft:
     since: float
     conflicts: int
     own: Mapping[str, Any]
+    apart: str
 
 
 class Assembler:
@@ -95,6 +97,9 @@ class Assembler:
         for bundle in bundles:
             draft = self._draft(bundle, now)
             self.forced_rows += bundle.cause == "forced"
+            if bundle.apart:
+                rows.append(self._late(draft) if bundle.late else self._apart(draft))
+                continue
             if bundle.axis == MAIN_AXIS and not bundle.late:
                 rows.extend(self._main(draft, world))
                 continue
@@ -135,6 +140,7 @@ class Assembler:
             since=now,
             conflicts=reduced.conflicts,
             own=bundle.own,
+            apart=bundle.apart,
         )
 
     def _main(self, draft: _Draft, world: int) -> Iterator[Row]:
@@ -184,6 +190,9 @@ class Assembler:
         drafts = [self._waiting.pop(axis) for axis in list(self._waiting) if axis in axes]
         return [self._row(draft, (), step=self.last + 1, values=draft.values) for draft in drafts]
 
+    def _apart(self, draft: _Draft) -> Row:
+        return self._row(draft, (), step=self.last + 1, values=draft.values)
+
     def _late(self, draft: _Draft) -> Row:
         written = self._names_at(draft) - {draft.axis, OWN_PREFIX + draft.axis, *self.rules.step_metrics}
         self.late_rows += 1
@@ -194,6 +203,8 @@ class Assembler:
 
     def _names_at(self, draft: _Draft) -> Set[str]:
         """The names written at a step; of a step that left the window, the names whose values may be there."""
+        if draft.apart:
+            return frozenset()  # each row of its own stands for itself
         written: Set[str] = self._written.get((draft.axis, draft.attempt, draft.step), frozenset())
         if draft.step > self._forgotten.get((draft.axis, draft.attempt), -1):
             return written
@@ -217,7 +228,7 @@ class Assembler:
 
     def _is_behind(self, draft: _Draft) -> bool:
         """Whether a row of its axis holds a later step, or a later attempt."""
-        return self._furthest.get(draft.axis, NOWHERE) > (draft.attempt, draft.step)
+        return not draft.apart and self._furthest.get(draft.axis, NOWHERE) > (draft.attempt, draft.step)
 
     def _is_said_again(self, draft: _Draft) -> bool:
         """Whether an earlier attempt came as far, and this one goes over it anew."""
@@ -230,6 +241,8 @@ class Assembler:
         drafts = (draft, *guests)
         if draft.attempt and any(map(self._is_said_again, drafts)):
             values[f"{OWN_PREFIX}attempt"] = draft.attempt
+        if draft.apart:
+            values[PROCESS] = draft.apart
         row = Row(
             step=step,
             time=draft.time,
@@ -238,6 +251,7 @@ class Assembler:
             positions=tuple(position for it in drafts for position in it.positions),
             attempt=draft.attempt,
             restore=self._newer_than(draft, values) if self._is_behind(draft) else {},
+            apart=draft.apart != "",
         )
         self.conflicts += sum(it.conflicts for it in drafts)
         self.remember(row)
@@ -250,6 +264,9 @@ class Assembler:
     def remember(self, row: Row) -> None:
         """Note what a row holds, made now or in an earlier life."""
         self.last = max(self.last, row.step)
+        if row.apart:
+            self._recent.update(dict.fromkeys(row.values, row))
+            return
         attempt, behind = row.attempt, False
         for axis, step in row.places.items():
             place = (axis, attempt)

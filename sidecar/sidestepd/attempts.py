@@ -6,12 +6,13 @@
 - the first session of a rank stands for it; further ones, while that one lives, are its children: forked, or
   spawned with their parent's environment
 - a launch's base on an axis is fixed when it first appears: 0, or one past the highest step seen until then
+- a process that nobody numbered, and that comes while another launch lives, is beside that, as a child is
 - everything follows from the HELLOs and BYEs, in their order
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -44,6 +45,11 @@ class Launch:
         """Whether every rank came and went."""
         return len(self.done) >= self.world
 
+    @property
+    def sessions(self) -> list[bytes]:
+        """Those that stand for ranks which are not known to have gone."""
+        return [] if self.over else [id_ for rank, id_ in self.ranks.items() if rank not in self.done]
+
     def takes(self, rank: int) -> bool:
         """Whether a session of this rank may belong to it."""
         return rank not in self.done and not self.over
@@ -69,6 +75,10 @@ class Launches:
                 launch.world = max(world, launch.world)
                 return launch
         return self._open(name, restarts, world, {axis: step + 1 for axis, step in highest.items()})
+
+    def others(self, launch: Launch) -> Iterator[bytes]:
+        """The sessions that stand for ranks of other launches."""
+        return (id_ for it in self._launches.values() if it.name != launch.name for id_ in it.sessions)
 
     def _open(self, name: str, restarts: int, world: int, bases: dict[str, int]) -> Launch:
         number = len(self._by_start.get((name, restarts), ()))

@@ -226,9 +226,10 @@ def serve(
     SIDESTEP_ADDRESS=ipc:///run/sidestep/train.sock torchrun ... train.py
 
     Workers of other nodes are let in by keys, and so are their tools:
+
     \b
     sidestep keygen sidestep-keys
-    sidestep serve --listen tcp://*:7711 --keys sidestep-keys
+    sidestep serve --listen 'tcp://*:7711' --keys sidestep-keys
 
     Workers name their run by init(id=...), WANDB_RUN_ID or SIDESTEP_RUN_ID; those
     that name none share one run per launch, and the second init() of a process
@@ -254,6 +255,8 @@ def drain(run_dirs: tuple[Path, ...]) -> None:
 
     Writes what is left into the run and closes it, with exit code 0 if all of its
     workers had left, else 1. Waits for no worker; `sidestep serve RUN_DIR` does.
+    What relays of the run on other nodes kept when they were killed is handed on
+    first, from sidestep-runs/.relays, if it is on a disk that is seen from here.
     """
     sys.exit(_saying_why(lambda: serving.drain(run_dirs)))
 

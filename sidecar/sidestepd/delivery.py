@@ -46,7 +46,7 @@ from sidestepd.rundir import ARTIFACTS, BLOBS
 from sidestepd.samples import Samples, first_ranks
 from sidestepd.settlement import Settlement
 from sidestepd.show import Shower
-from sidestepd.sinks import Confirmed, RunFacts, Sink, load, make_sink, patiently, write_all
+from sidestepd.sinks import Confirmed, LeftOut, RunFacts, Sink, load, make_sink, patiently, write_all
 from sidestepd.spool import Entry, EntryKind, SpoolReader
 from sidestepd.storing import Storing
 from sidestepd.telling import Telling
@@ -352,10 +352,14 @@ class Delivery:
     def write(self, rows: Sequence[Row]) -> None:
         """Hand rows that are written down to the sink; what it refuses for good is settled."""
         self.wait_for_room()
-        for rejected in write_all(self.sink, self.media.shown(rows), beat=self.beat, kept=self.keep):
-            logger.warning("row %d was rejected: %s", rejected.row.step, rejected.reason)
-            self.settlement.reject(rejected.row.step, rejected.reason)
-            self.media.settle([rejected.row.step], rejected=True)
+        for refused in write_all(self.sink, self.media.shown(rows), beat=self.beat, kept=self.keep):
+            step = refused.row.step
+            if isinstance(refused, LeftOut):
+                self.settlement.leave_out(step, len(refused.names))
+                continue
+            logger.warning("row %d was rejected: %s", step, refused.reason)
+            self.settlement.reject(step, refused.reason)
+            self.media.settle([step], rejected=True)
         crash_point("delivery.written")
 
     # Confirming
@@ -369,7 +373,7 @@ class Delivery:
         self._watched = confirmed.watched
         self.see_confirmed(confirmed.steps)
         self.storing.see(confirmed)
-        self.storing.forget_orphans(self.resolver.sessions, self._now)
+        self.storing.forget_orphans(self.resolver.sessions, self._now, self.matcher.parts)
         self._tell_trouble(confirmed.trouble)
         self._see_progress(confirmed)
         if self.settlement.newest_snapshot != self.read_through:
@@ -474,7 +478,9 @@ class Delivery:
             "conflicts": self.assembler.conflicts,
             "waiting": self.matcher.waiting + self.media.held + self.order.waiting + self.assembler.waiting,
             "unmatched": self.unmatched,
-            "values_refused": self.resolver.names.refused,
+            "values_refused": self.resolver.names.refused
+            + self.settlement.values_refused
+            + len(self.telling.refused),
             "media": self.media.ledger(),
             "artifacts": self.storing.artifacts.ledger(),
             "sessions": {

@@ -90,6 +90,8 @@ class Gatherer:
         """Blobs whose values have their fate, as the row log knows."""
         self._queues: dict[bytes, deque[_Held]] = {}
         self._late: list[_Late] = []
+        self._gone_on: set[BlobId] = set()
+        """Blobs of values that went on, and are in no row that is written down yet."""
         self._jobs: list[Job] = []
         self._waits: dict[bytes, bool] = {}
         self._done: list[BlobId] = []
@@ -166,8 +168,8 @@ class Gatherer:
 
     @property
     def needed(self) -> Iterator[BlobId]:
-        """The blobs of values that wait for them."""
-        return (of for value in self._values() for of in value.blobs)
+        """The blobs of values that wait for them, or are on their way into a row: a crash has them shown anew."""
+        return chain(self._gone_on, (of for value in self._values() for of in value.blobs))
 
     def end(self, session: bytes) -> None:
         """A session that sends blobs said its last word: what is not complete will not be."""
@@ -190,6 +192,7 @@ class Gatherer:
         for of in blobs:
             self._blobs.pop(of, None)
             self._written.add(of)
+            self._gone_on.discard(of)
         self._late = [it for it in self._late if not self._written.issuperset(it.value.blobs)]
 
     def confirm(self, blobs: Iterable[BlobId]) -> None:
@@ -254,7 +257,7 @@ class Gatherer:
         part, without = held.said, set()
         for value in held.values:
             if value.state == "good":
-                value.state = "gone on"
+                self._go_on(value)
                 continue
             assert isinstance(part, Part)
             without.add(value.name)
@@ -272,12 +275,16 @@ class Gatherer:
         for late in list(self._late):
             value = late.value
             if value.state == "good":
-                value.state = "gone on"
+                self._go_on(value)
                 leaving.append(replace(late.part, values={value.name: value.value}))
             elif not value.open and value.state != "gone on":
                 self._late.remove(late)
                 self._leave_out(value)
         return leaving
+
+    def _go_on(self, value: _Value) -> None:
+        value.state = "gone on"
+        self._gone_on.update(value.blobs)
 
     def _leave_out(self, value: _Value) -> None:
         self.left_out[value.state] += 1

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from sidestep.ranks import identify, is_on_one_node
 
 _TORCHRUN = ("torchrun", "torch.distributed.run", "torch.distributed.launch")
+_LAUNCH_ELSEWHERE = ("srun", "mpirun", "mpiexec", "mpiexec.hydra", "prun")
+_ON_ONE_NODE = frozenset({"-N1", "--nodes=1"})
 _LOCAL = ("localhost", "127.0.0.1", "::1")
 
 
@@ -172,6 +174,15 @@ def _by_index(environ: Mapping[str, str], node: str) -> Place | None:
     pods = node.partition(".")[0].removesuffix(f"-{index}")
     nodes = _number(environ.get("NNODES"))
     return Place(job=_name(f"pods {pods}"), node=node, first=index == 0, nodes=nodes, tasks=1)
+
+
+def starts_elsewhere(environ: Mapping[str, str], words: Sequence[str]) -> str | None:
+    """The launcher in the command whose tasks are on other nodes of this job too, where our socket is no use."""
+    nodes = _number(environ.get("SLURM_JOB_NUM_NODES") or environ.get("SLURM_NNODES"))
+    program = words[0].rsplit("/", 1)[-1]
+    if (nodes or 1) < 2 or program not in _LAUNCH_ELSEWHERE or not _ON_ONE_NODE.isdisjoint(words):
+        return None
+    return program
 
 
 def _name(said: str) -> str:

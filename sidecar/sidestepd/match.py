@@ -17,7 +17,7 @@ gave to its own k-th call with these names; what no other rank says goes on from
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -172,6 +172,11 @@ class Matcher:
     def waiting(self) -> int:
         """How much waits."""
         return sum(len(queue.items) for queue in self._queues.values())
+
+    @property
+    def parts(self) -> Iterator[Part]:
+        """What waits."""
+        return (item.part for queue in self._queues.values() for item in queue.items)
 
     # What is heard
 

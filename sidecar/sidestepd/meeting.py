@@ -64,6 +64,8 @@ class Meeting:
         if self._secret and len(self._secret) < LEAST_SECRET_CHARS:
             raise SettingsError(f"{SECRET} has {len(self._secret)} characters: {LEAST_SECRET_CHARS} at least")
         self._head = place.master or head_of(environ, os.uname().nodename)
+        by_list = self._head != place.master and self._head != environ.get("MASTER_ADDR", "").strip()
+        self._own = environ.get("SLURMD_NODENAME") if by_list else None
         self._port = _port(environ.get("SIDESTEP_PORT", ""))
         self._jobs = config.run.dir.expanduser().absolute() / rundir.RUNS / JOBS
         name = place.job if not self._secret else f"{place.job}.{place.node}"
@@ -92,7 +94,7 @@ class Meeting:
                 "key_file": self.folder / "server.key",
                 "clients": self.folder / "clients",
                 "tcp": (f"tcp://*:{self._port if self._secret else 0}",),
-                "advertise": config.listen.advertise or self._head,
+                "advertise": config.listen.advertise or self._own or self._head,
             }
         )
         return config.model_copy(update={"listen": listen})
@@ -177,8 +179,22 @@ class Meeting:
         for endpoint in endpoints(address, keys, told=told.get("server_key", "")):
             if (answer := _ask(endpoint)) is not None:
                 run_id = run_id or answer.get("run", {}).get("id")
-                return Found(context=self.later().context, address=address, run_id=run_id)
+                return Found(context=self._lasting(told), address=address, run_id=run_id)
         return None
+
+    def _lasting(self, told: Mapping[str, str]) -> Path | None:
+        """Which file tells of the first daemon from now on: its own follows it to other ports, if it is seen."""
+        own = Path(told.get("run_dir", "")) / CONTEXT
+        return own if "run_dir" in told and own.is_file() else self.later().context
+
+
+def forget(run_dir: Path, config: Config) -> None:
+    """The run of a job that was killed is finished: nobody needs the keys that were made for it."""
+    folder = config.listen.key_file.parent if config.listen.key_file else None
+    if folder is not None and folder.parent == run_dir.parent / JOBS:
+        shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            folder.parent.rmdir()
 
 
 def _port(said: str) -> int:

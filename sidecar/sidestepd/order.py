@@ -9,6 +9,8 @@ A row leaves when every session that holds its axis has moved past its step, or 
   against a session that has not caught up, and runs afresh when intake starts; against one of which something
   waits to be matched it runs twice as long
 - each attempt is ordered by itself: a session holds the axes of its own
+- so are the rows that are a session's own: it alone holds them, and as long as it has said nothing else, nothing
+  else waits for it
 - who lets patience run out stops holding, until it speaks beyond what was released
 - the buffer is bounded: when it is full the oldest row of the fullest axis leaves at once
 - no I/O and no clock here: callers pass `now`, which never goes back
@@ -35,7 +37,7 @@ NEVER = -1
 class _Member:
     """A live session. `more`: it has not caught up, so patience does not run against it.
 
-    `waits`: something that it said is still to be matched.
+    `waits`: something that it said is still to be matched. `counts`: it has rows of its own.
     """
 
     joined: float
@@ -43,6 +45,7 @@ class _Member:
     attempt: int = 0
     more: bool = False
     waits: bool = False
+    counts: bool = False
 
 
 @dataclass(slots=True, kw_only=True)
@@ -69,10 +72,14 @@ class _Pending:
 
 @dataclass(slots=True, kw_only=True)
 class _Axis:
-    """The rows of one axis in one attempt, and how far each session has come on it."""
+    """The rows of one axis in one attempt, and how far each session has come on it.
+
+    `owner` is the session whose own rows they are; b"" if they are everybody's.
+    """
 
     name: str
     attempt: int
+    owner: bytes = b""
     released: int = NEVER
     highest: int = NEVER
     first_row: float = math.inf
@@ -100,8 +107,8 @@ class ReorderBuffer:
         self.capacity = capacity
         self._members: dict[bytes, _Member] = {}
         self._launches: dict[str, _Launch] = {}
-        self._axes: dict[tuple[str, int], _Axis] = {}
-        self._late: dict[tuple[str, int, int], list[Part]] = {}
+        self._axes: dict[tuple[str, int, bytes], _Axis] = {}
+        self._late: dict[tuple[str, int, int, bytes], list[Part]] = {}
         for name, attempt, step in released:
             self._axis(name, attempt).released = step
 
@@ -153,14 +160,15 @@ class ReorderBuffer:
             member = self._members[session] = _Member(joined=now)
         return member
 
-    def _axis(self, name: str, attempt: int) -> _Axis:
-        axis = self._axes.get((name, attempt))
+    def _axis(self, name: str, attempt: int, owner: bytes = b"") -> _Axis:
+        axis = self._axes.get((name, attempt, owner))
         if axis is None:
-            axis = self._axes[name, attempt] = _Axis(name=name, attempt=attempt)
+            axis = self._axes[name, attempt, owner] = _Axis(name=name, attempt=attempt, owner=owner)
         return axis
 
     def _add(self, part: Part, now: float) -> None:
-        member, axis = self._member(part.session, now), self._axis(part.axis, part.attempt)
+        member, axis = self._member(part.session, now), self._axis(part.axis, part.attempt, part.owner)
+        member.counts = member.counts or axis.owner != b""
         launch = self._launches.get(member.launch)
         if launch is not None and launch.spoke is None:
             launch.spoke = now
@@ -183,7 +191,7 @@ class ReorderBuffer:
 
     def _store(self, part: Part, axis: _Axis, now: float) -> None:
         if part.step <= axis.released:
-            self._late.setdefault((part.axis, part.attempt, part.step), []).append(part)
+            self._late.setdefault((part.axis, part.attempt, part.step, part.owner), []).append(part)
             return
         row = axis.row(part.step)
         row.parts.append(part)
@@ -195,7 +203,10 @@ class ReorderBuffer:
     def ready(self, now: float) -> list[Bundle]:
         """The rows that may leave by `now`: late ones first, then those of all axes as they were said."""
         by_axis = [list(self._leave_axis(axis, now)) for axis in self._axes.values() if axis.rows]
-        return [*self._leave_late(), *_by_time(by_axis), *self._leave_forced()]
+        leaving = [*self._leave_late(), *_by_time(by_axis), *self._leave_forced()]
+        for key in [key for key, it in self._axes.items() if it.owner and not it.rows and not it.reached]:
+            del self._axes[key]  # its session left
+        return leaving
 
     def flush(self) -> list[Bundle]:
         """Everything leaves: nobody will speak again."""
@@ -203,7 +214,7 @@ class ReorderBuffer:
         return [*self._leave_late(), *_by_time(by_axis)]
 
     def _leave_late(self) -> Iterator[Bundle]:
-        for (name, attempt, step), parts in sorted(self._late.items()):
+        for (name, attempt, step, _), parts in sorted(self._late.items()):
             yield Bundle(axis=name, attempt=attempt, step=step, parts=tuple(parts), cause="late")
         self._late.clear()
 
@@ -225,16 +236,17 @@ class ReorderBuffer:
     def _watermark(self, axis: _Axis, now: float) -> float:
         """The step below which everyone who holds the axis has moved on; infinity if nobody holds it."""
         launches = self._launches.values()
-        if any(it.attempt == axis.attempt and it.gathering(now, self.patience) for it in launches):
-            return NEVER
-        if any(self._is_newcomer(session, axis, now) for session in self._members):
+        if not axis.owner and (
+            any(it.attempt == axis.attempt and it.gathering(now, self.patience) for it in launches)
+            or any(self._is_newcomer(session, axis, now) for session in self._members)
+        ):
             return NEVER
         return min((axis.reached[session] for session in axis.holding), default=math.inf)
 
     def _is_newcomer(self, session: bytes, axis: _Axis, now: float) -> bool:
         """Whether a live session has not spoken on the axis and still may, in time."""
         member = self._members[session]
-        if session in axis.reached or member.attempt != axis.attempt:
+        if not _may_come(session, member, axis):
             return False
         return member.more or now < max(member.joined, axis.first_row) + self.patience
 
@@ -245,7 +257,7 @@ class ReorderBuffer:
         return not any(
             (member.more or (member.waits and now < twice)) and axis.reached.get(session, NEVER) <= row.step
             for session, member in self._members.items()
-            if session in axis.holding or (session not in axis.reached and member.attempt == axis.attempt)
+            if session in axis.holding or _may_come(session, member, axis)
         )
 
     def _let_go(self, axis: _Axis, step: int) -> None:
@@ -274,24 +286,34 @@ class ReorderBuffer:
     def state(self) -> dict[str, Any]:
         """Who is live and how far each came, as plain values; rows are not in it."""
         return {
-            "members": {id_: [m.launch, m.attempt, m.joined, m.more] for id_, m in self._members.items()},
+            "members": {
+                id_: [m.launch, m.attempt, m.joined, m.more, m.counts] for id_, m in self._members.items()
+            },
             "launches": {n: [x.world, x.attempt, sorted(x.ranks), x.spoke] for n, x in self._launches.items()},
             "axes": [
-                [a.name, a.attempt, a.highest, a.first_row, a.reached, sorted(a.holding)]
+                [a.name, a.attempt, a.highest, a.first_row, a.reached, sorted(a.holding), a.owner]
                 for a in self._axes.values()
             ],
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Take up what `state` gave; what was released is told to the constructor."""
-        for id_, (launch, attempt, joined, more) in state["members"].items():
-            self._members[id_] = _Member(launch=launch, attempt=attempt, joined=joined, more=more)
+        for id_, (launch, attempt, joined, more, *counts) in state["members"].items():
+            self._members[id_] = _Member(
+                launch=launch, attempt=attempt, joined=joined, more=more, counts=any(counts)
+            )
         for name, (world, attempt, ranks, spoke) in state["launches"].items():
             self._launches[name] = _Launch(world=world, attempt=attempt, ranks=set(ranks), spoke=spoke)
-        for name, attempt, highest, first_row, reached, holding in state["axes"]:
-            axis = self._axis(name, attempt)
+        for name, attempt, highest, first_row, reached, holding, *owner in state["axes"]:
+            axis = self._axis(name, attempt, *owner)
             axis.highest, axis.first_row = highest, first_row
             axis.reached, axis.holding = dict(reached), set(holding)
+
+
+def _may_come(session: bytes, member: _Member, axis: _Axis) -> bool:
+    """Whether a live session that has not spoken on an axis may still do so."""
+    mine = not axis.owner and not member.counts
+    return mine and session not in axis.reached and member.attempt == axis.attempt
 
 
 def _by_time(by_axis: Iterable[list[Bundle]]) -> list[Bundle]:

@@ -8,6 +8,7 @@ in which they were heard.
   yet as many sessions were found for the row as spoke in it: those heard first are the ones
 - a row says its attempt only where an earlier attempt came as far; one that does not is of a later attempt if it
   is from after that attempt's first word
+- a row that is a process's own holds its call of the same time, and further ones of that call's step
 - what is no longer in the spool was settled before it was deleted, so it counts as delivered, but for what is
   known to have been given up; only if the spool was lost too, what is missing is lost with it
 - it is all found again from the run and the spool at each start, until nothing that was in the spool is unsettled
@@ -17,11 +18,11 @@ in which they were heard.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any
 
-from sidestepd.rows import MAIN_AXIS, OWN_PREFIX, Part, Row
+from sidestepd.rows import MAIN_AXIS, OWN_PREFIX, PROCESS, Part, Row
 
 _RANKS, _ATTEMPT = "sidestep/ranks_reported", "sidestep/attempt"
 
@@ -49,6 +50,10 @@ class Recovery:
         self.released: dict[tuple[str, int], int] = {}
         """The highest step of each axis and attempt; one that is not said counts as the first."""
         self._places: dict[tuple[str, int, int], _Place] = {}
+        self._own: dict[tuple[str, Any, float], Set[str]] = {}
+        """The names of rows that are a process's own, by axis, process, and when they were said."""
+        self._found: dict[tuple[bytes, str], tuple[int, Set[str]]] = {}
+        """Of those, the step and the names of the last that was found, by session and axis."""
         self._began: dict[int, float] = {}
         """When the first word of each attempt was said."""
         for step, values in rows:
@@ -59,6 +64,10 @@ class Recovery:
         self.last = max(self.last, step)
         said = values.get(_ATTEMPT, 0)
         attempt = said if type(said) is int else 0
+        if (process := values.get(PROCESS)) is not None:
+            for axis, _ in _axes(values):
+                self._own[axis, process, float(values.get("_timestamp", 0.0))] = values.keys()
+            return
         for axis, at in _axes(values):
             self.released[axis, attempt] = max(at, self.released.get((axis, attempt), at))
             place = self._places.setdefault((axis, attempt, at), _Place())
@@ -69,6 +78,8 @@ class Recovery:
 
     def holds(self, part: Part) -> bool:
         """Whether the run holds what `part` says. To be asked once of each, in the order of the spool."""
+        if part.apart:
+            return self._holds_own(part)
         place = self._place_of(part)
         if place is None or not all(_is_in(name, place.names) for name in part.values):
             return False
@@ -77,6 +88,14 @@ class Recovery:
                 return False
             place.sessions.add(part.session)
         return True
+
+    def _holds_own(self, part: Part) -> bool:
+        where = (part.session, part.axis)
+        names = self._own.get((part.axis, part.apart, part.time))
+        if names is not None:
+            self._found[where] = (part.step, names)
+        step, names = self._found.get(where, (-1, frozenset()))
+        return step == part.step and all(_is_in(name, names) for name in part.values)
 
     def _place_of(self, part: Part) -> _Place | None:
         began = self._began[part.attempt] = min(part.time, self._began.get(part.attempt, part.time))
@@ -121,7 +140,7 @@ def _is_axis(name: str) -> bool:
     return name == MAIN_AXIS or name.endswith("/step")
 
 
-def _is_in(name: str, names: set[str]) -> bool:
+def _is_in(name: str, names: Set[str]) -> bool:
     """Whether a value said under `name` is among what was made of it."""
     return name in names or any(made.startswith((f"{name}.", f"{name}/rank")) for made in names)
 

@@ -17,7 +17,7 @@ import json
 import logging
 import sqlite3
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -260,13 +260,13 @@ class AfterHistory:
         """As given."""
         self._sink.define(definitions)
 
-    def config(self, values: Mapping[str, Any]) -> None:
+    def config(self, values: Mapping[str, Any]) -> Sequence[str]:
         """As given."""
-        self._sink.config(values)
+        return self._sink.config(values)
 
-    def summary(self, values: Mapping[str, Any]) -> None:
+    def summary(self, values: Mapping[str, Any]) -> Sequence[str]:
         """As given."""
-        self._sink.summary(values)
+        return self._sink.summary(values)
 
     def named(self, values: Mapping[str, Any]) -> None:
         """As given."""
@@ -301,12 +301,13 @@ class AfterHistory:
         """As given, likewise."""
         self._sink.described(said)
 
-    def write(self, row: Row) -> None:
-        """As given, unless the run's files had it."""
+    def write(self, row: Row) -> Sequence[str]:
+        """As given, unless the run's files had it. What is refused here was refused before."""
         self._pour()
         if row.step not in self._in_files:
             self._write(row)
         self._passed.append(row.step)
+        return ()
 
     def history(self) -> Iterator[tuple[int, Mapping[str, Any]]]:
         """The rows of the run's files."""

@@ -6,6 +6,8 @@ on, with the state as of that checkpoint, teaches the same. No clock, no I/O.
 - a call belongs to one axis: its stage's, else the main one
 - a counted step is the session's count, on from the base of its launch on that axis; the call says so, as long as
   it may be matched with that of another rank
+- counted steps of a session for which no rank stands (a child, a process that nobody numbered beside another) are
+  its own, on from what was said before it came; only steps that are named make rows together with others
 - the value of a declared axis metric is in every row that needs it: if the call lacks it, the session's last,
   also where that metric is an axis of ours
 - what can not be read is `Dead`, once per record, never an exception; so is a call of which nothing is left when
@@ -15,7 +17,7 @@ on, with the state as of that checkpoint, teaches the same. No clock, no I/O.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -41,6 +43,10 @@ class SessionFacts:
     attempt: int = 0
     child: bool = False
     """Another session stands for its rank: this one was forked from it, or spawned by it."""
+    apart: str = ""
+    """The process, where steps that it counts are its own and nobody else's."""
+    bases: dict[str, int] = field(default_factory=dict)
+    """Where they begin, by axis."""
     local_rank: int = 0
     role: str = WORKER
     next: int = 0
@@ -212,12 +218,13 @@ class Resolver:
         if not session.is_worker:
             session.launch = session.role
             return
+        highest = dict(self._highest)
         launch = self._launches.join(
             name=facts["launch"],
             restarts=facts.get("attempt", 0),
             rank=session.rank,
             world=session.world,
-            highest=self._highest,
+            highest=highest,
         )
         session.launch, session.attempt = launch.key, launch.attempt
         elder = launch.ranks.get(session.rank)
@@ -225,6 +232,12 @@ class Resolver:
             launch.ranks[session.rank] = id_
         else:
             session.child = True
+        if session.child or (launch.world == 1 and self._lives(self._launches.others(launch))):
+            session.apart = f"{session.node}:{facts.get('pid', 0)}"
+            session.bases = {axis: step + 1 for axis, step in highest.items()}
+
+    def _lives(self, sessions: Iterable[bytes]) -> bool:
+        return any(not self._session(id_).ended for id_ in sessions)
 
     def _say_bye(self, id_: bytes, session: SessionFacts) -> None:
         if session.launch and session.is_worker and self._launches[session.launch].ranks.get(session.rank) == id_:
@@ -378,10 +391,13 @@ class Resolver:
             attempt=session.attempt,
             used=places is not None,
             call=call,
+            apart=session.apart if record.kind is Kind.COUNTED else "",
         )
 
     def _base(self, session: SessionFacts, axis: str) -> int:
-        return self._launches[session.launch].bases.get(axis, 0) if session.launch and session.is_worker else 0
+        if session.apart or not session.launch or not session.is_worker:
+            return session.bases.get(axis, 0)
+        return self._launches[session.launch].bases.get(axis, 0)
 
     def _with_axis_metrics(
         self, session: SessionFacts, axis: str, step: int, values: Mapping[str, Any]

@@ -16,6 +16,8 @@ MAIN_AXIS = "global_step"
 """The axis of everything that is logged outside a stage."""
 OWN_PREFIX = "sidestep/"
 """Names that sidestep itself adds to rows."""
+PROCESS = "sidestep/process"
+"""Whose own row it is: the process that no rank stands for, as `node:pid`."""
 
 
 class Position(NamedTuple):
@@ -38,7 +40,8 @@ class Part:
 
     `used`: a row of the row log holds it already; it only moves its session along. `call` is there where its step
     may be that of the same call of a lower rank; a part that lies between such calls does not `move` its session.
-    `settled`: its record has its fate in another row, and this is what came late of it.
+    `settled`: its record has its fate in another row, and this is what came late of it. `apart` names the process
+    whose own count the step is, which is nobody else's: its rows are its own.
     """
 
     position: Position
@@ -53,6 +56,12 @@ class Part:
     call: Call | None = None
     moves: bool = True
     settled: bool = False
+    apart: str = ""
+
+    @property
+    def owner(self) -> bytes:
+        """The session whose own rows it belongs to; b"" if its row is everybody's."""
+        return self.session if self.apart else b""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -203,6 +212,11 @@ class Bundle:
         """Whether its row had left before."""
         return self.cause == "late"
 
+    @property
+    def apart(self) -> str:
+        """The process whose own row it is; "" if it is everybody's."""
+        return self.parts[0].apart
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Definition:
@@ -284,7 +298,7 @@ class Row:
 
     `step` is wandb's `_step`; `places` the steps of the axes that met in it, all of one `attempt`; `time` seconds
     since the epoch in the worker. `restore` is what a late row must not leave behind in the summary: newer values,
-    to be put back.
+    to be put back. One that is `apart` is a process's own: its place says nothing of how far the others are.
     """
 
     step: int
@@ -295,16 +309,17 @@ class Row:
     attempt: int = 0
     late: bool = False
     restore: Mapping[str, Any] = field(default_factory=dict)
+    apart: bool = False
 
     def pack(self) -> bytes:
         """As bytes, without the positions."""
-        parts = (self.step, self.time, self.values, self.places, self.attempt, self.late, self.restore)
+        parts = (self.step, self.time, self.values, self.places, self.attempt, self.late, self.restore, self.apart)
         return bytes(msgpack.packb(parts))
 
     @classmethod
     def unpack(cls, content: bytes, positions: bytes) -> Row:
         """From what `pack` and `pack_positions` made."""
-        step, time, values, places, attempt, late, restore = msgpack.unpackb(content, strict_map_key=False)
+        step, time, values, places, attempt, late, restore, *apart = msgpack.unpackb(content, strict_map_key=False)
         return cls(
             step=step,
             time=time,
@@ -313,6 +328,7 @@ class Row:
             attempt=attempt,
             late=late,
             restore=restore,
+            apart=any(apart),
             positions=tuple(Position(*pair) for pair in msgpack.unpackb(positions)),
         )
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from sidestepd import command, rundir, sweep, together
+from sidestepd import command, job, rundir, stranded, sweep, together
 from sidestepd.addresses import CONTEXT
 from sidestepd.command import Command, Signals
 from sidestepd.config import Config, Given
@@ -39,6 +39,11 @@ def run(words: Sequence[str], toml: Path | None, overrides: Mapping[str, Given])
     command.check(words, environ)
     place = together.place_of(environ, words) if config.job.together and not config.is_relay else None
     if place is None:
+        if not config.listen.tcp and (launcher := job.starts_elsewhere(environ, words)):
+            say(
+                f"what {launcher} starts on other nodes does not reach the daemon of this one: put `sidestep run` "
+                f"behind it ({launcher} ... sidestep run -- COMMAND), or let them in with --listen and --keys"
+            )
         return _serve_command(words, environ, Alone(config))
     part = together.Part(place, config, environ)
     if not place.hosts:
@@ -89,7 +94,10 @@ def _serve_command(words: Sequence[str], environ: Mapping[str, str], part: Alone
             part.clear(complete=complete)
     if daemon.deleted:
         return code or ExitCode.DISK
-    return sum_up(home.directory, code, complete=complete)
+    code = sum_up(home.directory, code, complete=complete)
+    if complete:
+        stranded.forget(home.directory)
+    return code
 
 
 def _joins_outer_run(environ: dict[str, str]) -> bool:

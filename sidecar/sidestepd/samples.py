@@ -241,7 +241,7 @@ class Samples:
             derived["system/gpu_idle_s"] = idle
         if any(it.counter is not None for it in meters):
             derived["system/energy_j"] = energy
-        step = row.places.get(MAIN_AXIS)
+        step = None if row.apart else row.places.get(MAIN_AXIS)
         if step is None:
             return derived
         spent = sum(it.energy_j - it.told_j for it in meters)

@@ -19,7 +19,7 @@ import psutil
 from sidestep.autostart import log_of
 from sidestep.endpoint import Endpoint
 from sidestep.errors import SettingsError
-from sidestepd import rundir, status
+from sidestepd import meeting, rundir, status, stranded
 from sidestepd.command import Signals
 from sidestepd.config import Config, Given
 from sidestepd.control import Control
@@ -78,17 +78,25 @@ def _drain(run_dir: Path) -> int:
     found = status.report(run_dir)
     if found.state == "finished":
         return sum_up(run_dir, 0, complete=True)
-    left = all(session.state == "bye" for session in found.sessions)
     here = found.run.at(run_dir, rundir.private_address(run_dir))
     home = RunHome(run_dir, rundir.stored_config(run_dir), here, listens=False)
     with Signals() as signals:
         daemon = Daemon(home, pause=Drain(signals))
         try:
-            daemon.start()
+            stranded.start(daemon, found.run.id, Drain(signals))
+            left = all(session.state == "bye" for session in status.report(run_dir).sessions)
             complete = finish(daemon, 0 if left else LOST)
+        except Incomplete as error:
+            say(f"not complete: {error}. `{home.resume}` takes it up")
+            complete = False
         finally:
             daemon.release()
-    return sum_up(run_dir, 0, complete=complete)
+    if complete:
+        meeting.forget(run_dir, home.options)
+    code = sum_up(run_dir, 0, complete=complete)
+    if complete:
+        stranded.forget(run_dir)
+    return code
 
 
 def stop(endpoint: Endpoint, timeout_s: float) -> int:
@@ -165,6 +173,8 @@ def _until_over(daemon: Daemon, signals: Signals, grace_s: float, *, quiet: bool
         metrics.stop()
         daemon.release()
     if isinstance(home, RunHome):
+        if complete:
+            meeting.forget(home.directory, home.options)
         return sum_up(home.directory, 0, complete=complete)
     return ExitCode.COMPLETE if complete else ExitCode.INTERRUPTED
 

@@ -30,6 +30,9 @@ class Settlement:
         """Records in rows that the run holds for good."""
         self.rows: int = counts.get("rows", 0)
         self.rejected: Counter[str] = Counter(counts.get("rejected", {}))
+        self.values_refused: int = counts.get("values_refused", 0)
+        """Values without which the sink took rows up to `_refused_through`, which a crash may have sent again."""
+        self._refused_through: int = counts.get("refused_through", -1)
         self.newest_snapshot = cursor
         """The entry as of which the newest snapshot was made."""
         self._cursor = cursor
@@ -139,6 +142,12 @@ class Settlement:
         self._refused.append((step, f"rejected: {reason}"))
         self._settle_row(positions)
 
+    def leave_out(self, step: int, values: int) -> None:
+        """The sink took a row without so many of its values."""
+        if step > self._refused_through:
+            self._refused_through = step
+            self.values_refused += values
+
     def _settle_row(self, positions: Iterable[Position]) -> None:
         for position in positions:
             if position in self._decided_before:
@@ -164,7 +173,13 @@ class Settlement:
 
     def counts(self) -> dict[str, Any]:
         """The counters that outlive this process, as plain values."""
-        return {"delivered": self.delivered, "rows": self.rows, "rejected": dict(self.rejected)}
+        return {
+            "delivered": self.delivered,
+            "rows": self.rows,
+            "rejected": dict(self.rejected),
+            "values_refused": self.values_refused,
+            "refused_through": self._refused_through,
+        }
 
     def take_confirmed(self) -> list[int]:
         """Steps confirmed since this was asked last."""

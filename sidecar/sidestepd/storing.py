@@ -16,8 +16,9 @@ import os
 import shutil
 import time
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -33,7 +34,7 @@ from sidestepd.media import Media
 from sidestepd.packed import BlobId, blobs_in
 from sidestepd.resolve import SessionFacts
 from sidestepd.rowlog import RowLog
-from sidestepd.rows import Content, Logged, Version
+from sidestepd.rows import Content, Logged, Part, Version
 from sidestepd.show import BlobFiles, Corrupt
 from sidestepd.sinks import Confirmed, Sink
 
@@ -149,8 +150,13 @@ class Storing:
                 for path in files.difference(*self._files.values()):
                     path.unlink(missing_ok=True)
 
-    def forget_orphans(self, sessions: Mapping[bytes, SessionFacts], now: float) -> None:
-        """Bytes whose record never came, of processes that will not say it any more."""
+    def forget_orphans(
+        self, sessions: Mapping[bytes, SessionFacts], now: float, waiting: Iterable[Part] = ()
+    ) -> None:
+        """Bytes whose record never came, of processes that will not say it any more.
+
+        `waiting` is what came, and was not heard of here yet.
+        """
         gone = []
         for id_, session in sessions.items():
             beside = sessions.get(bytes.fromhex(session.beside)) if session.beside else None
@@ -162,7 +168,9 @@ class Storing:
             if session.ended == beside.ended == "bye" or now - since > ORPHANED_S:
                 gone.append(id_)
         self._over.update(dict.fromkeys(gone, float("inf")))
-        self._media.forget_lanes(gone, self.artifacts.blobs)
+        if gone:
+            wanted = (of for part in waiting for of in blobs_in(part.values))
+            self._media.forget_lanes(gone, chain(self.artifacts.blobs, wanted))
 
     def close(self) -> None:
         """The run is over."""

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sidestep.errors import SettingsError
-from sidestepd import placement, rundir, status
+from sidestepd import placement, rundir, status, stranded
 from sidestepd.config import Config
 from sidestepd.daemon import Daemon
 from sidestepd.errors import Incomplete, SinkError, Trouble
@@ -112,7 +112,7 @@ def _finish(run_dir: Path, config: Config, pause: Callable[[float], object]) -> 
     here = found.at(run_dir, rundir.private_address(run_dir))
     daemon = Daemon(RunHome(run_dir, config, here, listens=False), pause=pause)
     try:
-        daemon.start()
+        stranded.start(daemon, found.id, pause)
         daemon.close(UNFINISHED if found.exit_code is None else found.exit_code)
         daemon.wait_closed(lambda _: None)
     finally:

@@ -44,6 +44,8 @@ class Telling:
         self._config_told: dict[str, Any] = {}
         self._summary_told: dict[str, Any] = {}
         self._named_told: dict[str, Any] = {}
+        self.refused: set[str] = set()
+        """Names of the configuration and of the summary whose values the sink does not take."""
         self.about: Callable[[], None] = lambda: None
         """Write down anew what only the sink knows of the run."""
 
@@ -90,20 +92,22 @@ class Telling:
 
     def tell_config(self) -> None:
         """Send what workers set of the configuration and the summary since this was done last."""
-        for said, told, tell in (
-            (self._resolver.config, self._config_told, self._sink.config),
-            (self._resolver.summary, self._summary_told, self._sink.summary),
-            (self._resolver.named, self._named_told, self._name),
+        for what, said, told, tell in (
+            ("config", self._resolver.config, self._config_told, self._sink.config),
+            ("summary", self._resolver.summary, self._summary_told, self._sink.summary),
+            ("named", self._resolver.named, self._named_told, self._name),
         ):
             changed = {name: pair[1] for name, pair in said.items() if told.get(name) is not pair}
             if changed:
-                tell(changed)
+                self.refused -= {f"{what}/{name}" for name in changed}
+                self.refused |= {f"{what}/{name}" for name in tell(changed)}
                 told.update(said)
 
-    def _name(self, values: Mapping[str, Any]) -> None:
+    def _name(self, values: Mapping[str, Any]) -> Sequence[str]:
         """Call the run otherwise, and have workers and tools know."""
         self._sink.named(values)
         self.about()
+        return ()
 
     def tell_summary(self, totals: Mapping[str, int]) -> None:
         """Send the summary of the whole run."""

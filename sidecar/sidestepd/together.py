@@ -30,6 +30,10 @@ from sidestepd.saying import say
 LOST = 1
 """The exit code of a node of which no end was heard."""
 TICK_S = 0.2
+SAY_AFTER_S = 5.0
+"""So long the end of a job may take without a word."""
+MOST_NAMES = 5
+"""Of nodes, in one sentence."""
 
 
 def place_of(environ: Mapping[str, str], words: Sequence[str]) -> Place | None:
@@ -136,7 +140,8 @@ class Part:
 
     def _wait_for_nodes(self, daemon: Daemon) -> int:
         """Until the relays of all nodes have said how their commands ended."""
-        deadline = time.monotonic() + self.config.job.wait_s
+        began, said = time.monotonic(), False
+        deadline = began + self.config.job.wait_s
         while daemon.tend():
             expected = self.meeting.others() if self.meeting else 0
             relays = (daemon.report() or {}).get("relays")
@@ -147,6 +152,9 @@ class Part:
                         say(f"{expected - len(over)} of {expected} other nodes never came")
                         return max([LOST, *(_code_of(it) for it in over)])
                     return max((_code_of(it) for it in over), default=0)
+                if not said and time.monotonic() > began + SAY_AFTER_S:
+                    said = True
+                    say(_awaited(relays, expected, self.config))
             daemon.pause(TICK_S)
         return 0
 
@@ -155,6 +163,24 @@ class Part:
         self.neighbours.clear()
         if self.meeting is not None:
             self.meeting.clear(complete=complete)
+
+
+def _awaited(relays: Sequence[Mapping[str, object]], expected: int, config: Config) -> str:
+    """Who is waited for, and for how long that may be."""
+    names = {
+        state: sorted({str(it["node"]) for it in relays if it["state"] == state}) for state in ("live", "away")
+    }
+    parts = [_some(names["live"])] if names["live"] else []
+    if names["away"]:
+        parts.append(f"{_some(names['away'])} (not heard of, for at most {config.order.relay_lease_s:.0f} s)")
+    if (missing := expected - len(relays)) > 0:
+        parts.append(f"{missing} that never came (for at most {config.job.wait_s:.0f} s)")
+    return f"the command has ended here; waiting for those of other nodes: {', '.join(parts)}"
+
+
+def _some(names: Sequence[str]) -> str:
+    more = len(names) - MOST_NAMES
+    return ", ".join(names[:MOST_NAMES]) + (f" and {more} more" if more > 0 else "")
 
 
 def _code_of(relay: Mapping[str, object]) -> int:

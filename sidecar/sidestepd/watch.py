@@ -202,7 +202,7 @@ class Watch:
             return
         if len(self._nodes) > 1 and self.prompt:
             self.pace.clocks.hear(worker.node, part.time, now)
-        if part.used and part.axis == MAIN_AXIS:
+        if part.used and part.axis == MAIN_AXIS and not part.apart:
             self.pace.note(part, worker)
         if self.options.not_finite:
             for name, value in _not_finite(part.values):
@@ -306,7 +306,7 @@ class Watch:
         """Rows of the main axis, with what is known of all ranks at their step."""
         for bundle in bundles:
             wanted = self.options.metrics or self.options.stragglers
-            if not wanted or bundle.axis != MAIN_AXIS or bundle.late:
+            if not wanted or bundle.axis != MAIN_AXIS or bundle.late or bundle.apart:
                 yield bundle
                 continue
             own = self.pace.see(bundle, self._workers)

@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from sidestepd import status
+from tests.support import checkpoints
 from tests.support.chaos import steps_of_ranks, steps_taken
 from tests.support.daemons import DEADLINE_S, killed
 from tests.support.proxy import PASS, REFUSE, STALL
@@ -81,6 +82,58 @@ class TestKillNine:
 
             assert (2, True) == (nodes.relays[0].starts, nodes.proxies[0].refused > 0)
             assert_whole(nodes, steps_taken(enough), late=late)
+
+
+class TestCheckpoints:
+    MEGABYTES = 5
+
+    def test_come_through_a_relay_whoever_is_killed(self, tmp_path: Path):
+        """Each version once, in its order, with its own bytes, and so the files of the run."""
+        enough, folder = tmp_path / "enough", tmp_path / "made"
+        folder.mkdir()
+        training = checkpoints.command(steps=2, folder=folder, megabytes=self.MEGABYTES, until=enough)
+        with Topology(tmp_path, nodes=1) as nodes:
+            with nodes.kept_alive():
+                nodes.train(training, ranks_per_node=1)
+                for kill in (
+                    lambda: nodes.kill_forwarder(0),
+                    lambda: killed(psutil.Process(nodes.relays[0].process.pid)),
+                    lambda: killed(nodes.head.delivery()),
+                    lambda: killed(psutil.Process(nodes.head.process.pid)),
+                ):
+                    self.wait_for_a_version(nodes)
+                    kill()
+                self.wait_for_a_version(nodes)
+                enough.touch()
+                assert [0] == nodes.wait(), nodes.log()
+            nodes.finish()
+
+            assert (2, 2) == (nodes.relays[0].starts, nodes.head.starts)
+            steps = checkpoints.steps_taken(enough)
+            assert checkpoints.expected(steps, self.MEGABYTES) == checkpoints.versions(nodes.head.run_dir)
+            assert {(f"note-{it}.txt", f"note {it}") for it in range(steps)} == checkpoints.notes(
+                nodes.head.run_dir
+            )
+            self.assert_accounted_for(nodes, steps)
+
+    @staticmethod
+    def wait_for_a_version(nodes: Topology) -> None:
+        def delivered() -> int:
+            return int(nodes.head.told().get("artifacts", {}).get("delivered", 0))
+
+        before = delivered()
+        eventually(lambda: delivered() > before, DEADLINE_S, nodes.log)
+
+    @staticmethod
+    def assert_accounted_for(nodes: Topology, steps: int) -> None:
+        told = status.report(nodes.head.run_dir).artifacts
+        assert {"delivered": 2 * steps, "unchanged": 0, "waiting": 0, "left_out": {}} == told
+        head, relay = nodes.ledgers()
+        assert head.balances
+        assert relay.balances
+        assert head.offered == head.delivered == relay.delivered
+        for served in (nodes.head, *nodes.relays):
+            assert [] == list((served.run_dir / "blobs").iterdir())
 
 
 class TestPlaces:

@@ -18,6 +18,7 @@ from typing import Any, Self
 import psutil
 import pytest
 
+from sidestep.media import Histogram, Table, packed
 from sidestepd.rows import Row
 from sidestepd.sinks import MODES, make_sink, wandb_log
 from tests.support import sink_life
@@ -448,11 +449,31 @@ class TestWandb:
     def test_a_row_with_a_value_that_wandb_refuses_keeps_the_others(self, tmp_path: Path):
         with Life(OFFLINE, tmp_path) as life:
             life.open()
-            life.write(0, huge=10**400)
+            refused = life.call("write", [0], {"raw": {"bytes": "ff"}})
             life.close()
+
+        assert ["raw"] == refused
 
         [(_, values)] = rows_in(OFFLINE, tmp_path)
         assert values["loss"] == 0.0
+        assert "raw" not in values
+
+    def test_what_wandb_has_no_form_for_costs_no_media_beside_it_and_is_counted(self, tmp_path: Path):
+        page = {"_sidestep": "html", "facts": {"html": b"<p>", "inject": True}}
+        table = Table(columns=["n", "h"], data=[[1, Histogram([1.0, 2.0])], [2, Histogram([3, 4, 4], num_bins=3)]])
+
+        with Life(OFFLINE, tmp_path) as life:
+            for odd in ([[page]], [page, 3], [{"a": page}], {"a": [1, page]}):
+                assert "wandb shows lists of media" in life.call("show_media", odd)
+            for good in (page, [page, page], {"a": [page], "b": {"c": page}}, packed(table, None)):
+                assert "wandb.sdk.data_types" in life.call("show_media", good)
+            life.open()
+            assert ("odd",) == life.call("write_media")
+            life.close()
+
+        [(_, values)] = rows_in(OFFLINE, tmp_path)
+        assert {"loss": 1, "page._type": "html-file"}.items() <= values.items()
+        assert not any(name.startswith("odd") for name in values)
 
     def test_names_that_wandb_would_take_for_patterns_are_not_defined(self, tmp_path: Path):
         with Life(OFFLINE, tmp_path) as life:

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import yaml
 
+from sidestep import __version__
 from sidestepd.config import Config
 from tests.support.workshop import DEPLOY, do, need
 
@@ -188,6 +189,16 @@ class TestWhatIsWritten:
         folders = {path.relative_to(DEPLOY).parts[0] for path in DEPLOY.rglob("*") if path.is_file()}
 
         assert [] == [folder for folder in sorted(folders) if folder not in told]
+
+    def test_images_have_the_version_of_the_package(self):
+        tags = {
+            one["newTag"]
+            for path in OVERLAYS
+            for one in documents(path / "kustomization.yaml")[0].get("images", [])
+        }
+        labels = set(re.findall(r"^ARG VERSION=(.*)", (DEPLOY / "docker/Dockerfile").read_text(), flags=re.M))
+
+        assert {__version__} == tags == labels
 
     def test_options_file_is_toml(self):
         tomllib.loads((DEPLOY / "sidestepd.toml").read_text())

@@ -44,6 +44,34 @@ for n in range(3):
     run.log({"n": n})
     run.finish(timeout=60)
 """
+CHILDREN = """
+import multiprocessing, sidestep
+
+def score(n):
+    sidestep.log({"score": n, "sum": n})
+
+def spawned():
+    run = sidestep.init()
+    run.log({"score": 100})
+    run.log({"score": 101})
+    run.finish(timeout=60)
+
+if __name__ == "__main__":
+    run = sidestep.init()
+    run.log({"loss": 0.0}, step=1000)
+    run.flush(60)
+    fork, spawn = map(multiprocessing.get_context, ("fork", "spawn"))
+    one = spawn.Process(target=spawned)
+    one.start()
+    with fork.Pool(4) as pool:
+        pool.map(score, range(20), chunksize=1)
+        pool.close()
+        pool.join()
+    one.join()
+    for step in range(3):
+        run.log({"loss": float(step), "score": -1}, step=1001 + step)
+    run.finish(timeout=60)
+"""
 WAIT_FOR_A_WORD = """
 import sys, sidestep
 run = sidestep.init()
@@ -155,6 +183,26 @@ class TestContextFile:
 
         assert 0 == ended.returncode
         assert "context = nowhere.json (from SIDESTEP_CONTEXT): can not be read" in ended.stderr
+
+
+class TestProcessesOfOneRank:
+    def test_each_value_that_they_log_without_a_step_is_in_the_run(self, here: Path):
+        """Forked and spawned ones, beside a training that names its steps: as many rows as wandb makes."""
+        (here / "program.py").write_text(CHILDREN)
+
+        ended = sidestep("run", "--", sys.executable, "program.py")
+
+        assert (0, "") == (ended.returncode, ended.stderr)
+        [run] = reports(here).values()
+        rows = [row.values for row in read_jsonl(Path(run.run.dir))]
+        own = [row for row in rows if "sidestep/process" in row]
+        assert sorted([*range(20), 100, 101]) == sorted(row["score"] for row in own)
+        assert all(row["score"] == row.get("sum", row["score"]) for row in own)
+        assert [1000, 1001, 1002, 1003] == [row["global_step"] for row in rows if "loss" in row]
+        assert all(row["global_step"] > 1000 for row in own)
+        assert 0 == run.late_rows
+        assert run.ledger.balances
+        assert run.ledger.offered == run.ledger.delivered
 
 
 class TestService:
@@ -328,14 +376,17 @@ class TestStopAndDrain:
 
 
 class TestTrouble:
-    def test_a_run_that_was_deleted_is_said_and_that_is_the_end(self, here: Path):
+    @pytest.mark.parametrize("emptied", [True, pytest.param(False, marks=pytest.mark.nightly)])
+    def test_a_run_that_was_deleted_is_said_and_that_is_the_end(self, here: Path, emptied: bool):
+        """Also where its directory is there, as it was written to while it was deleted."""
         impatient = WAIT_FOR_A_WORD.replace("finish(timeout=60)", "finish(timeout=1)")
         with started(*SIDESTEP, "run", "--", sys.executable, "-c", impatient) as process:
             ready(process)
             (run,) = reports(here).values()
 
-            while Path(run.run.dir).exists():  # its files are being written
+            while Path(run.run.dir, "config.json" if emptied else "").exists():  # its files are being written
                 shutil.rmtree(run.run.dir, ignore_errors=True)
+            Path(run.run.dir).mkdir(exist_ok=True) if emptied else None
             assert process.stderr is not None
             assert "was deleted" in process.stderr.readline()
             process.communicate("go on\n", timeout=WAIT_S)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import subprocess
 import sys
@@ -13,8 +14,9 @@ import psutil
 import pytest
 
 from sidestepd import status
+from sidestepd.addresses import CONTEXT
 from sidestepd.rundir import newest_run_dir
-from tests.support.daemons import DEADLINE_S, HeldRow, read_jsonl
+from tests.support.daemons import DEADLINE_S, HeldRow, killed, read_jsonl
 from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.e2e
@@ -74,6 +76,11 @@ class Job:
                         one.kill()
             command.wait()
 
+    def sidestep(self, *words: str, folder: str = "shared") -> subprocess.CompletedProcess[bytes]:
+        """Another command, in the same place."""
+        command = [sys.executable, "-m", "sidestep", *words]
+        return subprocess.run(command, cwd=self.base / folder, timeout=DEADLINE_S, check=False)
+
     def run_dir(self, folder: str = "shared") -> Path:
         found = newest_run_dir(self.base / folder)
         assert found is not None, self.log()
@@ -104,25 +111,29 @@ def srun(task: int, *, per_node: int = 1, nodes: int = 2) -> dict[str, str]:
 
 
 def assert_one_run(job: Job, *, ranks: int, exit_code: int, folder: str = "shared") -> status.Report:
-    """All ranks are in one run, every row once and whole; nothing is left of the meeting."""
+    """All ranks are in one run, every row once and whole; nothing is left of the meeting, and of relays."""
     rows, report = job.rows(folder), status.report(job.run_dir(folder))
     assert list(range(STEPS)) == [row.values["step"] for row in rows], job.log()
     assert {ranks} == {row.values["sidestep/ranks_reported"] for row in rows}
     assert (exit_code, "finished", 0) == (report.run.exit_code, report.state, report.late_rows)
     assert report.ledger.balances
     assert (report.ledger.offered, 0) == (report.ledger.delivered, report.ledger.pending)
-    assert not (job.base / folder / "sidestep-runs" / ".jobs").exists()
+    for name in (".jobs", ".relays"):
+        assert not (job.base / folder / "sidestep-runs" / name).exists()
     return report
 
 
 class TestSrun:
     def test_with_a_task_on_each_node_is_one_run_that_ends_with_the_worst(self, job: Job):
-        job.start(srun(1) | {"END_WITH": "3"})
+        look = "import os, shutil, sys\nshutil.copy(os.environ['SIDESTEP_RUN_DIR'] + '/config.json', sys.argv[1])"
+        relay = job.base / "relay.json"
+        job.start(srun(1) | {"END_WITH": "3"}, (sys.executable, "-c", f"{look}\n{TRAIN}", str(relay)))
         job.start(srun(0))
 
         assert [3, 3] == job.wait(), job.log()
         report = assert_one_run(job, ranks=2, exit_code=3)
         assert ["bye"] == [it.state for it in report.sessions if it.role == "relay"]
+        assert {str(job.run_dir() / CONTEXT)} == {json.loads(relay.read_text())["upstream"]["context"]}
 
     @pytest.mark.nightly
     def test_with_a_task_for_each_rank_is_one_run_too(self, job: Job):
@@ -142,6 +153,27 @@ class TestSrun:
         assert [] == [it for it in report.sessions if it.role == "relay"]
 
 
+@pytest.mark.nightly
+class TestAFirstNodeThatEndsFirst:
+    def test_waits_for_the_others_and_says_for_whom(self, job: Job):
+        enough = job.base / "enough"
+        words = TRAIN.replace(f"for step in range({STEPS})", "step = -1\nwhile not os.path.exists(sys.argv[1])")
+        words = words.replace("    run.log", "    step += 1\n    run.log")
+        job.start(srun(1), (sys.executable, "-c", words, str(enough)))
+        job.start(srun(0), (sys.executable, "-c", "raise SystemExit(2)"))
+
+        waits = f"waiting for those of other nodes: {os.uname().nodename}"
+        eventually(lambda: waits in job.log(), DEADLINE_S, job.log)
+        enough.touch()
+
+        assert [0, 2] == job.wait(), job.log()
+        steps = [row.values["step"] for row in job.rows()]
+        assert list(range(len(steps))) == steps
+        assert len(steps) > STEPS
+        report = status.report(job.run_dir())
+        assert (2, 0, True) == (report.run.exit_code, report.ledger.pending, report.ledger.balances)
+
+
 class TestMpirun:
     @pytest.mark.nightly
     def test_with_fewer_tasks_on_the_first_node_waits_for_those_nodes_that_there_are(self, job: Job):
@@ -154,6 +186,47 @@ class TestMpirun:
         assert [0, 0, 0, 0] == job.wait(), job.log()
         assert "never came" not in job.log()
         assert_one_run(job, ranks=4, exit_code=0)
+
+
+@pytest.mark.nightly
+class TestAJobThatIsKilled:
+    """With all its processes, as a scheduler ends one whose time is over."""
+
+    def test_is_finished_with_what_its_relays_kept(self, job: Job):
+        words = (sys.executable, "-c", TRAIN.replace(f"in range({STEPS})", "in range(10**9)"))
+        for task in (1, 0):
+            job.start(srun(task), words)
+        runs = job.base / "shared" / "sidestep-runs"
+        eventually(lambda: any(runs.glob(".relays/*/upstream.json")) and job.rows(), DEADLINE_S, job.log)
+        (relay,), head = (path.parent for path in runs.glob(".relays/*/run.json")), job.run_dir()
+        intakes = {one: find_intake(one) for one in (head, relay)}
+        eventually(lambda: len(job.rows()) > STEPS, DEADLINE_S, job.log)
+
+        intakes[head].suspend()
+        eventually(lambda: status.report(relay).ledger.pending > 2 * STEPS, DEADLINE_S, job.log)
+        job.stop()
+        for one in intakes.values():
+            killed(one)
+        (said,) = (it.acknowledged for it in status.report(relay).sessions if it.role == "worker")
+        assert job.sidestep("drain", str(head)).returncode == 0
+
+        report, rows = status.report(head), job.rows()
+        assert list(range(said)) == [row.values["step"] for row in rows if row.values["step"] < said]
+        of_both = {row.values["step"] for row in rows if row.values["sidestep/ranks_reported"] == 2}
+        assert len(of_both) > STEPS
+        assert [said] == [it.acknowledged for it in report.sessions if it.node == "n1" and it.role == "worker"]
+        assert report.ledger.balances
+        assert (0, 0) == (report.ledger.pending, report.late_rows)
+        assert [] == [name for name in (".jobs", ".relays") if (runs / name).exists()]
+
+
+def find_intake(run_dir: Path) -> psutil.Process:
+    (found,) = (
+        it
+        for it in psutil.process_iter(["cmdline"])
+        if {"sidestepd.intake", str(run_dir)} <= set(it.info["cmdline"] or ())
+    )
+    return found
 
 
 @pytest.mark.nightly

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from sidestepd.sinks import wandb_log
+from sidestepd.status import losses
 from tests.support.chaos import Training
 
 pytestmark = pytest.mark.e2e
@@ -59,6 +60,19 @@ class TestSlips:
         report = run.report()
         assert [0, 1, 2] == [row.values["ok"] for row in run.rows()], run.log()
         assert (0, "finished", True) == (exit_code, report.state, report.ledger.balances)
+
+
+class TestValues:
+    def test_that_wandb_does_not_keep_are_counted_and_told(self, tmp_path: Path):
+        slip = "run = sidestep.init()\nfor step in range(3): run.log({'ok': step, '': 1}, step=step)"
+
+        with Training(tmp_path, script(slip)) as run:
+            exit_code = run.wait()
+
+        report = run.report()
+        assert [0, 1, 2] == [row.values["ok"] for row in run.rows()], run.log()
+        assert (0, 3, True) == (exit_code, report.ledger.values_refused, report.ledger.balances)
+        assert "3 values that can not be logged" in losses(report)
 
 
 class TestSummaryAfterAKill:

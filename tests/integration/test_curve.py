@@ -17,14 +17,16 @@ import zmq
 
 from sidestep._run import Run
 from sidestep.endpoint import Endpoint, KeyFile, endpoints
+from sidestep.errors import SettingsError
 from sidestep.notices import Notices
 from sidestep.ranks import Identity
 from sidestep.sender import connect
 from sidestep.session import Session
 from sidestep.settings import WorkerSettings
 from sidestep.wire import Ack, Hello, Refuse, RunInfo, Status, Welcome
-from sidestepd.addresses import BOUND, CONTEXT
+from sidestepd.addresses import BOUND, CONTEXT, remember, remembered
 from sidestepd.control import Control
+from sidestepd.intake.front import bind_tcp
 from sidestepd.intake.gate import DOMAIN
 from sidestepd.keygen import make_keys, new_pair, rotate
 from sidestepd.processes import read_json
@@ -269,6 +271,20 @@ def daemon_key(daemon: Guarded) -> str:
 
 
 class TestStarting:
+    def test_a_free_port_that_somebody_took_meanwhile_is_another_one_then(self, tmp_path: Path):
+        """A port that was said is not replaced: nobody would find it."""
+        with socket.create_server(("127.0.0.1", 0)) as taken, zmq.Context() as context:
+            address = f"tcp://127.0.0.1:{taken.getsockname()[1]}"
+            remember(tmp_path, {"tcp://127.0.0.1:0": address})
+            with context.socket(zmq.ROUTER) as router:
+                (bound,) = bind_tcp(router, tmp_path, ["tcp://127.0.0.1:0"])
+
+                with pytest.raises(SettingsError, match="can not listen"):
+                    bind_tcp(router, tmp_path, [address])
+
+        assert bound != address
+        assert bound == remembered(tmp_path, "tcp://127.0.0.1:0")
+
     @pytest.mark.parametrize(
         ("words", "why"),
         [

@@ -5,6 +5,7 @@ Each shows that nothing hangs, and that the daemon has what each process said.
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -185,6 +186,27 @@ class TestSuddenEnds:
         (done,) = collect(spill.waiting(spill.private_folder()), Endpoint(address=daemon.address), run="fake")
         assert "" == done.why
         assert [[0, 1]] == by_process(daemon)
+
+    def test_where_nobody_is_known_an_exit_waits_for_nobody(self, tmp_path: Path):
+        """The file that is to lead to the daemon is not there: that is said, and records are kept."""
+        program = f"""if True:
+            import sidestep, time
+            run = sidestep.init()
+            run.log({{"n": 0}})
+            began = time.monotonic()
+            run.finish(timeout={DEADLINE_S})
+            print(time.monotonic() - began < {DEADLINE_S} / 2)
+            """
+        context = {"SIDESTEP_CONTEXT": str(tmp_path / "nowhere.json"), "SIDESTEP_AUTOSTART": "0"}
+
+        ended = subprocess.run(
+            [sys.executable, "-c", program], env=os.environ | context, capture_output=True, text=True, check=True
+        )
+
+        assert "True\n" == ended.stdout
+        assert 1 == ended.stderr.count("nowhere.json")
+        assert "because no daemon is known" in ended.stderr
+        assert 1 == len(spill.waiting(spill.private_folder()))
 
 
 class TestForks:

@@ -83,13 +83,13 @@ class Tape:
         first: int | None = None, offered: int = 0, dropped: Mapping[str, int] | None = None, attempt: int = 0,
         role: str = WORKER,
     ) -> Entry:  # fmt: skip
-        """A session begins or comes back; by default its number is its rank."""
+        """A session begins or comes back; by default its number is its rank. It is the process of that number."""
         first = self.next.setdefault(session, 0) if first is None else first
         self.next[session] = max(first, self.next.get(session, 0))
         rank = session if rank is None else rank
         facts = {
             "rank": rank, "world": world, "node": "n0", "launch": launch, "attempt": attempt, "more": more,
-            "role": role,
+            "role": role, "pid": session,
         }  # fmt: skip
         return self._event(EntryKind.HELLO, session, first, **facts, offered=offered, dropped=dropped or {})
 
@@ -160,6 +160,7 @@ def part(
     own: int | None = None,
     moves: bool = True,
     position: Position | None = None,
+    apart: str = "",
 ) -> Part:
     """What one rank said in one call; its session has its rank's number. `own` counts a call without a step."""
     values = {"loss": 0.5} if data is None else data
@@ -175,6 +176,7 @@ def part(
         used=used,
         call=None if own is None else Call(own, frozenset(values)),
         moves=moves,
+        apart=apart,
     )
 
 

@@ -1,4 +1,4 @@
-"""Small disks that can be filled: a tmpfs of a few megabytes, in a mount namespace of this process's own."""
+"""Small disks that can be filled, and one that clones files, in a mount namespace of this process's own."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import functools
 import os
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -55,3 +56,23 @@ def fill(disk: Path, *, leave: int = 0) -> Path:
             except OSError:
                 break
     return path
+
+
+@contextlib.contextmanager
+def disk_of_clones(at: Path, image: Path, megabytes: int = 300) -> Iterator[Path]:
+    """An XFS, which clones files, in the file `image`; the test is skipped where that can not be had."""
+    why = _own_mounts()
+    if why is None and shutil.which("mkfs.xfs") is None:
+        why = "no mkfs.xfs: apt-get install xfsprogs"
+    if why is None:
+        at.mkdir(exist_ok=True)
+        with image.open("wb") as file:
+            file.truncate(megabytes << 20)
+        for command in (["mkfs.xfs", "-q", "-f", image], ["mount", "-o", "loop", image, at]):
+            why = why or subprocess.run(command, capture_output=True, text=True).stderr.strip() or None
+    if why is not None:
+        pytest.skip(f"no disk of clones here: {why}")
+    try:
+        yield at
+    finally:
+        subprocess.run(["umount", "--lazy", str(at)], check=True)

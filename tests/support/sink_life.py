@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,8 @@ import wandb  # so that lives which are forked from a process that holds this mo
 
 from sidestepd.errors import Retry
 from sidestepd.rows import Definition, Row, Sample
+from sidestepd.show import BlobFiles
 from sidestepd.sinks import Confirmed, RunFacts, Sink, make_sink, patiently
-
-assert wandb
 
 
 def live(pipe: Connection, kind: str, directory: Path, environment: Mapping[str, str]) -> None:
@@ -41,8 +41,7 @@ def do(sink: Sink, run: RunFacts, name: str, *arguments: Any) -> Any:
         case "open":
             result = _plain(patiently(lambda: sink.open(run, arguments[0]), beat=_nothing))
         case "write":
-            for row in _rows(*arguments):
-                sink.write(row)
+            result = [name for row in _rows(*arguments) for name in sink.write(row)] or None
         case "try_write":
             try:
                 return do(sink, run, "write", *arguments)
@@ -62,8 +61,23 @@ def do(sink: Sink, run: RunFacts, name: str, *arguments: Any) -> Any:
         case "close":
             patiently(lambda: sink.close(*arguments), beat=_nothing)
         case _:
-            result = getattr(sink, name)(*arguments)
+            result = _other(sink, run, name, *arguments)
     return result
+
+
+def _other(sink: Sink, run: RunFacts, name: str, *arguments: Any) -> Any:
+    return _media(sink, run, name, *arguments) if "media" in name else getattr(sink, name)(*arguments)
+
+
+def _media(sink: Sink, run: RunFacts, name: str, value: Any = None) -> Any:
+    """Show a value; or write a row with a page in it, and something else that wandb has no form for."""
+    if name == "write_media":
+        page, odd = wandb.Html("<p>good</p>"), [[wandb.Html("")]]
+        return sink.write(replace(next(_rows([0], {})), values={"page": page, "odd": odd, "loss": 1.0}))
+    try:
+        return repr(sink.show(value, BlobFiles(run.directory, run.directory / "shown", {})))
+    except ValueError as error:
+        return str(error)
 
 
 def _plain(confirmed: Confirmed) -> dict[str, Any]:
@@ -73,7 +87,9 @@ def _plain(confirmed: Confirmed) -> dict[str, Any]:
 
 def _rows(steps: Sequence[int], values: Mapping[str, Any]) -> Iterator[Row]:
     for step in steps:
-        held = {"loss": step * 1.0, "global_step": step, **values}
+        held = {"loss": step * 1.0, "global_step": step}
+        for name, it in values.items():  # JSON has no bytes
+            held[name] = bytes.fromhex(it["bytes"]) if isinstance(it, dict) and "bytes" in it else it
         yield Row(step=step, time=step + 0.5, values=held, places={"global_step": step}, positions=())
 
 

@@ -201,7 +201,8 @@ def assert_whole(folder: Path, id_: str, steps: int) -> status.Report:
     assert list(range(steps)) == steps_in(run_dir)
     found = (report.state, ledger.balances, ledger.pending, ledger.unknown)
     assert ("finished", True, 0, 0) == found, f"{found}: {report}"
-    assert ({}, {}) == (_counted(ledger.dropped), _counted(ledger.rejected))
+    lost = _counted(ledger.dropped), _counted(ledger.rejected)
+    assert ({}, {}) == lost, f"{lost}: {report}"
     assert ledger.delivered >= steps  # and what the program and its machine are
     return report
 

@@ -26,7 +26,7 @@ from sidestepd.intake.blobs import name_of
 from sidestepd.media import Media
 from sidestepd.resolve import SessionFacts
 from sidestepd.rowlog import RowLog, RowLogReader
-from sidestepd.rows import Blob, Logged, Position
+from sidestepd.rows import Blob, Logged, Part, Position
 from sidestepd.show import Corrupt, Shower
 from sidestepd.sinks.jsonl import JsonlSink
 from sidestepd.storing import ORPHANED_S, Storing, _checked_path, check
@@ -160,6 +160,22 @@ class TestWhatIsTaken:
         saved = [it for it in logged.records if it.kind is Kind.ARTIFACT]
         assert 2 == len(saved), "once when it was said, and once at the end, since it had changed"
         assert {"d/a.txt": b"more"} == contents(logged)
+
+    def test_what_is_saved_in_the_directory_of_the_run_is_called_as_it_is_there(
+        self, logged: Recorder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ):
+        folder = tmp_path / "time-id"
+        (folder / "sub").mkdir(parents=True)
+        for name in ("model.pt", "sub/k", "spool.db"):
+            (folder / name).write_text(name)
+        with sidestep.init() as run:
+            monkeypatch.setattr(type(run), "_own_folder", lambda _: str(folder))
+            run.save(folder / "model.pt", policy="now")
+            run.save("sub/k", policy="now")
+
+            assert [str(folder / "model.pt")] == run.save(folder / "*", policy="now")
+
+        assert [{"model.pt": b"model.pt"}, {"sub/k": b"sub/k"}] == [contents(logged, at) for at in (0, 1)]
 
     def test_bytes_json_and_code(self, logged: Recorder, tmp_path: Path):
         (tmp_path / "wandb").mkdir()
@@ -402,6 +418,19 @@ class TestOrphans:
         storing.hear(said(1))
 
         storing.forget_orphans(self.sessions("bye", "bye"), 0.0)
+
+        assert [name_of(LANE, 10)] == self.left(storing, tmp_path)
+
+    def test_what_a_call_shows_that_waits_for_another_rank_is_none(self, storing: Storing, tmp_path: Path):
+        for number in (10, 11):
+            (tmp_path / "blobs" / name_of(LANE, number)).write_bytes(b"x")
+        image = {"_sidestep": "image", "facts": {"file": {"_blob": {"of": LANE, "id": 10, "size": 1}}}}
+        waits = Part(
+            position=Position(1, 1), session=b"W" * 16, rank=1, axis="global_step", step=1, time=0.0,
+            values={"image": image},
+        )  # fmt: skip
+
+        storing.forget_orphans(self.sessions("bye", "bye"), 0.0, waiting=[waits])
 
         assert [name_of(LANE, 10)] == self.left(storing, tmp_path)
 

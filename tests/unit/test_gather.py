@@ -113,6 +113,33 @@ class TestWaiting:
         assert 4 == it.waiting
 
 
+class TestNeed:
+    """Bytes that no row needs are deleted when their process has ended; what is on its way into one is needed."""
+
+    def test_lasts_from_when_a_part_is_heard_until_its_row_is_decided(self):
+        it = gatherer()
+        it.hear(part(1, img=image(4)), 0.0)
+        assert [(LANE, 4)] == list(it.needed)
+        it.store(blob(4))
+        show_all(it)
+
+        left = parts(it.ready(0.0))
+
+        assert [(LANE, 4)] == list(it.needed)
+        it.decide(blobs_in(left[0].values["img"]))
+        assert [] == list(it.needed)
+
+    def test_of_a_value_that_is_left_out_there_is_none(self):
+        it = gatherer()
+        it.hear(part(1, img=image(4)), 0.0)
+        it.store(blob(4))
+        show_all(it, "bad")
+
+        it.ready(0.0)
+
+        assert [] == list(it.needed)
+
+
 class TestPatience:
     def test_the_row_goes_without_and_the_media_follow_at_the_same_step(self):
         it = gatherer()

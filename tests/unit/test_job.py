@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from sidestepd.job import Place, place_of
+from sidestepd.job import Place, place_of, starts_elsewhere
 
 TRAIN = ("python", "train.py")
 
@@ -141,6 +141,27 @@ class TestATorchrunInTheCommand:
         words = ["python", "-m", "torch.distributed.run", "--nnodes", "2", "--node-rank", "0", "t.py"]
 
         assert place({}, words).first
+
+
+BATCH = {"SLURM_JOB_ID": "42", "SLURM_JOB_NUM_NODES": "2"}
+
+
+class TestALauncherInTheCommand:
+    @pytest.mark.parametrize(
+        ("environ", "words", "launcher"),
+        [
+            (BATCH, ["srun", *TRAIN], "srun"),
+            (BATCH, ["/opt/mpi/bin/mpirun", "-n", "4", *TRAIN], "mpirun"),
+            (BATCH, ["srun", "-N1", *TRAIN], None),
+            (BATCH, TRAIN, None),
+            (BATCH | {"SLURM_JOB_NUM_NODES": "1"}, ["srun", *TRAIN], None),
+            ({}, ["mpirun", *TRAIN], None),
+        ],
+    )
+    def test_of_a_batch_script_starts_tasks_that_do_not_reach_us(
+        self, environ: Mapping[str, str], words: Sequence[str], launcher: str | None
+    ):
+        assert launcher == starts_elsewhere(environ, words)
 
 
 class TestTheName:

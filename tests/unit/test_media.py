@@ -11,9 +11,11 @@ from PIL import Image as Pillow
 
 import sidestep.media
 from sidestep.errors import UnsupportedValue
+from sidestep.lane import Waiting
 from sidestep.media import Image, is_packed, packed, show
 from sidestep.media.base import Media, refs_in
 from sidestep.testing import BlobFolder
+from sidestep.wire import MAX_CHUNK_BYTES
 from sidestep.wire.plain import is_plain
 
 PIXELS = np.arange(60 * 50 * 3, dtype=np.uint8).reshape(60, 50, 3)
@@ -76,3 +78,15 @@ class TestShowing:
 
         with pytest.raises(ValueError, match="it is no image"):
             show(packed(Image(b"rubbish" * 1000), blobs), blobs)
+
+
+class TestPieces:
+    def test_many_small_ones_travel_in_few_records_and_large_ones_in_several(self):
+        pieces = (*(bytes([at % 256]) * 200 for at in range(10_000)), bytes(2 * MAX_CHUNK_BYTES + 5), b"", b"end")
+        blob = Waiting(number=0, size=sum(map(len, pieces)), pieces=pieces)
+
+        sent = list(blob.read())
+
+        assert b"".join(pieces) == b"".join(sent)
+        assert len(sent) <= blob.size // MAX_CHUNK_BYTES + 2
+        assert all(0 < len(piece) <= MAX_CHUNK_BYTES for piece in sent)

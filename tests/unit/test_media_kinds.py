@@ -227,6 +227,16 @@ class TestTables:
             with pytest.raises(UnsupportedValue, match="3 values"):
                 Table(columns=["a"]).add_data(1, 2, 3)
 
+    def test_columns_may_be_computed_of_the_others(self, notices: Notices, caplog: pytest.LogCaptureFixture):
+        table = Table(columns=["a"], data=[[2], [3]])
+
+        table.add_computed_columns(lambda at, row: {"square": row["a"] ** 2, "at": at})
+        table.add_computed_columns(lambda at, row: {"no": row["b"]})
+
+        assert (["a", "square", "at"], [[2, 4, 0], [3, 9, 1]]) == (table.columns, table.data)
+        assert [4, 9] == list(table.get_dataframe()["square"])
+        assert "KeyError" in caplog.text
+
     def test_columns_may_mix_types(self, blobs: BlobFolder):
         """wandb 0.31 raises, and the table is lost."""
         table = Table(columns=["a"], data=[[1], ["two"], [None], [3.5]])

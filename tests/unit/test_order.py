@@ -608,3 +608,76 @@ class TestWaitingToBeMatched:
         buffer.order.hear(Waits(session=session_id(1), waiting=False), 2.0)
 
         assert [(MAIN_AXIS, 5, "patience")] == buffer.ready(now=6.0)
+
+
+class TestRowsOfASessionsOwn:
+    def said(self, buffer: Buffer, session: int, *steps: int, now: float) -> None:
+        for step in steps:
+            said = part(step, rank=0, session=session, apart=f"n0:{session}")
+            buffer.order.hear(said, now)
+        buffer.order.hear(Heard(session=session_id(session), more=False), now)
+
+    def who(self, buffer: Buffer, now: float) -> list[tuple[int, str, int]]:
+        return [(it.step, it.apart, len(it.parts)) for it in buffer.order.ready(now)]
+
+    def test_each_has_its_own_at_the_same_step(self):
+        buffer = two_ranks_at(5)
+        for session in (7, 8):
+            self.said(buffer, session, 5, 6, now=1.0)
+
+        assert [(5, "n0:7", 1), (5, "n0:8", 1)] == self.who(buffer, now=1.0)
+
+    def test_they_leave_however_far_behind_or_ahead_the_others_are(self):
+        buffer = two_ranks_at(5)
+        self.said(buffer, 7, 0, 1, 1000, 1001, now=1.0)
+
+        assert [0, 1, 1000] == buffer.steps(now=1.0)
+
+    def test_the_others_wait_neither_for_them_nor_for_who_said_them(self):
+        buffer = two_ranks_at(5)
+        buffer.order.hear(Joined(session=session_id(7), rank=0, world=2, launch="L", more=False), 1.0)
+        self.said(buffer, 7, 0, now=1.0)
+        for rank in (0, 1):
+            buffer.say(rank, 6, 7, now=1.1)
+
+        assert [(5, "", 2), (6, "", 2)] == self.who(buffer, now=1.1)
+
+    def test_what_it_says_at_a_step_that_it_names_is_everybody_s(self):
+        buffer = two_ranks_at(5)
+        self.said(buffer, 7, 0, now=1.0)
+        buffer.say(7, 6, now=1.0)
+        for rank in (0, 1):
+            buffer.say(rank, 6, 7, now=1.1)
+
+        assert [(5, "", 2)] == self.who(buffer, now=1.1)
+        buffer.say(7, 7, now=1.2)
+
+        assert [(6, "", 3)] == self.who(buffer, now=1.2)
+
+    def test_the_newest_leaves_after_patience_or_with_its_session(self):
+        buffer = two_ranks_at(5)
+        for session in (7, 8):
+            self.said(buffer, session, 0, now=1.0)
+        assert [] == self.who(buffer, now=1.0)
+
+        buffer.leave(8, now=2.0)
+        assert [(0, "n0:8", 1)] == self.who(buffer, now=2.0)
+        assert (0, "n0:7", 1) in self.who(buffer, now=1.0 + PATIENCE + 1.0)
+
+    def test_nothing_is_kept_of_sessions_that_left(self):
+        buffer = two_ranks_at(5)
+        for session in range(7, 20):
+            self.said(buffer, session, 0, now=1.0)
+            buffer.leave(session, now=1.0)
+            buffer.ready(1.0)
+
+        assert 1 == len(buffer.order.state()["axes"])
+
+    def test_outlive_a_crash(self):
+        buffer, other = two_ranks_at(5), Buffer()
+        self.said(buffer, 7, 0, now=1.0)
+
+        other.order.restore(msgpack.unpackb(msgpack.packb(buffer.order.state()), strict_map_key=False))
+
+        self.said(other, 7, 1, 2, now=1.0)
+        assert [(1, "n0:7", 1)] == self.who(other, now=1.0)

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from sidestep.wire import Kind, Undecodable, decode_records
 from sidestepd.order import ReorderBuffer
 from sidestepd.resolve import Booted, Heard, Joined, Left
-from sidestepd.rows import MAIN_AXIS, Bundle, Part, Position, Row
+from sidestepd.rows import MAIN_AXIS, PROCESS, Bundle, Part, Position, Row
 from sidestepd.spool import EntryKind
 from tests.support.builders import Tape, config, counted, define, log
 from tests.support.line import Disk, Line, Options
@@ -35,7 +35,7 @@ def assert_steps_increase(rows: Sequence[Row]) -> None:
 def assert_shift_explains_steps(rows: Sequence[Row]) -> None:
     shift = 0
     for row in rows:
-        if MAIN_AXIS in row.places and not row.late:
+        if MAIN_AXIS in row.places and not row.late and not row.apart:
             shift = row.values.get("sidestep/step_shift", shift)
 
             assert row.step == row.places[MAIN_AXIS] + shift
@@ -47,9 +47,11 @@ def assert_axes_are_data(rows: Sequence[Row]) -> None:
 
 
 def assert_on_time_rows_are_in_order(rows: Sequence[Row]) -> None:
-    for axis in {axis for row in rows for axis in row.places}:
-        steps = [row.places[axis] for row in rows if axis in row.places and not row.late]
-
+    by_owner: dict[tuple[str, Any], list[int]] = {}
+    for row in rows:
+        for axis in row.places if not row.late else ():
+            by_owner.setdefault((axis, row.values.get(PROCESS)), []).append(row.places[axis])
+    for steps in by_owner.values():
         assert sorted(set(steps)) == steps
 
 
@@ -73,6 +75,8 @@ class Witness(ReorderBuffer):
         self.said: dict[tuple[str, int], float] = {}
         self.first: dict[str, float] = {}
         self.left: dict[str, int] = {}
+        self.own: set[bytes] = set()
+        """Who has rows of its own: nobody waits for it where it has said nothing."""
 
     def hear(self, said: Joined | Left | Heard | Booted | Part, now: float) -> None:
         super().hear(said, now)
@@ -88,6 +92,7 @@ class Witness(ReorderBuffer):
                 self.live[said.session] = (joined, said.more)
             case Left():
                 self.live.pop(said.session, None)
+                self.own.discard(said.session)
                 self.holds = {(s, a) for s, a in self.holds if s != said.session}
                 self.reached = {key: step for key, step in self.reached.items() if key[0] != said.session}
                 self.launch_of.pop(said.session, None)
@@ -105,6 +110,9 @@ class Witness(ReorderBuffer):
         launch = self.launch_of.get(said.session)
         if launch and self.worlds[launch][2] is None:
             self.worlds[launch] = (*self.worlds[launch][:2], now)
+        if said.apart:
+            self.own.add(said.session)
+            return
         self.reached[key] = max(said.step, self.reached.get(key, -1))
         self.first.setdefault(said.axis, now)
         self.said.setdefault((said.axis, said.step), now)
@@ -114,7 +122,7 @@ class Witness(ReorderBuffer):
     def ready(self, now: float) -> list[Bundle]:
         bundles = super().ready(now)
         for bundle in bundles:
-            if not bundle.late:
+            if not bundle.late and not bundle.apart:
                 self._witness_bundle(bundle, now)
         return bundles
 
@@ -142,13 +150,14 @@ class Witness(ReorderBuffer):
     def _moved_past(self, session: bytes, axis: str, step: int, now: float) -> bool:
         if (session, axis) in self.holds:
             return self.reached[session, axis] > step
-        if (session, axis) in self.reached:
-            return True  # it let patience run out
+        if (session, axis) in self.reached or session in self.own:
+            return True  # it let patience run out, or need not be waited for
         joined, more = self.live[session]
         return not more and now >= max(joined, self.first[axis]) + self.patience
 
     def _catching_up(self, session: bytes, axis: str, step: int) -> bool:
-        holds = (session, axis) in self.holds or (session, axis) not in self.reached
+        spoke = session in self.own or (session, axis) in self.reached
+        holds = (session, axis) in self.holds or not spoke
         return self.live[session][1] and holds and self.reached.get((session, axis), -1) <= step
 
 
@@ -168,15 +177,18 @@ class Worker:
     queue: deque[tuple[bytes, tuple[str, int | None] | None]] = field(default_factory=deque)
     steps: Counter[str] = field(default_factory=Counter)
     gone: bool = False
+    bases: dict[str, int] = field(default_factory=dict)
+    child: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class Call:
-    """A call that was spooled: where its unique name has to appear."""
+    """A call that was spooled: where its unique name has to appear, and `alone` if nothing else may be there."""
 
     name: str
     axis: str
     step: int
+    alone: bool = False
 
 
 class Chaos:
@@ -200,8 +212,16 @@ class Chaos:
     def start(self, rank: int, launch: str = "L#0") -> None:
         worker = Worker(session=len(self.workers) + 1, rank=rank, launch=launch)
         self.workers.append(worker)
-        self.bases.setdefault(launch, {axis: step + 1 for axis, step in self.highest.items()})
+        worker.bases = self.bases.setdefault(launch, {axis: step + 1 for axis, step in self.highest.items()})
         self.greet(worker)
+
+    def fork(self, parent: Worker) -> None:
+        """A process that lives begins another session of its rank."""
+        self.greet(parent)
+        child = Worker(session=len(self.workers) + 1, rank=parent.rank, launch=parent.launch, child=True)
+        child.bases = {axis: step + 1 for axis, step in self.highest.items()}
+        self.workers.append(child)
+        self.greet(child)
 
     def greet(self, worker: Worker) -> None:
         name = worker.launch.split("#")[0]
@@ -246,11 +266,12 @@ class Chaos:
             self.other.add(position)
             return
         axis, _ = at
-        step = record.step + (self.bases[worker.launch].get(axis, 0) if record.kind is Kind.COUNTED else 0)
+        is_counted = record.kind is Kind.COUNTED
+        step = record.step + (worker.bases.get(axis, 0) if is_counted else 0)
         name = next(name for name in record.data if name != "loss")
         prefix = f"{record.stage}/" if record.stage else ""
         self.highest[axis] = max(step, self.highest.get(axis, step))
-        self.calls[position] = Call(name=prefix + name, axis=axis, step=step)
+        self.calls[position] = Call(name=prefix + name, axis=axis, step=step, alone=worker.child and is_counted)
 
     def bye(self, worker: Worker) -> None:
         while worker.queue:
@@ -290,6 +311,8 @@ class Chaos:
                 self.tape.lease(worker.session)
             case "bye":
                 self.bye(worker)
+            case "fork" if not worker.child:
+                self.fork(worker)
 
     def _act_in_delivery(self, what: str, amount: int, which: int) -> None:
         match what:
@@ -314,11 +337,11 @@ class Chaos:
 
     def _come_again(self, gone: Worker) -> None:
         """A process of the same rank, if there is none: of the first launch that still takes it, or a new one."""
-        if any(other.rank == gone.rank and not other.gone for other in self.workers):
+        if gone.child or any(it.rank == gone.rank and not it.gone for it in self.workers):
             return
         newest = max(int(worker.launch.removeprefix("L#")) for worker in self.workers)
         for number in range(newest + 2):
-            done = {it.rank for it in self.workers if it.gone and it.launch == f"L#{number}"}
+            done = {it.rank for it in self.workers if it.gone and not it.child and it.launch == f"L#{number}"}
             if gone.rank not in done and len(done) < self.ranks:
                 self.start(gone.rank, f"L#{number}")
                 return
@@ -355,6 +378,9 @@ class Chaos:
             row = holders[call.name]
             assert position in row.positions
             assert call.step == row.places[call.axis]
+            if call.alone:
+                assert (position,) == row.positions
+                assert row.values[call.name] == row.values[f"{call.name.rpartition('n')[0]}loss"]
 
     def assert_ledger_balances(self) -> None:
         records = sum(entry.count for entry in self.tape.entries if entry.kind is EntryKind.FRAME)
@@ -366,7 +392,7 @@ class Chaos:
 
 def actions(*, crashes: bool) -> st.SearchStrategy[list[tuple[Any, ...]]]:
     often = ["round"] * 4 + ["log"] * 6 + ["send"] * 4 + ["read"] * 3 + ["wait"] * 2 + ["take", "confirm", "other"]
-    rarely = ["boot", "greet", "lease", "bye", "bye"] + ["crash"] * 3 * crashes
+    rarely = ["boot", "greet", "lease", "bye", "bye", "fork", "fork"] + ["crash"] * 3 * crashes
     action = st.tuples(st.sampled_from(often + rarely), st.integers(0, 5), st.integers(0, 5), st.integers(0, 14))
     return st.lists(action, min_size=20, max_size=80)
 
@@ -442,7 +468,7 @@ class TestAnythingAtAll:
         waiting = chaos.line.order.waiting
         incomplete = [
             name
-            for name, _, highest, _, reached, holding in order
+            for name, _, highest, _, reached, holding, _ in order
             if any(reached[session] < highest for session in holding)
         ]
         assert waiting <= len(incomplete)

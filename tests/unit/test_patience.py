@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import pytest
 
 from sidestepd.errors import Fatal, Reject, Retry
 from sidestepd.rows import Row
-from sidestepd.sinks import Rejected, patiently, write_all
+from sidestepd.sinks import LeftOut, Rejected, patiently, write_all
 from sidestepd.sinks.base import BEAT_EVERY_S
 
 
@@ -28,8 +29,9 @@ class Moody:
             raise self.moods.pop(0)
         return self.calls
 
-    def write(self, row: Row) -> None:
+    def write(self, row: Row) -> Sequence[str]:
         self.act()
+        return [name for name in row.values if not name]
 
     def beat(self) -> None:
         self.beats += 1
@@ -86,3 +88,9 @@ class TestWriteAll:
 
         assert [Rejected(rows[0], "unloggable")] == refused
         assert moody.calls == 3
+
+    def test_values_that_a_row_goes_without_are_told(self):
+        moody = Moody([])
+        row = Row(step=0, time=0.0, values={"loss": 1, "": 2}, places={}, positions=())
+
+        assert [LeftOut(row, [""])] == list(write_all(moody, [row], beat=moody.beat))

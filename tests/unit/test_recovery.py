@@ -52,6 +52,19 @@ class TestWhatIsInTheRun:
 
         assert recovered((4, values)).holds(part(4, {"loss": 1.5, "time": 0.1}))
 
+    def test_a_row_of_a_process_s_own_is_known_by_when_it_was_said(self):
+        """Others' rows may be at the same step, and it may be another after a lost row log."""
+        own = {"global_step": 7, "loss": 0.5, "lr": 0.1, "sidestep/process": "n0:7", "_timestamp": 2.5}
+        recovery = recovered((9, own))
+
+        assert recovery.holds(part(0, session=7, time=2.5, apart="n0:7"))
+        assert recovery.holds(part(0, {"lr": 0.1}, session=7, time=2.6, apart="n0:7"))
+        assert not recovery.holds(part(1, session=7, time=2.7, apart="n0:7"))
+        assert not recovery.holds(part(0, session=8, time=2.5, apart="n0:8"))
+        assert not recovery.holds(part(7))
+        assert {} == recovery.released
+        assert 9 == recovery.last
+
     def test_of_several_ranks_those_heard_first_are_in_it(self):
         """The others came late, and their rows were not written."""
         recovery = recovered((4, {"global_step": 4, "loss": 0.5, "sidestep/ranks_reported": 2}))

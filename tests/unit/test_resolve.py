@@ -593,3 +593,74 @@ class TestLivesOfRanks:
             reading.tape.hello(10 + rank, rank=rank, world=2)
 
         assert ["L#0", "L#1", "L#1"] == [it.launch for it in reading.said() if isinstance(it, Joined)]
+
+
+class TestStepsThatAreNobodyElses:
+    """Those that a process counts for which no rank stands."""
+
+    def owners(self, reading: Reading) -> list[tuple[int, str]]:
+        return [(it.step, it.apart) for it in reading.parts()]
+
+    def test_a_child_s_go_on_from_what_was_said_before_it_came(self):
+        reading = Reading()
+        reading.tape.hello(0)
+        reading.tape.say(0, log(99), counted(2, stage="eval"))
+        reading.tape.hello(5, rank=0)
+        reading.tape.say(0, log(500))
+        reading.tape.say(5, counted(0), counted(1), counted(0, stage="eval"), counted(0, stage="load"))
+
+        child = "n0:5"
+        expected = [(99, ""), (2, ""), (500, ""), (100, child), (101, child), (3, child), (0, child)]
+        assert expected == self.owners(reading)
+
+    def test_steps_that_a_child_names_are_everybody_s(self):
+        reading = Reading()
+        reading.tape.hello(0)
+        reading.tape.hello(5, rank=0)
+        reading.tape.say(5, log(7), counted(0))
+
+        assert [(7, ""), (0, "n0:5")] == self.owners(reading)
+
+    def test_a_process_that_nobody_numbered_beside_another_counts_for_itself(self):
+        """As `multiprocessing` spawns them: each is a launch of its own."""
+        reading = Reading()
+        for session, launch in ((1, "A"), (2, "B"), (3, "C")):
+            reading.tape.hello(session, rank=0, launch=launch)
+        for session in (1, 2, 3):
+            reading.tape.say(session, counted(0))
+
+        assert [(0, ""), (0, "n0:2"), (0, "n0:3")] == self.owners(reading)
+
+    @pytest.mark.parametrize("end", ["bye", "lease"])
+    def test_one_that_follows_another_goes_on_for_everybody(self, end: str):
+        reading = Reading()
+        reading.tape.hello(1, rank=0, launch="A")
+        reading.tape.say(1, counted(0))
+        getattr(reading.tape, end)(1)
+        reading.tape.hello(2, rank=0, launch="B")
+        reading.tape.say(2, counted(0))
+
+        assert [(0, ""), (1, "")] == self.owners(reading)
+
+    def test_ranks_are_numbered_and_never_for_themselves(self):
+        """Where the launch before them was killed, and its end is not known yet."""
+        reading = Reading()
+        for launch in ("A", "B"):
+            for rank in (0, 1):
+                reading.tape.hello(2 * (launch == "B") + rank, rank=rank, world=2, launch=launch)
+        for session in range(4):
+            reading.tape.say(session, counted(0))
+
+        assert [(0, "")] * 4 == self.owners(reading)
+
+    def test_outlive_a_crash(self):
+        reading, other = Reading(), Resolver()
+        reading.tape.hello(0)
+        reading.tape.say(0, log(9))
+        reading.tape.hello(5, rank=0)
+        reading.said()
+
+        other.restore(msgpack.unpackb(msgpack.packb(reading.resolver.state()), strict_map_key=False))
+
+        part, _ = other.read(reading.tape.say(5, counted(0)))
+        assert (10, "n0:5") == (part.step, part.apart)

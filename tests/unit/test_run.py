@@ -137,6 +137,21 @@ class TestRecords:
 
         assert [values] == data(run)
 
+    def test_what_the_summary_has_no_place_for_goes_with_the_next_row(self, run: Run):
+        run.summary.update({"best": 0.9, "weights": np.arange(100)})
+        run.log({"loss": 1.0})
+
+        assert [
+            (Kind.COUNTED, 0, ["weights"]),
+            (Kind.SUMMARY, None, ["best"]),
+            (Kind.COUNTED, 0, ["loss"]),
+        ] == [(kind, step, list(entries)) for kind, step, entries in logged(run)]
+
+    def test_types_of_numpy_are_configured_by_their_names(self, run: Run):
+        run.config["dtype"] = np.dtype("float32")
+
+        assert "float32" == run.config.dtype
+
     def test_configuration_summary_and_definitions_are_records_without_a_step(self, run: Run):
         run.config.update({"lr": 0.1})
         run.summary["best"] = 0.9
@@ -292,6 +307,18 @@ class TestRefusals:
         (defined,) = data(run)
         assert right.items() <= defined.items()
         assert 0 == run.stats().values_refused
+
+    def test_each_mistake_is_said_once_whatever_numbers_are_in_it(
+        self, run: Run, caplog: pytest.LogCaptureFixture
+    ):
+        for name in ("a", "b", "c-1", "c-2"):
+            run.log_artifact(f"/nowhere/{name}", name=name)
+        run.save("x", policy="never")
+
+        said = [text for text in caplog.messages if "can not be logged" in text]
+        assert 4 == len(said)
+        assert all(word in text for word, text in zip(("'a'", "'b'", "'c-1'", "never"), said, strict=True))
+        assert {DropReason.UNSUPPORTED: 5} == run.stats().dropped
 
     def test_each_name_and_type_is_said_once(self, run: Run, caplog: pytest.LogCaptureFixture):
         for _ in range(2):

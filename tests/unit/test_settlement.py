@@ -242,3 +242,23 @@ class TestTheNextLife:
 
         assert 2 == it.passed(Entry(id=2, kind=EntryKind.HELLO))
         assert 0 == it.passed(frame(4))
+
+
+class TestValuesThatTheSinkRefuses:
+    def test_are_counted(self):
+        it = Settlement({})
+
+        it.leave_out(4, 2)
+        it.leave_out(5, 1)
+
+        assert 3 == it.values_refused
+
+    def test_of_a_row_that_is_sent_again_count_once(self):
+        it = Settlement({})
+        it.leave_out(4, 2)
+        again = Settlement(it.counts())
+
+        again.leave_out(4, 2)
+        again.leave_out(5, 1)
+
+        assert 3 == again.values_refused

@@ -47,7 +47,7 @@ MODULE: Mapping[str, tuple[str, str]] = {
     "save": (OTHER, "returns the files that it found; `live` and `end` are looked at when the run is finished"),
     "sdk": (OTHER, "`wandb_run.Run`, `lib.RunDisabled`, `lib.config_util.ConfigError`; anything else is wandb's"),
     "setup": (SAME, "does nothing: no service runs in a worker"),
-    "summary": (OTHER, "what this process set; last values of metrics are known to the run alone"),
+    "summary": (OTHER, "what this process set, media with the next row; last values are known to the run alone"),
     "teardown": (SAME, "`finish()`"),
     "termsetup": (SAME, "does nothing"),
     "use_artifact": (WANDBS, "asked of wandb itself, if it is installed; its use is not written down"),

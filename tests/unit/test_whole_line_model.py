@@ -26,7 +26,7 @@ from sidestep.outbox import Outbox
 from sidestep.wire import Ack, Bye, Frame, Hello, Message, Status, Welcome
 from sidestepd.entries import Entry, EntryKind
 from sidestepd.roster import Roster, Verdict
-from sidestepd.rows import MAIN_AXIS
+from sidestepd.rows import MAIN_AXIS, PROCESS
 from sidestepd.spool import Spool, SpoolReader, damage_mark
 from tests.support.builders import config, counted, define, log, session_id
 from tests.support.line import Died, Disk, Line, Options
@@ -300,7 +300,7 @@ class WholeLine(RuleBasedStateMachine):
 
     @rule(
         what=st.sampled_from(
-            ["leave", "die", "replace", "restart", "lose_intake", "lose_intake", "lose_spool", "salvage"]
+            ["leave", "die", "fork", "replace", "restart", "lose_intake", "lose_intake", "lose_spool", "salvage"]
         ),
         which=st.integers(0, 5),
     )
@@ -311,6 +311,8 @@ class WholeLine(RuleBasedStateMachine):
                 self.leave(which)
             case "die" | "replace":
                 self.die(which, what == "replace")
+            case "fork" if (parent := self.pick(which)) is not None:
+                self.start(parent.rank)
             case "restart":
                 self.restart()
             case "lose_intake":
@@ -486,6 +488,10 @@ class WholeLine(RuleBasedStateMachine):
                     assert 1 == holders[name]
                 if holders[name]:
                     assert axis in places[name]
+        for row in self.line.disk.held:
+            if PROCESS in row.values:
+                said = {name.rpartition("_")[0] for name in row.values if name.rpartition("/")[2][0] == "n"}
+                assert len(said) < 2
 
     def every_record_is_accounted_for(self) -> None:
         line = self.line

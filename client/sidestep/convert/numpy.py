@@ -18,6 +18,8 @@ MOST_ELEMENTS = 32
 def convert(value: Any, call: Call | None = None) -> Any:
     """An array of one element is a number, a small one a list; a number is a number."""
     if not hasattr(value, "dtype"):
+        if hasattr(value, "itemsize") and hasattr(value, "name"):
+            return str(value)  # a dtype
         raise UnsupportedValue(f"numpy's {type(value).__name__} can not be logged: log an array or a number")
     if value.dtype.kind in "mM":
         return str(value) if value.size == 1 else [str(item) for item in small(value).ravel()]

@@ -51,7 +51,11 @@ def convert(value: Any, call: Call | None = None) -> Any:
                 "log what you want to see of it (its mean, its norm)"
             )
         return _read(lambda: histograms.spread(*count(torch, value, call.bins)))
-    return _read(value.item if value.numel() == 1 else value.tolist)
+    return _read(value.item if value.numel() == 1 else lambda: _dense(torch, value).tolist())
+
+
+def _dense(torch: Any, value: Any) -> Any:
+    return value.detach().to_dense() if value.layout != torch.strided else value
 
 
 def refusal(kind: str) -> str:

@@ -117,6 +117,7 @@ def shown(facts: Mapping[str, Any], files: Files) -> list[list[Any]]:
             value = _time(found)
         else:
             value = media.show({media.MARK: kind, "facts": found}, parts)
+            value = value.to_json() if kind == "histogram" else value  # which wandb has no cell for
         _put(rows, place, value)
     return rows  # type: ignore[no-any-return]
 

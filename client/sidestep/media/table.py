@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import functools
 import secrets
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from importlib import import_module
 from typing import Any, ClassVar
 
 from sidestep.errors import UnsupportedValue
@@ -87,6 +88,33 @@ class Table(Media):
         for row, value in zip(self.data, values, strict=True):
             row.append(value)
         return None
+
+    def add_computed_columns(self, fn: Callable[[int, dict[Any, Any]], Mapping[Any, Any]]) -> None:
+        """Add what a function makes of each row, given its number and its values by column."""
+        try:
+            rows = [fn(at, dict(zip(self.columns, row, strict=True))) for at, row in enumerate(self.data)]
+            computed = {name: [row[name] for row in rows] for row in rows[:1] for name in row}
+        except Exception as error:  # noqa: BLE001 - a function of the user's, which may raise anything
+            return refuse(
+                "columns of a table", type(fn), f"computing them raised {type(error).__name__}: {error!s:.200}"
+            )
+        for name, values in computed.items():
+            self.add_column(name, values)
+        return None
+
+    def cast(self, col_name: Any, dtype: Any, optional: bool = False) -> None:
+        """Without effect, as `dtype`: types follow from the data."""
+
+    def set_pk(self, key_column: Any) -> None:
+        """Without effect: a table here stands by itself."""
+
+    def set_fk(self, col_name: Any, table: Any, table_col: Any) -> None:
+        """Likewise."""
+
+    def get_dataframe(self) -> Any:
+        """The table as pandas has it."""
+        pandas: Any = import_module("pandas")  # who asks for this has it
+        return pandas.DataFrame.from_records(self.data, columns=self.columns)
 
     def get_column(self, name: Any, convert_to: str | None = None) -> Any:
         """The values of a column; `convert_to="numpy"` gives an array, where numpy is loaded."""

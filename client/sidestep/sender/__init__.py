@@ -88,6 +88,7 @@ class Sender:
         self._whereabouts = whereabouts  # asked anew while nobody answers
         self._alone = endpoint is None and (whereabouts is None or whereabouts.is_hopeless)
         self._look_again_at = 0.0
+        self._looked_last = False  # nobody is known, and there is no more time to come to know one
         self._failed_handshakes = 0
         self._when_alone = when_alone or _nothing  # called again and again, in this thread, while nobody answers
         self._outbox = outbox
@@ -149,6 +150,7 @@ class Sender:
         self._keep_until = ends = monotonic() + timeout
         self._values_until = ends - timeout / 2
         self._dialogue.leave(exit_code)
+        self._look_again_at = 0.0
         self.wake()
         if not self._alone:
             self._over.wait(timeout - (min(KEEP_S, timeout / 4) if self._spill is not None else 0.0))
@@ -246,18 +248,20 @@ class Sender:
         return self._is_elsewhere() or link.failure is not None
 
     def _is_elsewhere(self) -> bool:
-        """Ask anew where the daemon is, now and then; whether it is not where it was looked for."""
+        """Ask anew where the daemon is, now and then; whether it is not where it was looked for, or nowhere."""
         if self._whereabouts is None or monotonic() < self._look_again_at:
             return False
         self._look_again_at = monotonic() + LOOK_AGAIN_S
-        before, now = self._endpoint, self._whereabouts.look()
+        leaving, before = self._dialogue.leaving, self._endpoint
+        now = self._whereabouts.look()
+        self._looked_last = leaving and now is None and before is None
         if now is None or now == before:
-            return False
+            return self._looked_last
         self._endpoint = now
         return True
 
     def _ended(self) -> bool:
-        return self._stopping or self._dialogue.phase is Phase.OVER
+        return self._stopping or self._looked_last or self._dialogue.phase is Phase.OVER
 
     def _turn(self, link: Link) -> None:
         self._wait(link)

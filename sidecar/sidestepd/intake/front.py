@@ -294,7 +294,13 @@ def bind_tcp(socket: zmq.Socket[bytes], directory: Path, wanted: Sequence[str]) 
     """Let others connect too; returns where. Raises SettingsError where that can not be."""
     bound: dict[str, str] = {}
     for address in wanted:
-        _bind(socket, addresses.remembered(directory, address))
+        try:
+            _bind(socket, addresses.remembered(directory, address))
+        except SettingsError as error:
+            if not address.endswith(":0"):
+                raise
+            logger.warning("%s: another port then", error)  # who found us by a file finds us there again
+            _bind(socket, address)
         bound[address] = socket.getsockopt(zmq.LAST_ENDPOINT).rstrip(b"\0").decode()  # type: ignore[union-attr]
         logger.info("listens at %s", bound[address])
     if any(address.endswith(":0") for address in wanted):

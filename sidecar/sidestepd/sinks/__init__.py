@@ -2,12 +2,13 @@
 
 import asyncio
 
-from sidestepd.sinks.base import Confirmed, Rejected, RunFacts, Sink, patiently, write_all
+from sidestepd.sinks.base import Confirmed, LeftOut, Rejected, RunFacts, Sink, patiently, write_all
 
 __all__ = [
     "KINDS",
     "MODES",
     "Confirmed",
+    "LeftOut",
     "Rejected",
     "RunFacts",
     "Sink",

@@ -83,12 +83,12 @@ class Sink(Protocol):
         """Tell of names before the first row that holds them. Idempotent."""
         ...
 
-    def config(self, values: Mapping[str, Any]) -> None:
-        """Set the run's configuration. Idempotent."""
+    def config(self, values: Mapping[str, Any]) -> Sequence[str]:
+        """Set the run's configuration. Idempotent. Returns the names that had to be left out."""
         ...
 
-    def summary(self, values: Mapping[str, Any]) -> None:
-        """Set values of the run's summary. Idempotent."""
+    def summary(self, values: Mapping[str, Any]) -> Sequence[str]:
+        """Set values of the run's summary. Idempotent. Returns the names that had to be left out."""
         ...
 
     def named(self, values: Mapping[str, Any]) -> None:
@@ -99,8 +99,11 @@ class Sink(Protocol):
         """Tell people something. Whoever calls tells it once, also across crashes. `level`: INFO, WARN, ERROR."""
         ...
 
-    def write(self, row: Row) -> None:
-        """Write one row, with a `step` above every earlier one's. Raises Retry, Reject or Fatal."""
+    def write(self, row: Row) -> Sequence[str]:
+        """Write one row, with a `step` above every earlier one's. Raises Retry, Reject or Fatal.
+
+        Returns the names that had to be left out.
+        """
         ...
 
     def show(self, value: Any, files: Files) -> Any:
@@ -164,6 +167,14 @@ class Rejected:
     reason: str
 
 
+@dataclass(frozen=True, slots=True)
+class LeftOut:
+    """Names of a row whose values the sink refused for good; the row went without them."""
+
+    row: Row
+    names: Sequence[str]
+
+
 def patiently(
     act: Callable[[], _T],
     *,
@@ -197,10 +208,12 @@ def write_all(
     beat: Callable[[], None],
     kept: Callable[[Retry], None] = lambda _: None,
     sleep: Callable[[float], None] = time.sleep,
-) -> Iterator[Rejected]:
-    """Write rows in order, trying kept ones again; yields those that were rejected."""
+) -> Iterator[Rejected | LeftOut]:
+    """Write rows in order, trying kept ones again; yields what was refused."""
     for row in rows:
         try:
-            patiently(partial(sink.write, row), beat=beat, kept=kept, sleep=sleep)
+            names = patiently(partial(sink.write, row), beat=beat, kept=kept, sleep=sleep)
+            if names:
+                yield LeftOut(row, names)
         except Reject as refusal:
             yield Rejected(row, refusal.reason)

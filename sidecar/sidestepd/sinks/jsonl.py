@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -66,13 +66,15 @@ class JsonlSink:
         for it in definitions:
             self._append({"define_metric": {"name": it.name, "step_metric": it.step_metric}})
 
-    def config(self, values: Mapping[str, Any]) -> None:
+    def config(self, values: Mapping[str, Any]) -> Sequence[str]:
         """One line."""
         self._append({"config": dict(values)})
+        return ()
 
-    def summary(self, values: Mapping[str, Any]) -> None:
+    def summary(self, values: Mapping[str, Any]) -> Sequence[str]:
         """One line."""
         self._append({"summary": dict(values)})
+        return ()
 
     def named(self, values: Mapping[str, Any]) -> None:
         """One line."""
@@ -82,10 +84,11 @@ class JsonlSink:
         """One line."""
         self._append({"alert": {"title": title, "text": text, "level": level}})
 
-    def write(self, row: Row) -> None:
+    def write(self, row: Row) -> Sequence[str]:
         """One line with `_step` and `_timestamp`, as in wandb's history."""
         self._append({"_step": row.step, "_timestamp": row.time, **row.values})
         self._written.append(row.step)
+        return ()
 
     def show(self, value: Any, files: Files) -> Any:
         """Media by their kind and facts; their bytes are in files beside this one."""

@@ -13,13 +13,15 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import psutil
 import wandb
 from wandb.proto import wandb_internal_pb2 as pb
+from wandb.sdk.data_types.base_types.wb_value import WBValue
+from wandb.sdk.data_types.utils import history_dict_to_json
 
 from sidestep import media
 from sidestep.media.base import Files
@@ -81,14 +83,14 @@ class WandbSink:
             logger.warning("wandb refuses the definition of %.80r: %s", it.name, error)
         self._defined.add(it.name)
 
-    def config(self, values: Mapping[str, Any]) -> None:
+    def config(self, values: Mapping[str, Any]) -> Sequence[str]:
         """Later values replace earlier ones."""
         run = self._open_run
-        _each(values, lambda some: run.config.update(some, allow_val_change=True))  # type: ignore[no-untyped-call]
+        return _each(values, lambda some: run.config.update(some, allow_val_change=True))  # type: ignore[no-untyped-call]
 
-    def summary(self, values: Mapping[str, Any]) -> None:
+    def summary(self, values: Mapping[str, Any]) -> Sequence[str]:
         """Beside what wandb derives from the rows."""
-        _each(values, self._open_run.summary.update)
+        return _each(values, self._open_run.summary.update)
 
     def named(self, values: Mapping[str, Any]) -> None:
         """As wandb's own properties do it; what it refuses stays as it was."""
@@ -112,12 +114,13 @@ class WandbSink:
         except REFUSED as error:
             logger.warning("wandb refuses the alert %.80r: %s", title, error)
 
-    def write(self, row: Row) -> None:
+    def write(self, row: Row) -> Sequence[str]:
         """One call."""
         try:
-            self._send(row)
+            refused = self._send(row)
             if row.restore:
                 self.summary(row.restore)
+            return refused
         except (TypeError, ValueError) as error:
             raise Reject("unloggable", str(error)) from error
         except BROKEN as error:
@@ -126,7 +129,7 @@ class WandbSink:
     def show(self, value: Any, files: Files) -> Any:
         """wandb's own objects."""
         try:
-            return _histograms_in_lists(media.shown(value, files))
+            return _takeable(_histograms_in_lists(media.shown(value, files)))
         except (wandb.errors.Error, TypeError, KeyError, IndexError) as error:
             raise ValueError(f"wandb does not take it: {error!r}") from error
 
@@ -195,12 +198,17 @@ class WandbSink:
         except BROKEN as error:
             raise Fatal(f"wandb-core is gone: {error!r}") from error
 
-    def _send(self, row: Row) -> None:
+    def _send(self, row: Row) -> Sequence[str]:
         values = {"_timestamp": row.time, **row.values}
         try:
             self._open_run.log(values, step=row.step, commit=True)
-        except (TypeError, ValueError) as error:
-            self._open_run.log(_loggable(values, error), step=row.step, commit=True)
+            return ("",) if "" in values else ()  # wandb-core takes it and does not keep it
+        except BROKEN:
+            raise
+        except Exception as error:  # noqa: BLE001 - media have code of their own, which may raise anything
+            good = _loggable(self._open_run, values, row.step, error)
+            self._open_run.log(good, step=row.step, commit=True)
+            return tuple(name for name in values if name not in good or not name)
 
     def _opened(self, run: wandb.Run) -> wandb.Run:
         self._run, self._ahead = run, Ahead(run)
@@ -409,8 +417,9 @@ def _init_offline(run: RunFacts) -> wandb.Run:
     raise Fatal("wandb can not open the run; the lines before say why")
 
 
-def _each(values: Mapping[str, Any], tell: Callable[[dict[str, Any]], object]) -> None:
-    """Tell all at once, or if wandb refuses that, one by one, without those that it refuses."""
+def _each(values: Mapping[str, Any], tell: Callable[[dict[str, Any]], object]) -> Sequence[str]:
+    """Tell all at once, or if wandb refuses that, one by one; returns the names that it refuses."""
+    refused = []
     try:
         tell(dict(values))
     except REFUSED:
@@ -419,6 +428,8 @@ def _each(values: Mapping[str, Any], tell: Callable[[dict[str, Any]], object]) -
                 tell({name: value})
             except REFUSED as error:
                 logger.warning("wandb refuses %.80r: %s", name, error)
+                refused.append(name)
+    return refused
 
 
 def _histograms_in_lists(value: Any, inside: bool = False) -> Any:
@@ -453,14 +464,32 @@ def _core() -> psutil.Process | None:
     return None
 
 
-def _loggable(values: Mapping[str, Any], error: Exception) -> dict[str, Any]:
-    """The values that wandb can turn into JSON, each tried by itself."""
+def _takeable(value: Any, inside: bool = False) -> Any:
+    """The value, unless wandb has no form for it: it knows lists of media, and no other list with media in it."""
+    if isinstance(value, dict):
+        for item in value.values():
+            _takeable(item, inside)
+    elif isinstance(value, WBValue):
+        if inside:
+            raise ValueError("wandb shows lists of media, and none with anything else beside or around them")
+    elif isinstance(value, list):
+        alone = not inside and all(isinstance(item, WBValue) for item in value)
+        for item in () if alone else value:
+            _takeable(item, inside=True)
+    return value
+
+
+def _loggable(run: wandb.Run, values: Mapping[str, Any], step: int, error: Exception) -> dict[str, Any]:
+    """The values that wandb can turn into JSON, as such, each tried by itself."""
     good = {}
     for name, value in values.items():
         try:
-            wandb.util.json_dumps_safer_history(value)
-        except (TypeError, ValueError, OverflowError):
-            logger.warning("wandb refuses %.80r: %s", name, error)
+            told = history_dict_to_json(run, {name: value}, step=step)
+            wandb.util.json_dumps_safer_history(told[name])
+        except BROKEN:
+            raise
+        except Exception:  # noqa: BLE001 - likewise
+            logger.warning("wandb refuses %.80r in row %d: %s", name, step, error)
         else:
-            good[name] = value
+            good[name] = told[name]
     return good

@@ -10,7 +10,7 @@ so that a copy that is taken up again sends no earlier version of one once more.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +34,13 @@ class CopySink(OnlineSink):
         self._segments = segments
         self._samples_are_sent = self._rest_is_sent = False
 
-    def _send(self, row: Row) -> None:
+    def _send(self, row: Row) -> Sequence[str]:
         record = pb.HistoryRecord()  # type: ignore[attr-defined]
         record.step.num = row.step
         for name, value in {**row.values, "_timestamp": row.time, "_step": row.step}.items():
             record.item.add(key=name, value_json=json.dumps(value))
         self._publish(history=record)
+        return ()
 
     def close(self, exit_code: int) -> None:
         """Send the samples that the server lacks before the run is finished."""

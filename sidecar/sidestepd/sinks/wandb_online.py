@@ -16,7 +16,7 @@ import os
 import re
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -105,14 +105,15 @@ class OnlineSink(WandbSink):
     def begin(self) -> None:
         """Called once in all lives of a run, before anything of it is on the server."""
 
-    def write(self, row: Row) -> None:
+    def write(self, row: Row) -> Sequence[str]:
         """One call, if there is room."""
         if len(self._written) >= self.most_unconfirmed:
             self._collect()
         if len(self._written) >= self.most_unconfirmed:
             raise self._later("W&B takes rows more slowly than they come")
-        super().write(row)
+        refused = super().write(row)
         self._written.append(row.step)
+        return refused
 
     def confirm(self) -> Confirmed:
         """What the server was seen to hold by now."""
