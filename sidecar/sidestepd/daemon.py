@@ -2,7 +2,8 @@
 
 - intake is a session of its own: Ctrl-C in a terminal does not reach it, and it outlives its supervisor
 - an intake that dies is started again, sooner at first; one that ends well has finished its runs
-- where the directory it serves from was deleted there is nothing to start again: that is said, and the end
+- where the directory it serves from was deleted, or emptied while it was written to, there is nothing to start
+  again: that is said, and the end
 - the address is locked before anything is bound to it, and stays locked as long as supervisor or intake live
 """
 
@@ -34,6 +35,8 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 1.0
 """Between the death of intake and its next start: well below the time in which a worker that ends gives up."""
 _HEALTHY_AFTER_S = 10.0
 _TICK_S = 0.2
+NEEDED = ("config.json",)
+"""What every directory that is served from has; whoever deletes the rest deletes it too."""
 
 Progress = Callable[[int], object]
 """Called with the number of records that are still to be written, while a run drains."""
@@ -76,9 +79,9 @@ class Daemon:
             return True
         if code == ExitCode.COMPLETE:
             return False
-        if not self.home.directory.is_dir():
+        if gone := self._what_is_gone():
             self.deleted = True
-            raise Deleted(f"{self.home.directory} was deleted, and with it what was not yet in the run")
+            raise Deleted(f"{gone} was deleted, and with it what was not yet in the run")
         lived_s = time.monotonic() - self._started_at
         if lived_s > _HEALTHY_AFTER_S:
             self._pause_s = _FIRST_PAUSE_S
@@ -148,13 +151,18 @@ class Daemon:
         self._control.shut()
         complete = self._intake is not None and self._intake.returncode == ExitCode.COMPLETE
         try:
-            if self._ours:
+            if self._ours and not self.deleted:
                 self.home.ended(complete=complete, exit_code=self._exit_code)
             if self._lock:
                 rundir.clear_address(self.home.address)
                 self._lock.close()
         except (OSError, SettingsError) as error:  # It is what it is; how the command ended still has to be told.
             logger.warning("can not tidy up: %s", error)
+
+    def _what_is_gone(self) -> Path | None:
+        """What somebody deleted of that without which no intake can start."""
+        directory = self.home.directory
+        return next((it for it in (directory, *map(directory.joinpath, NEEDED)) if not it.exists()), None)
 
     @property
     def _log(self) -> Path:

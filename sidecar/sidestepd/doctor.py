@@ -24,6 +24,7 @@ from pathlib import Path
 import zmq
 
 from sidestep import ranks
+from sidestep.errors import SettingsError, SidestepError
 from sidestep.spill import private_folder, waiting
 from sidestepd import placement, rundir, status
 from sidestepd.config import Config
@@ -69,7 +70,21 @@ def examine(config: Config, looks: Mapping[str, Look] | None = None) -> Iterator
         try:
             yield from look(config)
         except Exception as error:  # noqa: BLE001 - one thing that can not be looked at must not hide the others
-            yield Finding(what, FAIL, f"can not be looked at: {type(error).__name__}: {error}")
+            yield Finding(what, FAIL, f"this could not be looked at: {_said_of(error)}")
+
+
+def _said_of(error: Exception) -> str:
+    """What went wrong, for people; a mistake of ours by its name too."""
+    match error:
+        case SidestepError():
+            return str(error)
+        case OSError(strerror=str(why), filename=str(path)):
+            return f"{path}: {why}"
+        case OSError(strerror=str(why)) | zmq.ZMQError(strerror=why):
+            return why
+        case sqlite3.Error():
+            return f"SQLite says: {error}"
+    return f"a mistake in sidestep itself, please report it ({type(error).__name__}: {error})"
 
 
 def _wandb(config: Config) -> Iterator[Finding]:
@@ -236,7 +251,12 @@ def _left(config: Config) -> Iterator[Finding]:
         yield Finding("left behind", WARN, text)
     runs = (config.run.dir.expanduser().absolute() / rundir.RUNS).glob("*/run.json")
     for run_dir in sorted(path.parent for path in runs):
-        if status.report(run_dir).state == "interrupted":
+        try:
+            interrupted = status.report(run_dir).state == "interrupted"
+        except (SettingsError, OSError) as error:
+            yield Finding("left behind", WARN, _said_of(error))
+            continue
+        if interrupted:
             yield Finding("left behind", WARN, f"a run was interrupted: `sidestep drain {run_dir}` finishes it")
 
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from sidestepd import command, job, rundir, sweep, together
+from sidestepd import command, job, rundir, stranded, sweep, together
 from sidestepd.addresses import CONTEXT
 from sidestepd.command import Command, Signals
 from sidestepd.config import Config, Given
@@ -94,7 +94,10 @@ def _serve_command(words: Sequence[str], environ: Mapping[str, str], part: Alone
             part.clear(complete=complete)
     if daemon.deleted:
         return code or ExitCode.DISK
-    return sum_up(home.directory, code, complete=complete)
+    code = sum_up(home.directory, code, complete=complete)
+    if complete:
+        stranded.forget(home.directory)
+    return code
 
 
 def _joins_outer_run(environ: dict[str, str]) -> bool:

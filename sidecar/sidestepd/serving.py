@@ -93,7 +93,10 @@ def _drain(run_dir: Path) -> int:
             daemon.release()
     if complete:
         meeting.forget(run_dir, home.options)
-    return sum_up(run_dir, 0, complete=complete)
+    code = sum_up(run_dir, 0, complete=complete)
+    if complete:
+        stranded.forget(run_dir)
+    return code
 
 
 def stop(endpoint: Endpoint, timeout_s: float) -> int:
@@ -170,6 +173,8 @@ def _until_over(daemon: Daemon, signals: Signals, grace_s: float, *, quiet: bool
         metrics.stop()
         daemon.release()
     if isinstance(home, RunHome):
+        if complete:
+            meeting.forget(home.directory, home.options)
         return sum_up(home.directory, 0, complete=complete)
     return ExitCode.COMPLETE if complete else ExitCode.INTERRUPTED
 

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from sidestep.errors import SettingsError
 from sidestep.wire import WORKER
 from sidestepd import placement
 from sidestepd.errors import SpoolDamaged
@@ -132,7 +133,7 @@ class Report:
 
 
 def report(run_dir: Path) -> Report:
-    """Read a run directory. Raises SettingsError if it is none."""
+    """Read a run directory. Raises SettingsError if it is none, or can not be read."""
     home = placement.home(run_dir)
     rowlog = RowLogReader(home / placement.ROW_LOG)
     run = RunFile.read(run_dir).with_what_wandb_made_of_it(read_json(run_dir / "about.json"))
@@ -223,7 +224,10 @@ def _spooled(path: Path, *, after: int) -> tuple[list[StoredSession], int]:
     """The sessions, and how many records lie above entry `after`: of one and the same moment."""
     if not path.exists():
         return [], 0
-    reader = SpoolReader(path)
+    try:
+        reader = SpoolReader(path)
+    except sqlite3.OperationalError as error:
+        raise _unreadable(path, error) from error
     try:
         for _ in range(_TRIES):
             sessions, records = reader.sessions(), reader.records_after(after)
@@ -232,10 +236,16 @@ def _spooled(path: Path, *, after: int) -> tuple[list[StoredSession], int]:
         return sessions, records
     except sqlite3.OperationalError as error:
         if "no such table" not in str(error):  # it is only just being made
-            raise
+            raise _unreadable(path, error) from error
         return [], 0
     finally:
         reader.close()
+
+
+def _unreadable(path: Path, error: sqlite3.OperationalError) -> SettingsError:
+    if "no such column" in str(error):
+        return SettingsError(f"{path.parent} was made by another version of sidestep, which alone can read it")
+    return SettingsError(f"{path} can not be read now: {error}")
 
 
 def _session(stored: StoredSession, state: str) -> SessionReport:

@@ -5,16 +5,19 @@
 - one that somebody serves is left alone, and so is one whose spool is on another machine's own disk
 - the run is not finished before all of that is in its spool: a run that is over takes no more
 - its options are as they were afterwards, so that whoever does it another way still can
+- a relay's directory is removed when all that was in it is with the daemon above
 """
 
 from __future__ import annotations
 
+import shutil
 import sqlite3
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from sidestep.errors import SidestepError
+from sidestep.spill import folder_of_run
 from sidestepd import placement, rundir, status
 from sidestepd.daemon import Daemon
 from sidestepd.home import RunHome
@@ -40,23 +43,46 @@ def start(daemon: Daemon, run_id: str, pause: Callable[[float], object]) -> None
             for one in handing_on:
                 one.close(LOST)
                 one.wait_closed(lambda _: None)
+        for relay in relays[begin : begin + AT_ONCE]:
+            forget(relay)
+
+
+def forget(run_dir: Path) -> None:
+    """Remove the directory of a relay, unless there is something in it that nobody else has."""
+    if run_dir.parent.name != rundir.RELAYS or not _is_handed_on(run_dir):
+        return
+    shutil.rmtree(run_dir, ignore_errors=True)
+    with suppress(OSError):  # those of other nodes are there
+        run_dir.parent.rmdir()
+
+
+def _is_handed_on(run_dir: Path) -> bool:
+    try:
+        found = status.report(run_dir)
+    except (OSError, sqlite3.Error, SidestepError):
+        return False
+    kept = (path for folder in (run_dir / rundir.BLOBS, folder_of_run(run_dir)) for path in folder.glob("*"))
+    return found.state == "finished" and found.ledger.balances and not (found.ledger.pending or any(kept))
 
 
 def relays_of(run_dir: Path, run_id: str) -> list[Path]:
     """The directories of those that have something for this run, and can be taken up here."""
     beside = sorted((run_dir.parent / rundir.RELAYS).glob("*/run.json"))
-    return [path.parent for path in beside if _has_more(path.parent, run_dir, run_id)]
+    same = (path.parent for path in beside if read_json(path).get("id") == run_id)
+    return [relay for relay in same if _has_more(relay, run_dir)]
 
 
-def _has_more(relay: Path, run_dir: Path, run_id: str) -> bool:
+def _has_more(relay: Path, run_dir: Path) -> bool:
+    home = placement.home(relay)
     try:
+        if not home.is_dir() or not Lock.is_free(relay / "intake.lock"):
+            return False
+        above = RowLogReader(home / placement.ROW_LOG).meta("above", {}).get("dir", run_dir)
         found = status.report(relay)
-        above = RowLogReader(placement.home(relay) / placement.ROW_LOG).meta("above", {}).get("dir", "")
     except (OSError, sqlite3.Error, SidestepError):  # half made, or of somebody else
         return False
-    is_ours = Path(above).name == run_dir.name if above else found.run.id == run_id
-    is_here = placement.home(relay).is_dir() and Lock.is_free(relay / "intake.lock")
-    return is_ours and is_here and found.state != "finished" and found.ledger.pending > 0
+    is_ours = Path(above).name == run_dir.name  # and not of an earlier start with the same id
+    return is_ours and found.state != "finished" and found.ledger.pending > 0
 
 
 @contextmanager

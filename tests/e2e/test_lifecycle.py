@@ -376,14 +376,17 @@ class TestStopAndDrain:
 
 
 class TestTrouble:
-    def test_a_run_that_was_deleted_is_said_and_that_is_the_end(self, here: Path):
+    @pytest.mark.parametrize("emptied", [True, pytest.param(False, marks=pytest.mark.nightly)])
+    def test_a_run_that_was_deleted_is_said_and_that_is_the_end(self, here: Path, emptied: bool):
+        """Also where its directory is there, as it was written to while it was deleted."""
         impatient = WAIT_FOR_A_WORD.replace("finish(timeout=60)", "finish(timeout=1)")
         with started(*SIDESTEP, "run", "--", sys.executable, "-c", impatient) as process:
             ready(process)
             (run,) = reports(here).values()
 
-            while Path(run.run.dir).exists():  # its files are being written
+            while Path(run.run.dir, "config.json" if emptied else "").exists():  # its files are being written
                 shutil.rmtree(run.run.dir, ignore_errors=True)
+            Path(run.run.dir).mkdir(exist_ok=True) if emptied else None
             assert process.stderr is not None
             assert "was deleted" in process.stderr.readline()
             process.communicate("go on\n", timeout=WAIT_S)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import zmq
 
 from sidestep.spill import private_folder
 from sidestepd import rundir
@@ -76,6 +78,24 @@ class TestWhatIsInTheWay:
         assert [("broken", FAIL), ("launcher", OK)] == [(it.what, it.level) for it in found]
         assert "oh" in found[0].text
 
+    @pytest.mark.parametrize(
+        ("error", "said"),
+        [
+            (PermissionError(13, "Permission denied", "/runs"), "/runs: Permission denied"),
+            (sqlite3.OperationalError("no such column: seal"), "SQLite says: no such column: seal"),
+            (zmq.ZMQError(36, "File name too long"), "File name too long"),
+        ],
+        ids=["a file", "a database", "a socket"],
+    )
+    def test_is_told_in_words(self, tmp_path: Path, error: Exception, said: str):
+        def broken(_: Config) -> Iterator[Finding]:
+            raise error
+            yield
+
+        [found] = examine(config(tmp_path), {"broken": broken})
+
+        assert f"this could not be looked at: {said}" == found.text
+
 
 class TestWhatMayGoWrong:
     def test_is_an_address_where_nobody_answers(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -97,6 +117,22 @@ class TestWhatMayGoWrong:
         assert (WARN, WARN) == (spilled.level, interrupted.level)
         assert "sidestep collect" in spilled.text
         assert f"sidestep drain {run_dir}" in interrupted.text
+
+    def test_is_a_run_of_another_version_which_hides_no_other(self, tmp_path: Path):
+        made = []
+        for name in ("older", "old"):
+            options = config(tmp_path, run__id=name)
+            made.append(rundir.new_run_dir(options, now=0.0))
+            rundir.lay_out(made[-1], options, RunFile.of(options, made[-1], f"ipc://{tmp_path}/{name}.sock"))
+        older, _ = sorted(made)
+        with sqlite3.connect(older / "spool.db") as database:
+            database.execute("CREATE TABLE session (id, name)")
+
+        strange, interrupted = look("left behind", tmp_path)
+
+        assert (WARN, WARN) == (strange.level, interrupted.level)
+        assert f"{older} was made by another version of sidestep, which alone can read it" == strange.text
+        assert "sidestep drain" in interrupted.text
 
     def test_is_a_launcher_s_variable_that_is_no_rank(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         for name in [name for name in os.environ if name.startswith(("SLURM_", "OMPI_", "PMI"))]:

@@ -121,6 +121,13 @@ class TestState:
 
         assert (0, ()) == (report(run_dir).ledger.offered, report(run_dir).sessions)
 
+    def test_one_that_another_version_made_is_refused_in_words(self, run_dir):
+        with sqlite3.connect(run_dir / "spool.db") as database:
+            database.execute("CREATE TABLE session (id, name)")
+
+        with pytest.raises(SettingsError, match="made by another version of sidestep"):
+            report(run_dir)
+
     def test_what_keeps_it_from_the_sink_is_told_until_it_is_finished(self, run_dir):
         (run_dir / "deaths.json").write_text('{"what": "delivery ended with 70"}')
         told = report(run_dir).trouble
