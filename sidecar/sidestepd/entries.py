@@ -4,6 +4,9 @@
   its records are counted as corrupt
 - everything else has a crc of its own, the seal: what was flipped there can not even be counted, so it is
   `Unreadable`, and that is damage of the file
+- frames that came together may be one entry, which takes as many ids as it has frames: `frames` gives them as if
+  each had come by itself. First in its body stands what precedes each frame on the wire, which its crc is of; then
+  the bodies, in that order
 - values and rows of the tables, no file and no clock
 """
 
@@ -11,14 +14,16 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
 
 import msgpack
 
-from sidestep.wire import Frame, checksum
+from sidestep.wire import Frame, Wrapped, checksum
+from sidestep.wire.envelope import HEAD
+from sidestep.wire.header import Flags
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS entry (
@@ -36,7 +41,10 @@ PUT_ENTRY = f"INTO entry ({ENTRY_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
 SESSION_COLUMNS = "id, next, state, heard, hello, counters, seal"
 PUT_SESSION = f"INTO session ({SESSION_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?)"
 
+HEAD_BYTES = HEAD.size
+"""How much of an envelope's body is about each of its frames."""
 _SEALED = struct.Struct("!QBQIBId")
+_MORE = int(Flags.MORE)
 
 
 class Unreadable(ValueError):
@@ -59,6 +67,8 @@ class EntryKind(IntEnum):
     """Intake started; no session has been heard of since."""
     CLOSE = 7
     """The run shall be finished; nothing comes after."""
+    ENVELOPE = 12
+    """Frames that came together: `first` is how many, `count` how many records are in all of them."""
     BLOBS = 11
     """Records of a session that sends blobs: their bytes are in files; `facts` say which blobs are complete."""
     VITAL = 10
@@ -102,6 +112,20 @@ class Entry:
         )
 
     @classmethod
+    def of_envelope(cls, frames: Sequence[Wrapped], body: bytes, *, received: float) -> Entry:
+        """Some of the frames in the body of an envelope, as they came."""
+        heads = b"".join([body[it.start : it.start + HEAD.size] for it in frames])
+        bodies = [body[it.start + HEAD.size : it.end] for it in frames]
+        return cls(
+            kind=EntryKind.ENVELOPE,
+            first=len(frames),
+            count=sum(it.records for it in frames),
+            crc=checksum(heads),
+            received=received,
+            body=b"".join([heads, *bodies]),
+        )
+
+    @classmethod
     def of_event(
         cls,
         kind: EntryKind,
@@ -126,8 +150,47 @@ class Entry:
 
     @property
     def whole(self) -> bool:
-        """Whether the body is what was received."""
-        return checksum(self.body) == self.crc
+        """Whether the body is what was received; of an envelope, what tells its frames apart."""
+        return checksum(self._heads if self.kind is EntryKind.ENVELOPE else self.body) == self.crc
+
+    @property
+    def _heads(self) -> bytes:
+        return self.body[: self.first * HEAD.size]
+
+    @property
+    def ids(self) -> int:
+        """How many ids it takes; the last of them is its own."""
+        return self.first if self.kind is EntryKind.ENVELOPE else 1
+
+    def frames(self) -> Iterator[Entry]:
+        """The frames in it, each with an id of its own; nothing else has any."""
+        if self.kind is not EntryKind.ENVELOPE:
+            yield from (self,) if self.kind is EntryKind.FRAME else ()
+            return
+        id_, at = self.id - self.first, self.first * HEAD.size
+        for size, _, _, _, flags, session, first, count, crc in HEAD.iter_unpack(self._heads):
+            id_, body, at = id_ + 1, self.body[at : at + size], at + size
+            yield Entry(
+                id=id_,
+                kind=EntryKind.FRAME,
+                session=session,
+                first=first,
+                count=count,
+                more=flags & _MORE != 0,
+                crc=crc,
+                received=self.received,
+                body=body,
+            )
+
+    def said(self) -> Iterator[Entry]:
+        """The entries of a session with records in them that this one is, or is made of."""
+        yield from (self,) if self.kind is EntryKind.BLOBS else self.frames()
+
+    def ends(self) -> list[tuple[bytes, int]]:
+        """Of each frame in it the session, and the sequence after its last record."""
+        if self.kind is EntryKind.ENVELOPE:
+            return [(head[5], head[6] + head[7]) for head in HEAD.iter_unpack(self._heads)]
+        return [(self.session, self.first + self.count)] if self.kind is EntryKind.FRAME else []
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,7 +245,18 @@ def _seal_of_entry(
 def session_row(session: StoredSession) -> tuple[Any, ...]:
     """The row of a session."""
     hello, counters = msgpack.packb(dict(session.hello)), msgpack.packb(dict(session.counters))
-    fields = (session.id, session.next, session.state, session.heard, hello, counters)
+    return _sealed(session.id, session.next, session.state, session.heard, hello, counters)
+
+
+def moved_row(row: tuple[Any, ...], next_: int) -> tuple[Any, ...]:
+    """The row of a session that came to want `next_`, or more. Raises Unreadable."""
+    id_, known, *others, seal = row
+    if _sealed(*row[:-1])[-1] != seal:
+        raise Unreadable(f"session {id_!r:.40} is not what was written")
+    return _sealed(id_, max(known, next_), *others)
+
+
+def _sealed(*fields: Any) -> tuple[Any, ...]:
     return (*fields, zlib.crc32(msgpack.packb(fields)))
 
 

@@ -27,6 +27,13 @@ class UpstreamOptions(Section):
     key_file: Path | None = Field(
         default=None, description="Our key, for a daemon above on tcp: a client's, of `sidestep keygen`."
     )
+    gather_s: float = Field(
+        default=0.2,
+        ge=0,
+        le=5,
+        description="So long is gathered what goes up as one message. The daemon above works the less, and hears "
+        "later.",
+    )
 
     @field_validator("context", "key_file")
     @classmethod

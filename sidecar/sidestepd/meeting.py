@@ -64,6 +64,8 @@ class Meeting:
         if self._secret and len(self._secret) < LEAST_SECRET_CHARS:
             raise SettingsError(f"{SECRET} has {len(self._secret)} characters: {LEAST_SECRET_CHARS} at least")
         self._head = place.master or head_of(environ, os.uname().nodename)
+        by_list = self._head != place.master and self._head != environ.get("MASTER_ADDR", "").strip()
+        self._own = environ.get("SLURMD_NODENAME") if by_list else None
         self._port = _port(environ.get("SIDESTEP_PORT", ""))
         self._jobs = config.run.dir.expanduser().absolute() / rundir.RUNS / JOBS
         name = place.job if not self._secret else f"{place.job}.{place.node}"
@@ -92,7 +94,7 @@ class Meeting:
                 "key_file": self.folder / "server.key",
                 "clients": self.folder / "clients",
                 "tcp": (f"tcp://*:{self._port if self._secret else 0}",),
-                "advertise": config.listen.advertise or self._head,
+                "advertise": config.listen.advertise or self._own or self._head,
             }
         )
         return config.model_copy(update={"listen": listen})

@@ -111,9 +111,18 @@ class Room:
         """How much of the room was used when it was measured; 1 is all of it."""
         return 1.0 if self._ran_out else self._share_with(0)
 
+    @property
+    def short(self) -> bool:
+        """Whether workers are told to send less."""
+        return self.closed or self.share > SHRINK_AT
+
     def _share_with(self, more: int) -> float:
         used, free = self._used + more, self._free - more
         return max(used / self._quota, (used + self._reserve) / max(free, 1))
+
+    def fits(self, size: int) -> bool:
+        """Whether `size` bytes are sure to be admitted."""
+        return not self.closed and self._share_with(self.taken + size) < CLOSE_AT
 
     def admit(self, size: int) -> bool:
         """Whether a frame of `size` bytes may be taken; counts it if so."""

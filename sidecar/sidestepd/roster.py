@@ -9,12 +9,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
 
-from sidestep.wire import FILES, LANES, RELAY, WORKER, Bye, Frame, Hello, Status
+from sidestep.wire import FILES, LANES, RELAY, WORKER, Bye, Frame, Hello, Status, Wrapped
 from sidestepd.entries import SAID, Entry, EntryKind, StoredSession
 
 LOST = 1
@@ -110,6 +110,10 @@ class Roster:
         self.duplicates = 0
         self.gaps = 0
         self._gate = duplicate_gate
+        self.has_own = False
+        """Whether a worker spoke here itself, and not through a relay."""
+        self._oldest: dict[str, int] = {}
+        """Of each launch the lowest restart count of a session: no HELLO with that, or less, ends any."""
         self.sessions = {
             s.id: Session(
                 id=s.id,
@@ -126,6 +130,8 @@ class Roster:
             )
             for s in stored
         }
+        for session in self.sessions.values():
+            self._date(session)
 
     @property
     def live(self) -> list[Session]:
@@ -182,6 +188,7 @@ class Roster:
                 "pids",
             )
         }
+        self._date(session)
         self._count(session, hello)
         return Entry.of_event(
             EntryKind.HELLO,
@@ -209,6 +216,22 @@ class Roster:
         session.next, session.state, session.more = frame.end, "live", frame.more
         return Verdict.TAKE
 
+    def take(self, frames: Iterable[Wrapped], now: float, *, route: bytes, routes: Mapping[bytes, bytes]) -> int:
+        """Take the first of these frames, as long as each is simply what is wanted next; returns how many.
+
+        Simply: by the route on which its session said HELLO, of one that is live, and sends no blobs.
+        """
+        taken = 0
+        for id_, first, records, more, _, _ in frames:
+            session = self.sessions.get(id_)
+            if session is None or session.next != first or session.state != "live" or session.is_lane:
+                break
+            if routes.get(id_) != route:
+                break
+            session.next, session.heard, session.more = first + records, now, more
+            taken += 1
+        return taken
+
     def hold(self, id_: bytes, now: float) -> Entry | None:
         """A session was told to keep what it has: patience runs against it, as room comes of rows that leave."""
         session = self.sessions[id_]
@@ -222,15 +245,15 @@ class Roster:
         """The disk had no room: frames will come again; what happened to sessions is returned, to be written."""
         entries = list(entries)
         for entry in entries:
-            if entry.kind in SAID:
-                session = self.sessions[entry.session]
-                session.next = min(session.next, entry.first)
+            for said in entry.said():
+                session = self.sessions[said.session]
+                session.next = min(session.next, said.first)
         return [
             replace(entry, first=min(entry.first, self.sessions[entry.session].next))
             if entry.kind is EntryKind.LEASE
             else entry
             for entry in entries
-            if entry.kind not in SAID
+            if entry.kind not in (*SAID, EntryKind.ENVELOPE)
         ]
 
     def heartbeat(self, status: Status, now: float) -> Entry | None:
@@ -274,7 +297,9 @@ class Roster:
 
     def expire(self, now: float) -> list[Entry]:
         """The leases that ended by `now`."""
-        return [self._end(it, now) for it in self._speaking if now >= it.heard + self._lease_of(it)]
+        before = now - self.lease  # the shorter one: nearly all were heard of since
+        silent = [it for it in self.sessions.values() if it.heard <= before and it.state == "live"]
+        return [self._end(it, now) for it in silent if now >= it.heard + self._lease_of(it)]
 
     def _lease_of(self, session: Session) -> float:
         return self.relay_lease if session.relay or session.is_relay else self.lease
@@ -286,7 +311,8 @@ class Roster:
 
     def behind(self, relay: Session) -> list[Session]:
         """Those that may speak through a relay."""
-        return [session for session in self._speaking if session.relay == relay.id.hex()]
+        id_ = relay.id.hex()
+        return [it for it in self.sessions.values() if it.state == "live" and it.hello.get("relay") == id_]
 
     def excuse(self, seconds: float) -> None:
         """Nobody listened for so long: what was said meanwhile is still to be heard."""
@@ -334,11 +360,18 @@ class Roster:
 
     def supersede(self, hello: Hello, now: float) -> list[Entry]:
         """The sessions that end because their launch was started again."""
+        if hello.attempt <= self._oldest.get(hello.launch, hello.attempt):
+            return []
         return [
             self._end(session, now)
             for session in self.awaited
             if session.hello.get("launch") == hello.launch and session.hello.get("attempt", 0) < hello.attempt
         ]
+
+    def _date(self, session: Session) -> None:
+        self.has_own = self.has_own or (session.is_worker and not session.relay)
+        launch, attempt = session.hello.get("launch", ""), session.hello.get("attempt", 0)
+        self._oldest[launch] = min(self._oldest.get(launch, attempt), attempt)
 
     def _end(self, session: Session, now: float) -> Entry:
         session.state = "lease"

@@ -2,6 +2,7 @@
 
 - what is whole is kept, wherever it lies: damage is closed in on from both sides, and costs what it touched
 - ids go on far above everything that may have been lost
+- frames that came together are entries of their own from then on
 - a session wants what comes after the last of its frames that is left, or what it was known to want, if that is
   more; one that lost its HELLO says it again
 - killed anywhere, it is done again or completed at the next start: the damaged file is moved only when its
@@ -142,9 +143,14 @@ def _walk(source: sqlite3.Connection, low: int, high: int, way: str) -> Generato
                 return came_to  # pages out of order: what they lead to is not trusted
             came_to = id_
             try:
-                yield entry_of(row)
+                entry = entry_of(row)
             except Unreadable as error:
                 logger.warning("lost: %s", error)
+                continue
+            if entry.kind is EntryKind.ENVELOPE:
+                yield from entry.frames()
+            else:
+                yield entry
     except (sqlite3.DatabaseError, ValueError, TypeError) as error:
         logger.debug("salvage came to %d: %s", came_to, error)
         return came_to

@@ -173,6 +173,8 @@ def _until_over(daemon: Daemon, signals: Signals, grace_s: float, *, quiet: bool
         metrics.stop()
         daemon.release()
     if isinstance(home, RunHome):
+        if complete:
+            meeting.forget(home.directory, home.options)
         return sum_up(home.directory, 0, complete=complete)
     return ExitCode.COMPLETE if complete else ExitCode.INTERRUPTED
 

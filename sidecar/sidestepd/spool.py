@@ -1,7 +1,10 @@
 """The spool: what was acknowledged, on disk, in the order it came.
 
 - one writer: intake, with one connection, used by one thread at a time; everyone else reads
-- one commit holds frames together with the next sequence of their sessions: neither is there without the other
+- one commit holds frames together with the next sequence of their sessions: neither is there without the other.
+  Frames say it themselves. A session's own row is written when something happened to it, and before its frames are
+  deleted; whoever reads adds what the frames above `noted` say
+- frames that came together are one entry, of as many ids: whoever reads gets them one by one
 - an entry's id grows for ever and is never used again, not after a full drain, not after a salvage, not when
   the file was lost
 - what is read is what was written: SQLite's own check does not see flipped bits, so every row has a crc
@@ -13,7 +16,8 @@
 Tables of `spool.db`:
     entry(id, kind, session, first, count, more, crc, received, seal, body)   frames, and what happened to sessions
     session(id, next, state, heard, hello, counters, seal)                    as of the newest commit
-    meta(key, value)                                                          'opened': the file takes writes
+    meta(key, value)                                'opened': the file takes writes. 'noted': up to this id the
+                                                    rows of sessions have all that frames say of them
 """
 
 from __future__ import annotations
@@ -22,12 +26,14 @@ import logging
 import os
 import sqlite3
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from sidestepd.entries import (
     ENTRY_COLUMNS,
+    HEAD_BYTES,
     PUT_ENTRY,
     PUT_SESSION,
     SAID,
@@ -39,6 +45,7 @@ from sidestepd.entries import (
     Unreadable,
     entry_of,
     entry_row,
+    moved_row,
     session_of,
     session_row,
 )
@@ -103,27 +110,60 @@ class Spool:
         self._last: int = self._one("SELECT max(seq) FROM sqlite_sequence") or 0
         if self._last < above:
             self._last = above + SALVAGE_STRIDE
+        self._ahead = _ends(self._db)
+        """Where sessions stand by frames that their rows may not know of yet."""
+        self.noted: int = self._one("SELECT value FROM meta WHERE key = 'noted'") or 0
+        """Up to which id the rows of sessions have all that frames say."""
         self._page = int(self._one("PRAGMA page_size"))
         if quota:
             self._db.execute(f"PRAGMA max_page_count = {max(1, quota // self._page)}")
 
     def commit(self, entries: Iterable[Entry], sessions: Iterable[StoredSession] = ()) -> int:
-        """Write entries and sessions together, durably; returns the last id. Nothing is written on an error."""
-        last = self._last
+        """Write entries and sessions together, durably; returns the last id. Nothing is written on an error.
+
+        To those of whom nothing is told but frames nothing happened: they may be left out of `sessions`.
+        """
+        last, rows, ends = self._last, [], []
+        for entry in entries:
+            last += entry.ids
+            rows.append(entry_row(entry, last))
+            ends += entry.ends()
+        sessions = list(sessions)
         with self._writing():
-            for entry in entries:
-                last += 1
-                self._db.execute(f"INSERT {PUT_ENTRY}", entry_row(entry, last))
+            self._db.executemany(f"INSERT {PUT_ENTRY}", rows)
             self._db.executemany(f"INSERT OR REPLACE {PUT_SESSION}", map(session_row, sessions))
         self._last = last
+        self._ahead.update(ends)
+        for session in sessions:
+            self._ahead.pop(session.id, None)
         return last
 
-    def delete_through(self, last: int) -> int:
-        """Delete every entry up to and including id `last`, but for a CLOSE; returns how many went."""
+    def delete_through(self, last: int, *, note: bool = False) -> int:
+        """Delete every entry up to and including id `last`, but for a CLOSE; returns how many went.
+
+        Of frames that came together none goes before the last of them. The rows of sessions are written with it,
+        which costs, where frames above `noted` go, or `note` says so.
+        """
+        note = bool(self._ahead) and (note or last > self.noted)
         with self._writing():
-            return self._db.execute(
+            gone = self._db.execute(
                 "DELETE FROM entry WHERE id <= ? AND kind != ?", (last, EntryKind.CLOSE)
             ).rowcount
+            if note:
+                self._note()  # after it, so that there is room
+        if note:
+            self._ahead, self.noted = {}, self._last
+        return gone
+
+    def _note(self) -> None:
+        query = f"SELECT {SESSION_COLUMNS} FROM session WHERE id = ?"
+        rows = ((self._db.execute(query, (id_,)).fetchone(), end) for id_, end in self._ahead.items())
+        try:
+            moved = [moved_row(row, end) for row, end in rows if row is not None]
+        except Unreadable as error:
+            raise _damaged(self.path, error) from error
+        self._db.executemany(f"INSERT OR REPLACE {PUT_SESSION}", moved)
+        self._db.execute("INSERT OR REPLACE INTO meta VALUES ('noted', ?)", (self._last,))
 
     def sessions(self) -> list[StoredSession]:
         """Every session that ever spoke."""
@@ -187,8 +227,15 @@ class SpoolReader:
     def read(self, after: int, limit: int) -> list[Entry]:
         """The next `limit` entries with an id above `after`."""
         query = f"SELECT {ENTRY_COLUMNS} FROM entry WHERE id > ? ORDER BY id LIMIT ?"
-        with self._reading():
-            return [entry_of(row) for row in self._db.execute(query, (after, limit)).fetchall()]
+        found: list[Entry] = []
+        with self._reading(), closing(self._db.execute(query, (after, limit))) as rows:
+            for row in rows:  # one by one: what came together may be more than was asked for
+                entry = entry_of(row)
+                together = entry.kind is EntryKind.ENVELOPE
+                found += (it for it in entry.frames() if it.id > after) if together else (entry,)
+                if len(found) >= limit:
+                    break
+        return found[:limit]
 
     def first(self, *kinds: EntryKind) -> Entry | None:
         """The oldest entry of these kinds."""
@@ -200,9 +247,12 @@ class SpoolReader:
 
     def records_after(self, after: int) -> int:
         """How many records lie in frames above id `after`."""
-        query = "SELECT coalesce(sum(count), 0) FROM entry WHERE id > ? AND kind IN (?, ?)"
-        with self._reading():
-            return int(self._db.execute(query, (after, *SAID)).fetchone()[0])
+        query = "SELECT coalesce(sum(count), 0) FROM entry WHERE id > ? AND kind IN (?, ?, ?)"
+        with self._reading(), self._at_once():
+            found = int(self._db.execute(query, (after, *SAID, EntryKind.ENVELOPE)).fetchone()[0])
+            where = "id = (SELECT min(id) FROM entry WHERE id > ?) AND kind = ?"
+            first = next(_heads(self._db, where, after, EntryKind.ENVELOPE), None)
+        return found - sum(it.count for it in first.frames() if it.id <= after) if first else found
 
     def received_after(self, after: int) -> float | None:
         """When the oldest entry above id `after` came, if there is one."""
@@ -219,24 +269,38 @@ class SpoolReader:
 
     def front(self) -> int | None:
         """The id of the oldest entry, None if there is none. A CLOSE does not count: it is never deleted."""
+        query = "SELECT id, kind, first FROM entry WHERE kind != ? ORDER BY id LIMIT 1"
         with self._reading():
-            row = self._db.execute("SELECT min(id) FROM entry WHERE kind != ?", (EntryKind.CLOSE,)).fetchone()
-            return None if row[0] is None else int(row[0])
+            row = self._db.execute(query, (EntryKind.CLOSE,)).fetchone()
+        return None if row is None else int(row[0] - row[2] + 1 if row[1] == EntryKind.ENVELOPE else row[0])
 
     def firsts(self) -> dict[bytes, int]:
         """The first sequence of each session that lies in a frame here."""
         query = "SELECT session, min(first) FROM entry WHERE kind IN (?, ?) GROUP BY session"
-        with self._reading():
-            return {bytes(session): int(first) for session, first in self._db.execute(query, SAID)}
+        with self._reading(), self._at_once():
+            found = {bytes(session): int(first) for session, first in self._db.execute(query, SAID)}
+            for entry in _heads(self._db, "kind = ?", EntryKind.ENVELOPE):
+                for it in entry.frames():
+                    found[it.session] = min(found.get(it.session, it.first), it.first)
+            return found
 
     def sessions(self) -> list[StoredSession]:
         """Every session that ever spoke, as of the newest commit."""
-        with self._reading():
+        with self._reading(), self._at_once():
             return _sessions(self._db)
 
     def close(self) -> None:
         """Let go of the file."""
         self._db.close()
+
+    @contextmanager
+    def _at_once(self) -> Iterator[None]:
+        """All that is read within is of one moment."""
+        self._db.execute("BEGIN")
+        try:
+            yield
+        finally:
+            self._db.execute("ROLLBACK")
 
     @contextmanager
     def _reading(self) -> Iterator[None]:
@@ -297,6 +361,9 @@ def _open(path: Path, *, marked: bool = False) -> sqlite3.Connection:
         db.execute("PRAGMA secure_delete = OFF")  # on in many builds: every deletion would be written out as zeros
         db.execute("PRAGMA journal_size_limit = 16777216")
         db.executescript(SCHEMA)
+        # of a new file, of one just salvaged, and of one by whose writer the rows of sessions had all
+        db.execute("INSERT OR IGNORE INTO meta SELECT 'noted', coalesce(max(id), 0) FROM entry")
+        db.commit()
         _walk(db)
     except BaseException:
         db.close()
@@ -319,4 +386,22 @@ def _walk(db: sqlite3.Connection) -> None:
 
 
 def _sessions(db: sqlite3.Connection) -> list[StoredSession]:
-    return [session_of(row) for row in db.execute(f"SELECT {SESSION_COLUMNS} FROM session")]
+    stored, ends = map(session_of, db.execute(f"SELECT {SESSION_COLUMNS} FROM session")), _ends(db)
+    return [replace(it, next=ends[it.id]) if ends.get(it.id, 0) > it.next else it for it in stored]
+
+
+def _ends(db: sqlite3.Connection) -> dict[bytes, int]:
+    """Where sessions stand by the frames that their rows may not know of."""
+    noted = db.execute("SELECT value FROM meta WHERE key = 'noted'").fetchone()
+    found: dict[bytes, int] = {}
+    for entry in _heads(db, "id > ? AND kind IN (?, ?)", *(noted or (0,)), EntryKind.FRAME, EntryKind.ENVELOPE):
+        for session, end in entry.ends():
+            found[session] = max(found.get(session, 0), end)
+    return found
+
+
+def _heads(db: sqlite3.Connection, where: str, *arguments: Any) -> Iterator[Entry]:
+    """Entries without the bodies of their frames. Raises Unreadable."""
+    body = f"CASE kind WHEN {EntryKind.ENVELOPE} THEN substr(body, 1, first * {HEAD_BYTES}) ELSE x'' END"
+    columns = ENTRY_COLUMNS.removesuffix("body") + body
+    return map(entry_of, db.execute(f"SELECT {columns} FROM entry WHERE {where} ORDER BY id", arguments))

@@ -68,18 +68,21 @@ def _is_handed_on(run_dir: Path) -> bool:
 def relays_of(run_dir: Path, run_id: str) -> list[Path]:
     """The directories of those that have something for this run, and can be taken up here."""
     beside = sorted((run_dir.parent / rundir.RELAYS).glob("*/run.json"))
-    return [path.parent for path in beside if _has_more(path.parent, run_dir, run_id)]
+    same = (path.parent for path in beside if read_json(path).get("id") == run_id)
+    return [relay for relay in same if _has_more(relay, run_dir)]
 
 
-def _has_more(relay: Path, run_dir: Path, run_id: str) -> bool:
+def _has_more(relay: Path, run_dir: Path) -> bool:
+    home = placement.home(relay)
     try:
+        if not home.is_dir() or not Lock.is_free(relay / "intake.lock"):
+            return False
+        above = RowLogReader(home / placement.ROW_LOG).meta("above", {}).get("dir", run_dir)
         found = status.report(relay)
-        above = RowLogReader(placement.home(relay) / placement.ROW_LOG).meta("above", {}).get("dir", "")
     except (OSError, sqlite3.Error, SidestepError):  # half made, or of somebody else
         return False
-    is_ours = Path(above).name == run_dir.name if above else found.run.id == run_id
-    is_here = placement.home(relay).is_dir() and Lock.is_free(relay / "intake.lock")
-    return is_ours and is_here and found.state != "finished" and found.ledger.pending > 0
+    is_ours = Path(above).name == run_dir.name  # and not of an earlier start with the same id
+    return is_ours and found.state != "finished" and found.ledger.pending > 0
 
 
 @contextmanager

@@ -348,6 +348,8 @@ def main() -> None:
             head, doors = made
 
             def watch() -> list[psutil.Process]:
+                known = options.sessions
+                eventually(lambda: head.run.status()["sessions"] == known, START_S, head.run.log)
                 if options.only_intake:
                     freeze(head.run.delivery())
                 figures["head"] = [_Named(process).name for process in head.processes()]

@@ -263,3 +263,21 @@ class TestManyNodes:
         job.is_whole()
         workers = [one for path in job.run_dirs() for one in status.report(path).sessions if one.role == "worker"]
         assert {("node1", 0), ("node2", 1)} == {(one.node, one.rank) for one in workers}
+
+    def test_a_job_whose_first_node_is_killed_is_finished_with_what_the_other_one_kept(self, cluster):
+        """The other's training is told to end, and says its last to a relay that has nobody to hand it on to."""
+        job = Job(cluster, "beheaded", "many.sh")
+        job.reaches(50)
+
+        cluster.do("pkill", "-KILL", "-u", "alice")
+
+        (relay,) = (path.parent for path in job.folder.glob("sidestep-runs/.relays/*/run.json"))
+        eventually(lambda: status.report(relay).ledger.pending > 0, WAIT_S, job.told)
+        eventually(lambda: cluster.ask("squeue", "-h") == "", WAIT_S, job.told)
+        (run_dir,) = job.run_dirs()
+        eventually(lambda: status.report(run_dir).state == "finished", WAIT_S, job.told)
+        report, rows = status.report(run_dir), rows_of(run_dir)
+        said = int((job.folder / "checkpoint-1").read_text())
+        assert list(range(said)) == [row["at/1"] for row in rows if "at/1" in row], job.told()
+        assert (True, 0) == (report.ledger.balances, report.ledger.pending)
+        assert not relay.exists()

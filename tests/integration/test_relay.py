@@ -3,14 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from zlib import crc32
 
 import pytest
 
-from sidestep.wire import BLOBS, SAMPLER, Kind, Record, encode_record
+from sidestep.wire import (
+    BLOBS,
+    SAMPLER,
+    Ack,
+    Bye,
+    Hello,
+    Kind,
+    Message,
+    Record,
+    Refuse,
+    Status,
+    Welcome,
+    Wrapper,
+    decode,
+    encode,
+    encode_record,
+    is_envelope,
+    unwrap,
+)
 from sidestepd import status
 from sidestepd.saying import table
-from tests.support.daemons import DEADLINE_S, RawWorker, logged
+from tests.support.daemons import DEADLINE_S, RawWorker, ServedRun, logged
 from tests.support.proxy import PASS, REFUSE
 from tests.support.relays import Topology
 from tests.support.waiting import eventually
@@ -113,3 +132,51 @@ class TestRanksBehindRelays:
         assert ["bye", "bye"] == [
             it.state for it in status.report(ended.head.run_dir).sessions if it.role == "relay"
         ]
+
+
+class TestAnEnvelope:
+    """As a relay sends it, with frames of several sessions in it, whatever else there is among them."""
+
+    def test_is_answered_for_each_session_and_read_in_its_order(self, tmp_path: Path):
+        with ServedRun(tmp_path, order__patience_s=0.2) as run:
+            run.start()
+            relay = run.worker()
+            alice, bob, stranger = (run.worker(rank, world=2, node="n") for rank in range(3))
+            frames = [alice.frame(0, 1), bob.frame(0), alice.frame(2, first=2), alice.frame(0, 1)]
+            gap, after = bob.frame(5, first=5), alice.frame(3, first=3)
+            relay.send(wrapped(*(Hello(session=it.session, rank=n, world=2) for n, it in enumerate((alice, bob)))))
+            assert 2 == sum(isinstance(it, Welcome) for it in heard(relay, 2))
+
+            relay.send(wrapped(*frames, stranger.frame(9), gap, Status(session=bob.session), after))
+            answers = heard(relay, 4)
+
+            refused = next(it for it in answers if isinstance(it, Refuse))
+            acks = {(it.session, it.first, it.gap) for it in answers if isinstance(it, Ack)}
+            assert (stranger.session, "hello") == (refused.session, refused.code)
+            assert {(alice.session, 4, False), (bob.session, 1, True), (bob.session, 1, False)} == acks
+            said = run.status()
+            assert (1, 1) == (said["duplicates"], said["gaps"])
+            relay.send(wrapped(*(Bye(session=it.session, first=n) for it, n in ((alice, 4), (bob, 1)))))
+            assert [Bye, Bye] == [type(it) for it in heard(relay, 2)]
+            assert 0 == run.finish()
+
+        ledger = status.report(run.run_dir).ledger
+        assert [0, 1, 2, 3] == [row.step for row in run.rows()]
+        assert (5, True) == (ledger.delivered, ledger.balances)
+
+
+def wrapped(*messages: Message) -> list[bytes]:
+    wrapper = Wrapper()
+    for message in messages:
+        wrapper.add(encode(message))
+    return wrapper.close()
+
+
+def heard(worker: RawWorker, count: int) -> list[Message]:
+    """At least so many answers, out of the envelopes that they come in."""
+    found: list[Message] = []
+    while len(found) < count:
+        parts = worker.receive()
+        assert is_envelope(parts), "who wraps is answered likewise"
+        found += map(decode, unwrap(parts))
+    return found

@@ -403,6 +403,11 @@ class RawWorker:
             return None
         return decode(self._socket.recv_multipart())
 
+    def receive(self) -> list[bytes]:
+        """The next answer as it comes."""
+        assert self._socket.poll(DEADLINE_S * 1000), "no answer came"
+        return self._socket.recv_multipart()
+
     def hear(self, kind: type[M]) -> M:
         """The next answer, which must be of this kind."""
         answer = self.listen()

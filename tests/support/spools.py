@@ -7,7 +7,7 @@ import sqlite3
 from dataclasses import replace
 from pathlib import Path
 
-from sidestep.wire import Frame, checksum
+from sidestep.wire import Frame, Wrapped, Wrapper, checksum, contents, encode
 from sidestepd.spool import Entry, EntryKind, Spool, SpoolReader, StoredSession
 
 ALICE, BOB = b"a" * 16, b"b" * 16
@@ -19,6 +19,18 @@ def frame(first: int, *, session: bytes = ALICE, count: int = 10, size: int = 30
     body = b"%s %d " % (session[:1], first) * (size // 4)
     said = Frame(session=session, first=first, count=count, body=body, crc=checksum(body))
     return Entry.of_frame(said, received=received)
+
+
+def together(*frames: Entry, received: float = 0.0) -> Entry:
+    """These as one entry, as they come in an envelope."""
+    wrapper = Wrapper()
+    for it in frames:
+        said = Frame(session=it.session, first=it.first, count=it.count, body=it.body, crc=it.crc, more=it.more)
+        wrapper.add(encode(said))
+    envelope = wrapper.close()
+    wrapped = [it for it in contents(envelope) if isinstance(it, Wrapped)]
+    assert len(frames) == len(wrapped)
+    return Entry.of_envelope(wrapped, envelope[1], received=received)
 
 
 def hello(session: bytes = ALICE, **facts: object) -> Entry:

@@ -14,8 +14,12 @@ from sidestep.wire import (
     MAX_ENVELOPE_MESSAGES,
     MAX_FRAME_BYTES,
     Ack,
+    Frame,
     Status,
+    Wrapped,
     Wrapper,
+    contents,
+    decode,
     encode,
     is_envelope,
     unwrap,
@@ -25,6 +29,14 @@ from sidestep.wire.header import Header, MessageType, checksum
 GOLDEN = Path(__file__).parents[1] / "data" / "wire" / "envelope.hex"
 SESSION = bytes(range(16))
 MESSAGES = [encode(Ack(session=SESSION, first=7, credit=1)), encode(Status(session=bytes(15) + b"x", offered=3))]
+
+
+SIZES = st.integers(1, 40)
+
+
+def frame(size: int, first: int, *, more: bool = False) -> Frame:
+    body = bytes([size]) * size
+    return Frame(session=SESSION, first=first, count=size, body=body, crc=checksum(body), more=more)
 
 
 def wrapped(messages: list[list[bytes]]) -> list[bytes]:
@@ -57,6 +69,48 @@ class TestEnvelope:
         parts = [list(message) for message in messages]
 
         assert parts == list(unwrap(wrapped(parts)))
+
+    @given(
+        st.lists(
+            st.one_of(
+                st.sampled_from(MESSAGES),
+                st.builds(
+                    lambda size, first, more: encode(frame(size, first, more=more)), SIZES, SIZES, st.booleans()
+                ),
+                st.builds(lambda size, first: [*encode(frame(size, first))[:1], b""], SIZES, SIZES),
+            ),
+            min_size=1,
+            max_size=9,
+        )
+    )
+    def test_tells_of_frames_what_decoding_them_would(self, messages: list[list[bytes]]):
+        """And gives all else as it is: also a FRAME that is none, so that it is refused in words."""
+        parts = wrapped(messages)
+
+        found = list(contents(parts))
+
+        assert messages == [it.parts(parts[1]) if isinstance(it, Wrapped) else it for it in found]
+        for it, message in zip(found, messages, strict=True):
+            if not isinstance(it, Wrapped):
+                assert message in MESSAGES or not message[1]
+                continue
+            said = decode(message)
+            assert isinstance(said, Frame)
+            assert (said.session, said.first, said.count, said.more) == it[:4]
+
+    @pytest.mark.parametrize(
+        "change",
+        [(4, b"XX"), (6, b"\x07"), (7, b"\x63"), (12, bytes(16)), (28, b"\xff"), (36, bytes(4)), (36, b"\xff")],
+    )
+    def test_leaves_a_frame_that_breaks_a_limit_to_be_refused(self, change: tuple[int, bytes]):
+        at, what = change
+        _, body = wrapped([encode(frame(5, 1))])
+        body = body[:at] + what + body[at + len(what) :]
+
+        (found,) = contents(envelope(body, 1))
+
+        with pytest.raises(RemoteProtocolError):
+            decode(found)
 
     def test_takes_no_more_than_the_other_side_does(self):
         wrapper, large = Wrapper(), [bytes(40), bytes(MAX_FRAME_BYTES)]

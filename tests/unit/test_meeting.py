@@ -92,6 +92,18 @@ class TestAFolderThatIsShared:
 
         assert (("tcp://*:0",), "h0") == (listen.tcp, listen.advertise)
 
+    def test_says_where_it_is_itself_and_not_which_node_is_listed_first(self, tmp_path: Path):
+        """Tasks may be laid out so that the first of them is on another node than the first of the list."""
+        slurm = {"SLURM_STEP_NODELIST": "n[1-4]", "SLURMD_NODENAME": "n3"}
+        first = replace(place(), master=None)
+
+        told = [
+            Meeting(first, options(tmp_path), slurm | more).open(options(tmp_path)).listen.advertise
+            for more in ({}, {"MASTER_ADDR": "n1-ib"})
+        ]
+
+        assert ["n3", "n1-ib"] == told
+
     def test_leaves_what_was_said_of_that_alone(self, tmp_path: Path):
         said = options(tmp_path, **{"listen.tcp": "tcp://127.0.0.1:7712"})
 

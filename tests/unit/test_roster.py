@@ -5,15 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 import msgpack
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sidestep.wire import SAMPLER, Bye, Frame, Hello, Status, checksum
+from sidestep.wire import BLOBS, SAMPLER, Bye, Frame, Hello, Status, Wrapped, checksum
 from sidestepd.entries import Entry, EntryKind, StoredSession
 from sidestepd.roster import Roster, Session, Verdict
+from tests.support.spools import frame as spooled
+from tests.support.spools import together
 
 ALICE, BOB = b"a" * 16, b"b" * 16
 LEASE_S = 60.0
+ROUTES = {ALICE: b"relay", BOB: b"relay"}
 
 
 def frame(first: int, count: int = 10, *, session: bytes = ALICE) -> Frame:
@@ -40,6 +44,50 @@ def commit(roster: Roster) -> None:
 
 def alice(roster: Roster) -> Session:
     return roster.sessions[ALICE]
+
+
+class TestFramesThatCameTogether:
+    def take(self, roster: Roster, *frames: tuple[bytes, int]) -> int:
+        said = [Wrapped(session, first, 10, False, 0, 100) for session, first in frames]
+        return roster.take(said, 5.0, route=b"relay", routes=ROUTES)
+
+    def both(self, **facts: Any) -> Roster:
+        roster = greeted()
+        roster.hello(Hello(session=BOB, launch="L", **facts), 0.0)
+        return roster
+
+    def test_are_taken_as_long_as_each_is_wanted_next(self):
+        roster = self.both()
+
+        assert 3 == self.take(roster, (ALICE, 0), (BOB, 0), (ALICE, 10))
+        assert (20, 10, 5.0) == (alice(roster).next, roster.sessions[BOB].next, alice(roster).heard)
+
+    @pytest.mark.parametrize("first", [0, 20])
+    def test_are_left_from_one_on_that_came_before_or_is_behind_a_gap(self, first: int):
+        roster = self.both()
+
+        assert 2 == self.take(roster, (ALICE, 0), (BOB, 0), (ALICE, first), (BOB, 10))
+        assert (10, 10) == (alice(roster).next, roster.sessions[BOB].next)
+        assert (0, 0) == (roster.duplicates, roster.gaps), "they are heard by themselves"
+
+    def test_are_left_where_they_are_no_metrics_of_a_live_session_on_this_connection(self):
+        ended = self.both()
+        ended.expire(1000.0)
+        stranger = b"c" * 16
+
+        assert 0 == self.take(self.both(role=BLOBS), (BOB, 0))
+        assert 0 == self.take(ended, (BOB, 0))
+        assert 0 == self.take(self.both(), (stranger, 0))
+        assert 0 == self.both().take([Wrapped(BOB, 0, 10, False, 0, 100)], 0.0, route=b"other", routes=ROUTES)
+
+    def test_are_taken_back_one_and_all(self):
+        roster = self.both()
+        self.take(roster, (ALICE, 0), (BOB, 0), (ALICE, 10))
+
+        left = roster.take_back([together(spooled(0), spooled(0, session=BOB), spooled(10))])
+
+        assert [] == left
+        assert (0, 0) == (alice(roster).next, roster.sessions[BOB].next)
 
 
 class TestFrames:

@@ -24,14 +24,19 @@ from sidestepd.spool import (
     damage_mark,
 )
 from tests.support.spools import (
+    ALICE,
     BOB,
     EVERYTHING,
     everything_in,
     filled,
     frame,
     hello,
+    offset_of,
+    overwrite,
     small_files,
+    spoil,
     stored,
+    together,
     without_id,
 )
 
@@ -87,27 +92,188 @@ class TestCommit:
             Spool(tmp_path / "no" / "such" / "spool.db")
 
 
+class TestFramesThatCameTogether:
+    """One entry, which is read as if each had come by itself."""
+
+    SAID = (frame(0), frame(0, session=BOB, count=3), frame(10), frame(3, session=BOB))
+
+    def test_are_read_one_by_one_with_ids_of_their_own(self, path: Path, tmp_path: Path):
+        Spool(path).commit([hello(), together(*self.SAID), frame(20)])
+        Spool(tmp_path / "alone.db").commit([hello(), *self.SAID, frame(20)])
+
+        assert everything_in(tmp_path / "alone.db") == everything_in(path)
+
+    @pytest.mark.parametrize("limit", [1, 2, 3, 10])
+    def test_are_read_in_pieces(self, path: Path, limit: int):
+        Spool(path).commit([hello(), together(*self.SAID), together(frame(20)), frame(30)])
+        reader, found = SpoolReader(path), []
+        while piece := reader.read(found[-1].id if found else 0, limit):
+            assert len(piece) <= limit
+            found += piece
+
+        assert everything_in(path) == found
+        assert [0, 0, 10, 3, 20, 30] == [entry.first for entry in found[1:]]
+
+    def test_are_counted_from_any_of_them_on(self, path: Path):
+        Spool(path).commit([hello(), together(*self.SAID), frame(20)])
+        reader, ids = SpoolReader(path), [entry.id for entry in everything_in(path)]
+
+        counts = [reader.records_after(id_) for id_ in ids]
+
+        assert [43, 33, 30, 20, 10, 0] == counts
+        assert {ALICE: 0, BOB: 0} == reader.firsts()
+        assert reader.front() == ids[0]
+
+    def test_are_deleted_when_the_last_of_them_is(self, path: Path):
+        spool = Spool(path)
+        spool.commit([together(*self.SAID), frame(20)])
+        ids = [entry.id for entry in everything_in(path)]
+
+        spool.delete_through(ids[2])
+        kept = everything_in(path)
+        spool.delete_through(ids[3])
+
+        assert ids == [entry.id for entry in kept]
+        assert SpoolReader(path).front() == ids[4]
+        assert [frame(20)] == without_id(everything_in(path))
+
+    def test_that_were_flipped_on_the_disk_are_known_each_by_itself(self, path: Path):
+        spool = Spool(path)
+        spool.commit([together(*(frame(first) for first in range(0, 50, 10)))])
+        spool.close()
+        overwrite(path, offset_of(path, b"a 20 a 20") + 2, b"3")
+
+        assert [20] == [entry.first for entry in everything_in(path) if not entry.whole]
+
+    def test_of_which_it_can_not_be_told_whose_they_are_are_damage_of_the_file(self, path: Path):
+        spool = Spool(path)
+        spool.commit([hello(), together(*self.SAID), frame(20)], [stored(30)])
+        spool.close()
+        overwrite(path, offset_of(path, BOB), b"c")
+
+        with pytest.raises(SpoolDamaged):
+            everything_in(path)
+
+        again = Spool(path)
+        assert [hello(), frame(20)] == without_id(everything_in(path))
+        assert [30] == [session.next for session in again.sessions()]
+
+    def test_are_kept_by_a_salvage(self, path: Path):
+        spool = Spool(path)
+        spool.commit([hello(), together(*self.SAID), frame(20)], [stored(0), stored(0, session=BOB)])
+        before = everything_in(path)
+        spool.close()
+        damage_mark(path).touch()
+
+        again = Spool(path)
+
+        assert before == everything_in(path)[: len(before)]
+        assert [30, 13] == [session.next for session in again.sessions()]
+
+
+class TestWhereSessionsStand:
+    """Frames say it; the rows of sessions follow."""
+
+    def standing(self, path: Path) -> list[list[int]]:
+        """As the reader sees it, and who opens it next."""
+        reader = SpoolReader(path)
+        seen = [session.next for session in reader.sessions()]
+        reader.close()
+        again = Spool(path)
+        found = [session.next for session in again.sessions()]
+        again.close()
+        return [seen, found]
+
+    def greeted(self, path: Path) -> Spool:
+        spool = Spool(path)
+        spool.commit([hello(), hello(BOB)], [stored(0), stored(0, session=BOB)])
+        return spool
+
+    def test_is_known_by_frames_alone(self, path: Path):
+        spool = self.greeted(path)
+
+        spool.commit([frame(0), together(frame(10), frame(0, session=BOB))])
+
+        assert [[20, 10], [20, 10]] == self.standing(path)
+
+    @pytest.mark.parametrize("through", [0, 3, 4, 5])
+    @pytest.mark.parametrize("note", [False, True])
+    def test_is_known_when_frames_are_gone(self, path: Path, through: int, note: bool):
+        spool = self.greeted(path)
+        spool.commit([frame(0), together(frame(10), frame(0, session=BOB))])
+
+        spool.delete_through(through, note=note)
+
+        assert [[20, 10], [20, 10]] == self.standing(path)
+
+    def test_goes_on_behind_what_was_noted(self, path: Path):
+        spool = self.greeted(path)
+        spool.commit([frame(0)])
+        spool.delete_through(3)
+        noted = spool.noted
+
+        spool.commit([together(frame(10), frame(0, session=BOB))])
+        spool.commit([hello()], [replace(stored(20), state="bye")])
+
+        assert 3 == noted
+        assert [[20, 10], [20, 10]] == self.standing(path)
+
+    def test_is_what_its_row_says_in_a_spool_from_before_frames_did(self, path: Path):
+        """There a row may be ahead of frames that were taken back, and never behind those that are there."""
+        filled(path)
+        spoil(path, "DELETE FROM meta WHERE key = 'noted'")
+
+        assert [[2000], [2000]] == self.standing(path)
+
+    def test_is_noted_where_there_is_no_room_for_more(self, path: Path):
+        spool = Spool(path, quota=1 << 20)
+        spool.commit([hello(), hello(BOB)], [stored(0), stored(0, session=BOB)])
+        firsts = iter(range(0, EVERYTHING, 10))
+
+        def speak_for_ever() -> None:
+            for first in firsts:
+                spool.commit([together(frame(first, size=20_000), frame(first, session=BOB))])
+
+        with pytest.raises(SpoolFull):
+            speak_for_ever()
+        last = next(firsts) - 10
+
+        spool.delete_through(SpoolReader(path).newest())
+
+        assert [[last, last], [last, last]] == self.standing(path)
+        assert [] == everything_in(path)
+
+
 KILLED_WRITER = """
 import sys
 from pathlib import Path
-from tests.support.spools import frame, stored
+from tests.support.spools import frame, stored, together
 from sidestepd.spool import Spool
-spool = Spool(Path(sys.argv[1]))
+spool, in_envelopes = Spool(Path(sys.argv[1])), sys.argv[2] == "together"
 next_ = next((session.next for session in spool.sessions()), 0)
+if not next_:
+    spool.commit([], [stored(0)])
 print("next", next_, flush=True)
 while True:
-    spool.commit([frame(next_), frame(next_ + 10)], [stored(next_ + 20)])
+    said = [frame(next_), frame(next_ + 10)]
+    if in_envelopes:
+        spool.commit([together(*said)])
+    else:
+        spool.commit(said, [stored(next_ + 20)])
     next_ += 20
+    if next_ % 100 == 0:
+        spool.delete_through(0, note=True)
     print("acked", next_, flush=True)
 """
 
 
 class TestKillNine:
-    def test_no_acknowledged_frame_is_missing_and_sessions_fit_their_frames(self, path: Path):
+    @pytest.mark.parametrize("how", ["alone", "together"])
+    def test_no_acknowledged_frame_is_missing_and_sessions_fit_their_frames(self, path: Path, how: str):
         """Killed at a random moment, again and again, on one file."""
         luck = random.Random(5)
-        for _ in range(8):
-            acked = self._write_until_killed(path, commits=luck.randrange(1, 40))
+        for _ in range(5):
+            acked = self._write_until_killed(path, how, commits=luck.randrange(1, 40))
 
             entries = everything_in(path)
             next_ = self._next_of(path)
@@ -115,10 +281,10 @@ class TestKillNine:
             assert list(range(0, next_, 10)) == [entry.first for entry in entries]
             assert next_ >= acked
 
-    def _write_until_killed(self, path: Path, *, commits: int) -> int:
+    def _write_until_killed(self, path: Path, how: str, *, commits: int) -> int:
         """Kill the writer after it acknowledged so many commits; returns what it acknowledged last."""
         writer = subprocess.Popen(
-            [sys.executable, "-c", KILLED_WRITER, str(path)], stdout=subprocess.PIPE, text=True
+            [sys.executable, "-c", KILLED_WRITER, str(path), how], stdout=subprocess.PIPE, text=True
         )
         with writer:
             assert writer.stdout is not None

@@ -1,6 +1,6 @@
 """The protocol between worker and daemon, as values and bytes. FORMAT.md draws it."""
 
-from sidestep.wire.envelope import Wrapper, is_envelope, unwrap
+from sidestep.wire.envelope import Wrapped, Wrapper, contents, is_envelope, unwrap
 from sidestep.wire.header import NO_SESSION, VersionError, checksum, session_of
 from sidestep.wire.limits import (
     END_OF_STEPS,
@@ -72,8 +72,10 @@ __all__ = [
     "Undecodable",
     "VersionError",
     "Welcome",
+    "Wrapped",
     "Wrapper",
     "checksum",
+    "contents",
     "decode",
     "decode_records",
     "encode",

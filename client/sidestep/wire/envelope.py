@@ -5,7 +5,8 @@
     └──────────────────┴───────────────────────────────────────────────┘
 
 - the messages inside are what they would be by themselves, byte for byte; none of them is an ENVELOPE
-- a receiver pays for one message of the socket where there would have been hundreds
+- a receiver pays for one message of the socket where there would have been hundreds; and FRAMEs, which are nearly
+  all of what is in it, it may take together, without building each
 - each side's bounds hold for the whole: `Wrapper` closes an envelope before it would exceed them
 """
 
@@ -13,13 +14,32 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 from sidestep.errors import RemoteProtocolError
-from sidestep.wire.header import LAYOUT, MAGIC, NO_SESSION, Header, MessageType, checksum, unpack
-from sidestep.wire.limits import MAX_ENVELOPE_BYTES, MAX_ENVELOPE_MESSAGES
+from sidestep.wire.header import LAYOUT, MAGIC, NO_SESSION, Flags, Header, MessageType, checksum, unpack
+from sidestep.wire.limits import MAX_ENVELOPE_BYTES, MAX_ENVELOPE_MESSAGES, OLDEST_VERSION, VERSION
+from sidestep.wire.messages import frame_fault
 
 _LENGTH = struct.Struct("!I")
 _HEAD = _LENGTH.size + LAYOUT.size
+HEAD = struct.Struct("!I" + LAYOUT.format.removeprefix("!"))
+"""What stands before the body of each message in it: its length and its header."""
+
+
+class Wrapped(NamedTuple):
+    """A FRAME within the body of an envelope: what its header says, and where it lies from its length on."""
+
+    session: bytes
+    first: int
+    records: int
+    more: bool
+    start: int
+    end: int
+
+    def parts(self, body: bytes) -> list[bytes]:
+        """It as a message of its own."""
+        return _parts(body, self.start, self.end)
 
 
 class Wrapper:
@@ -32,7 +52,7 @@ class Wrapper:
 
     def fits(self, parts: Sequence[bytes]) -> bool:
         """Whether an encoded message may still be added; the first always may."""
-        size = self._size + _HEAD + sum(map(len, parts[1:]))
+        size = self._size + _HEAD + (len(parts[1]) if len(parts) > 1 else 0)
         return not self._count or (size <= MAX_ENVELOPE_BYTES and self._count < MAX_ENVELOPE_MESSAGES)
 
     def add(self, parts: Sequence[bytes]) -> None:
@@ -62,6 +82,31 @@ def is_envelope(parts: Sequence[bytes]) -> bool:
 
 def unwrap(parts: Sequence[bytes]) -> Iterator[list[bytes]]:
     """The messages inside, each in its parts. Raises RemoteProtocolError."""
+    body, count = _checked(parts)
+    return (_parts(body, start, end) for start, end in _extents(body, count))
+
+
+def contents(parts: Sequence[bytes]) -> Iterator[Wrapped | list[bytes]]:
+    """The same, but FRAMEs that keep all limits are only told of. Raises RemoteProtocolError."""
+    return _told(*_checked(parts))
+
+
+def _told(body: bytes, count: int) -> Iterator[Wrapped | list[bytes]]:
+    for start, end in _extents(body, count):
+        _, magic, version, kind, flags, session, first, records, _ = HEAD.unpack_from(body, start)
+        is_frame = kind == MessageType.FRAME and magic == MAGIC and OLDEST_VERSION <= version <= VERSION
+        if is_frame and frame_fault(session, first, records, end - start - _HEAD) is None:
+            yield Wrapped(session, first, records, flags & _MORE != 0, start, end)
+        else:
+            yield _parts(body, start, end)
+
+
+def _parts(body: bytes, start: int, end: int) -> list[bytes]:
+    after = start + _HEAD
+    return [body[start + _LENGTH.size : after], body[after:end]]
+
+
+def _checked(parts: Sequence[bytes]) -> tuple[bytes, int]:
     header = unpack(parts[0])
     if len(parts) != 2:
         raise RemoteProtocolError(f"an ENVELOPE has 2 parts, this one {len(parts)}")
@@ -70,17 +115,20 @@ def unwrap(parts: Sequence[bytes]) -> Iterator[list[bytes]]:
         raise RemoteProtocolError(f"an ENVELOPE of {len(body)} bytes with {header.count} messages")
     if checksum(body) != header.crc:
         raise RemoteProtocolError("an ENVELOPE whose checksum does not match its body")
-    return _split(body, header.count)
+    return body, header.count
 
 
-def _split(body: bytes, count: int) -> Iterator[list[bytes]]:
+def _extents(body: bytes, count: int) -> Iterator[tuple[int, int]]:
     at, size = 0, len(body)
     for _ in range(count):
         start = at + _HEAD
         end = start + _LENGTH.unpack_from(body, at)[0] if start <= size else size + 1
         if end > size:
             raise RemoteProtocolError("an ENVELOPE that ends within a message")
-        yield [body[at + _LENGTH.size : start], body[start:end]]
+        yield at, end
         at = end
     if at != size:
         raise RemoteProtocolError(f"an ENVELOPE with {size - at} bytes behind its last message")
+
+
+_MORE = int(Flags.MORE)

@@ -66,14 +66,19 @@ class Header:
 
     def pack(self) -> bytes:
         """Lay the header out in its 40 bytes, big-endian, or raise LocalProtocolError."""
-        if len(self.session) != len(NO_SESSION) or not 0 <= self.first < END_OF_SEQUENCES:
-            raise LocalProtocolError(f"a header with session {self.session!r:.40} and sequence {self.first}")
-        try:
-            return LAYOUT.pack(
-                MAGIC, self.version, self.type, self.flags, self.session, self.first, self.count, self.crc
-            )
-        except struct.error as error:
-            raise LocalProtocolError(f"a header that can not be packed: {error}") from error
+        return pack(self.type, self.flags, self.session, self.first, self.count, self.crc, version=self.version)
+
+
+def pack(
+    kind: int, flags: int, session: bytes, first: int, count: int, crc: int, *, version: int = VERSION
+) -> bytes:
+    """A header in its 40 bytes, or raise LocalProtocolError."""
+    if len(session) != len(NO_SESSION) or not 0 <= first < END_OF_SEQUENCES:
+        raise LocalProtocolError(f"a header with session {session!r:.40} and sequence {first}")
+    try:
+        return LAYOUT.pack(MAGIC, version, kind, flags, session, first, count, crc)
+    except struct.error as error:
+        raise LocalProtocolError(f"a header that can not be packed: {error}") from error
 
 
 def unpack(raw: bytes) -> Header:
@@ -88,15 +93,16 @@ def unpack(raw: bytes) -> Header:
         )
     if len(raw) != LAYOUT.size:
         raise RemoteProtocolError(f"a header has {LAYOUT.size} bytes, this one {len(raw)}")
-    if kind not in _TYPES:
+    type_ = _TYPES.get(kind)
+    if type_ is None:
         raise RemoteProtocolError(f"message type {kind} is unknown in version {version}")
     flags, session, first, count, crc = LAYOUT.unpack(raw)[3:]
     if first >= END_OF_SEQUENCES:
         raise RemoteProtocolError(f"sequence {first} is out of range")
     return Header(
         version=version,
-        type=MessageType(kind),
-        flags=Flags(flags),
+        type=type_,
+        flags=_FLAGS[flags] if flags < len(_FLAGS) else Flags(flags),
         session=session,
         first=first,
         count=count,
@@ -115,5 +121,7 @@ def checksum(body: bytes) -> int:
     return zlib.crc32(body)
 
 
-_TYPES = frozenset(MessageType)
+_TYPES = {int(kind): kind for kind in MessageType}
+_FLAGS = tuple(map(Flags, range(int(Flags.MORE | Flags.GAP) + 1)))
+"""Looked up, since making one takes as long as all else of a header."""
 _SESSION = slice(8, 24)

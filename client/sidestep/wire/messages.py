@@ -22,10 +22,11 @@ from __future__ import annotations
 import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, ClassVar
 
 from sidestep.errors import LocalProtocolError, RemoteProtocolError
-from sidestep.wire.header import NO_SESSION, Flags, Header, MessageType, checksum, unpack
+from sidestep.wire.header import NO_SESSION, Flags, Header, MessageType, checksum, pack, unpack
 from sidestep.wire.limits import (
     END_OF_SEQUENCES,
     MAX_CONTROL_BYTES,
@@ -206,14 +207,9 @@ def encode(message: Message) -> list[bytes]:
     """Turn a message into its parts."""
     if isinstance(message, Frame):
         return _encode_frame(message)
-    kind = type(message)
-    fields = {name: getattr(message, name) for name in _CHECKS[kind]}
-    try:
-        body = dump({name: dict(value) if isinstance(value, Mapping) else value for name, value in fields.items()})
-        _check_size(kind, body)
-        _fields(kind, body)
-    except (TypeError, ValueError, OverflowError, RemoteProtocolError) as error:
-        raise LocalProtocolError(f"a message that can not be sent: {error}") from error
+    if isinstance(message, Ack):
+        return _encode_ack(message)
+    body = _body(type(message), {name: getattr(message, name) for name in _CHECKS[type(message)]})
     header = Header(
         type=message.TYPE,
         flags=_flags(message),
@@ -237,22 +233,39 @@ def decode(parts: Sequence[bytes]) -> Message:
     return _decode_control(header, body)
 
 
+def _body(kind: type[Control], fields: Mapping[str, Any]) -> bytes:
+    try:
+        body = dump({name: dict(value) if isinstance(value, Mapping) else value for name, value in fields.items()})
+        _check_size(kind, body)
+        _fields(kind, body)
+    except (TypeError, ValueError, OverflowError, RemoteProtocolError) as error:
+        raise LocalProtocolError(f"a message that can not be sent: {error}") from error
+    return body
+
+
 def _encode_frame(frame: Frame) -> list[bytes]:
-    header = Header(
-        type=MessageType.FRAME,
-        flags=_flags(frame),
-        session=frame.session,
-        first=frame.first,
-        count=frame.count,
-        crc=frame.crc,
-    )
-    if (fault := _frame_fault(header, frame.body)) is not None:
+    if (fault := frame_fault(frame.session, frame.first, frame.count, len(frame.body))) is not None:
         raise LocalProtocolError(fault)
-    return [header.pack(), frame.body]
+    return [
+        pack(MessageType.FRAME, frame.more, frame.session, frame.first, frame.count, frame.crc),
+        frame.body,
+    ]
+
+
+def _encode_ack(ack: Ack) -> list[bytes]:
+    """As any other; but there is one for each frame, and nearly all have the same body."""
+    body, crc = _body_of_ack(ack.credit)
+    return [pack(MessageType.ACK, Flags.GAP if ack.gap else 0, ack.session, ack.first, 0, crc), body]
+
+
+@lru_cache(maxsize=256, typed=True)
+def _body_of_ack(credit: int) -> tuple[bytes, int]:
+    body = _body(Ack, {"credit": credit})
+    return body, checksum(body)
 
 
 def _decode_frame(header: Header, body: bytes) -> Frame:
-    if (fault := _frame_fault(header, body)) is not None:
+    if (fault := frame_fault(header.session, header.first, header.count, len(body))) is not None:
         raise RemoteProtocolError(fault)
     return Frame(
         session=header.session,
@@ -264,15 +277,16 @@ def _decode_frame(header: Header, body: bytes) -> Frame:
     )
 
 
-def _frame_fault(header: Header, body: bytes) -> str | None:
-    if header.session == NO_SESSION:
+def frame_fault(session: bytes, first: int, count: int, size: int) -> str | None:
+    """What is wrong with a FRAME by its header and the size of its body, if anything."""
+    if session == NO_SESSION:
         return "a FRAME without a session"
-    if not 0 < len(body) <= MAX_FRAME_BYTES:
-        return f"a FRAME of {len(body)} bytes; 1 to {MAX_FRAME_BYTES} are allowed"
-    if not 0 < header.count <= min(MAX_FRAME_RECORDS, len(body)):
-        return f"a FRAME that announces {header.count} records in {len(body)} bytes"
-    if header.first + header.count >= END_OF_SEQUENCES:
-        return f"a FRAME whose sequence {header.first} is out of range"
+    if not 0 < size <= MAX_FRAME_BYTES:
+        return f"a FRAME of {size} bytes; 1 to {MAX_FRAME_BYTES} are allowed"
+    if not 0 < count <= MAX_FRAME_RECORDS or count > size:
+        return f"a FRAME that announces {count} records in {size} bytes"
+    if first + count >= END_OF_SEQUENCES:
+        return f"a FRAME whose sequence {first} is out of range"
     return None
 
 

@@ -6,12 +6,17 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sidestepd.config import Config
 from sidestepd.processes import read_json
 from sidestepd.rundir import UPSTREAM, RunFile
+
+if TYPE_CHECKING:
+    from sidestepd.intake.run import Intake
 
 TOLD = ("id", "mode", "project", "entity", "name", "group", "job_type", "sweep_id")
 MOST_TOLD_CHARS = 4000
@@ -22,9 +27,33 @@ _KNOWN: tuple[str, ...] = (
 )  # fmt: skip
 
 
-def facts_of(run: RunFile, run_dir: Path, *, is_relay: bool) -> dict[str, Any]:
-    """What is known of the run by now."""
-    about = read_json(run_dir / "about.json")
+class Known:
+    """What is known of a run by now. Each HELLO is told: what is written of it is read again when it changed."""
+
+    def __init__(self, run: RunFile, run_dir: Path, *, is_relay: bool) -> None:
+        self._run, self._run_dir, self._is_relay = run, run_dir, is_relay
+        self._file = run_dir / "about.json"
+        self._seen: tuple[int, ...] | None = None
+        self._facts: dict[str, Any] = {}
+
+    def __call__(self) -> dict[str, Any]:
+        """Names and plain values."""
+        seen = _state_of(self._file)
+        if seen != self._seen or not self._facts:
+            self._seen = seen  # as of before reading: what changes meanwhile is read the next time
+            self._facts = _facts_of(self._run, self._run_dir, read_json(self._file), is_relay=self._is_relay)
+        return dict(self._facts)
+
+
+def _state_of(path: Path) -> tuple[int, ...] | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns, found.st_size
+
+
+def _facts_of(run: RunFile, run_dir: Path, about: Mapping[str, Any], *, is_relay: bool) -> dict[str, Any]:
     facts = {name: getattr(run, name) for name in TOLD}
     if run.tags:  # none yet are not known to be none: a worker may have given some
         facts["tags"] = list(run.tags)
@@ -58,9 +87,45 @@ def intervals_of(config: Config, run_dir: Path, world: int) -> dict[str, float]:
     return {"flush_interval_s": flush, "sample_interval_s": sample}
 
 
+MOST_OFTEN_S, SELDOM_S = 0.5, 3600.0
+"""Between which a worker may wish the machine to be read."""
+
+
+def wished(options: Config, said: Mapping[str, Any]) -> dict[str, Any]:
+    """What wandb's settings of a worker say of samplers, where our own options say nothing."""
+    interval = said.get("x_stats_sampling_interval")
+    in_range = isinstance(interval, float) and MOST_OFTEN_S <= interval < SELDOM_S
+    ours = options.source("samplers.interval_s") != "default"
+    return {
+        "enabled": options.source("samplers.enabled") != "default" or said.get("x_disable_stats") is not True,
+        "interval_s": interval if in_range and not ours else None,
+    }
+
+
 def _sayable(facts: dict[str, Any]) -> dict[str, Any]:
     """A path or an argument may hold bytes that are no text; a message can not."""
     return {
         name: value.encode(errors="replace").decode() if isinstance(value, str) else value
         for name, value in facts.items()
+    }
+
+
+def report_of(intake: Intake, *, held: int) -> dict[str, Any]:
+    """How a run is; `held` sessions were told to keep what they have."""
+    return {
+        "run": intake.facts(),
+        "boot": intake.boot,
+        "closing": intake.closing,
+        "silent_s": time.monotonic() - intake.went_round_at,
+        "sessions": len(intake.roster.workers),
+        "live": len(intake.roster.live),
+        "relays": intake.relays.report(),
+        "duplicates": intake.roster.duplicates,
+        "gaps": intake.roster.gaps,
+        "salvaged": intake.spool.salvaged,
+        "room": {**intake.room.facts(), "held": held},
+        "blobs": {"bytes": intake.blobs.used + intake.blobs.theirs, "closed": intake.blobs.closed},
+        "collected": intake.collector.collected,
+        "delivery": {"pid": intake.keeper.pid, "restarts": intake.keeper.restarts},
+        "samplers": {"pid": intake.samplers.pid, "restarts": intake.samplers.restarts},
     }

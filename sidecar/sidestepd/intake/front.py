@@ -15,6 +15,7 @@ import os
 import re
 from collections import OrderedDict
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -31,12 +32,13 @@ from sidestep.wire import (
     RunInfo,
     Status,
     VersionError,
+    Wrapped,
     Wrapper,
+    contents,
     decode,
     encode,
     is_envelope,
     session_of,
-    unwrap,
 )
 from sidestepd import addresses
 from sidestepd.clients import LOCAL, may_speak
@@ -189,15 +191,37 @@ class Front:
             self._handle(route, parts, peer)
 
     def _unwrap(self, route: bytes, parts: Sequence[bytes], peer: str) -> None:
-        """Each of the messages in it is as if it had come by itself."""
+        """The messages in it are as if each had come by itself, but that FRAMEs are heard together."""
         self._wrapping.setdefault(route, Wrapper())
         if len(self._wrapping) > MOST_WRAPPING:
             self._wrapping.popitem(last=False)
+        frames: list[Wrapped] = []
         try:
-            for inner in unwrap(parts):  # each counts: a turn is not the longer for being wrapped
+            for inner in contents(parts):
+                if isinstance(inner, Wrapped):
+                    frames.append(inner)
+                    continue
+                self._hear_together(route, frames, parts[1])
+                frames = []
                 self._handle(route, inner, peer)
         except ProtocolError as error:
+            self._hear_together(route, frames, parts[-1])
             self._refuse(route, parts, error)
+        else:
+            self._hear_together(route, frames, parts[1])
+
+    def _hear_together(self, route: bytes, frames: Sequence[Wrapped], body: bytes) -> None:
+        """FRAMEs that came one behind the other. Each counts: a turn is not the longer for being wrapped."""
+        self.messages += len(frames)
+        for run, its in groupby(frames, key=self._run_of):
+            if run is not None:
+                run.hear_together(route, list(its), body)
+                continue
+            for frame in its:
+                self.send(route, Refuse(session=frame.session, code="hello", message="say HELLO first"))
+
+    def _run_of(self, frame: Wrapped) -> Intake | None:
+        return self.runs.of(frame.session)
 
     def _refuse(self, route: bytes, parts: Sequence[bytes], error: ProtocolError) -> None:
         self.malformed += 1

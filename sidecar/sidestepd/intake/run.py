@@ -16,25 +16,24 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sidestep.wire import Ack, Bye, Frame, Hello, Message, Refuse, RunInfo, Status, Welcome
+from sidestep.wire import Ack, Bye, Frame, Hello, Message, Refuse, RunInfo, Status, Welcome, Wrapped, decode
 from sidestepd import placement
 from sidestepd.clock import Clock, Horizon, SpoolClock
 from sidestepd.collect import Collector
 from sidestepd.config import Config
 from sidestepd.crashpoints import crash_point
-from sidestepd.entries import SAID
 from sidestepd.errors import ExitCode, SpoolDamaged, SpoolFull
 from sidestepd.exits import Exits, Lifeline, is_here
 from sidestepd.intake.blobs import CREDIT_BYTES, BlobStore
-from sidestepd.intake.facts import facts_of, intervals_of
+from sidestepd.intake.facts import Known, intervals_of, report_of, wished
 from sidestepd.intake.frames import FrameStore
-from sidestepd.intake.place import open_room
+from sidestepd.intake.place import RELAYED_S, Deleting, open_room, open_roster
 from sidestepd.keeper import DeliveryKeeper
 from sidestepd.listen import Listener
 from sidestepd.processes import Lock
@@ -51,8 +50,6 @@ logger = logging.getLogger("sidestepd.intake")
 WATCH_INTERVAL_S = 0.1
 LOOK_INTERVAL_S = 1.0
 """How often what is settled is deleted, and room is measured."""
-MOST_OFTEN_S, SELDOM_S = 0.5, 3600.0
-"""Between which a worker may wish the machine to be read."""
 FROZEN_S = 1.0
 """A longer pause of this process is not the silence of its workers."""
 
@@ -84,6 +81,7 @@ class Intake:
         self.boot = uuid.uuid4().hex
         self.rowlog = RowLogReader(spool.path.with_name(placement.ROW_LOG))
         self.collector = Collector(self.run_dir, run.address, run.id)
+        self.facts = Known(run, self.run_dir, is_relay=config.is_relay)
         self.exit_code: int | None = None
         self.closing = spool.has_close()
         self._ended_well = False
@@ -97,6 +95,8 @@ class Intake:
         self._held: set[bytes] = set()
         """Sessions that were told to keep what they have."""
         self._something = asyncio.Event()
+        self._soon: asyncio.TimerHandle | None = None
+        """Sets it, if nothing else does before."""
         self._blob_frames: list[Frame] = []
         self._some_blobs = asyncio.Event()
         self._writer = ThreadPoolExecutor(1, "spool")
@@ -106,7 +106,7 @@ class Intake:
         self._awake_at = clock()
         self.went_round_at = time.monotonic()
         """The loop came back from the threads that write; about every second where the disks do."""
-        self._cursor = 0
+        self._deleting = Deleting(spool, room)
         self.listener = Listener(heartbeat_s=config.intake.heartbeat_s)
         self.relays = Relays(roster, heartbeat_s=config.intake.heartbeat_s, patience_s=config.order.patience_s)
         self.exits: Exits | None = None
@@ -123,13 +123,7 @@ class Intake:
             (run_dir / told).unlink(missing_ok=True)
         spool, room = open_room(run_dir, config)
         clock = SpoolClock.starting_after(spool.latest())
-        roster = Roster(
-            spool.sessions(),
-            lease=config.order.lease_s,
-            relay_lease=config.order.relay_lease_s,
-            now=clock(),
-            duplicate_gate=config.unsafe.duplicate_gate,
-        )
+        roster = open_roster(spool, config, now=clock())
         module = "sidestepd.upstream" if config.is_relay else "sidestepd.delivery"
         keeper = DeliveryKeeper(
             run_dir, module, stall_s=config.delivery.stall_s, backoff_s=config.delivery.backoff_s
@@ -219,7 +213,7 @@ class Intake:
             session=hello.session,
             first=self.roster.wanted(session),
             boot=self.boot,
-            credit=self._credit(session),
+            credit=self._credit(is_lane=session.is_lane),
             heartbeat_s=self.relays.heartbeat_s if session.is_relay else self.config.intake.heartbeat_s,
             **intervals_of(self.config, self.run_dir, hello.world),
             run=self.facts(),
@@ -227,18 +221,11 @@ class Intake:
         self._replies.append((route, welcome))
 
     def _ask_samplers(self, hello: Hello) -> None:
-        """What wandb's settings of the first worker say of the machine, where our own options say nothing."""
+        """What the first worker wishes."""
         if self._samplers_are_asked:
             return
         self._samplers_are_asked = True
-        options, said = self.config, hello.settings
-        interval = said.get("x_stats_sampling_interval")
-        in_range = isinstance(interval, float) and MOST_OFTEN_S <= interval < SELDOM_S
-        ours = options.source("samplers.interval_s") != "default"
-        self.samplers.ask(
-            enabled=options.source("samplers.enabled") != "default" or said.get("x_disable_stats") is not True,
-            interval_s=interval if in_range and not ours else None,
-        )
+        self.samplers.ask(**wished(self.config, hello.settings))
 
     def _on_frame(self, route: bytes, frame: Frame) -> None:
         if self._is_stranger(route, frame.session):
@@ -251,11 +238,13 @@ class Intake:
         if frame.first == session.next and not self.room.admit(len(frame.body)):
             self._hold(frame.session)
             return
+        was_live = session.state == "live"
         match self.roster.frame(frame, now):
             case Verdict.TAKE:
                 self._write(Entry.of_frame(frame, received=now))
-                self._touched.add(frame.session)
                 self._acknowledge.add(frame.session)
+                if not was_live:  # else the frame says it all
+                    self._touched.add(frame.session)
             case Verdict.DUPLICATE:
                 self._acknowledge.add(frame.session)
                 self._something.set()
@@ -263,6 +252,27 @@ class Intake:
                 self._hold(frame.session)
             case _:
                 self._send(route, self._ack(frame.session, gap=True, first=session.next))
+
+    def hear_together(self, route: bytes, frames: Sequence[Wrapped], body: bytes) -> None:
+        """Take in FRAMEs out of the body of an envelope; one that is not simply wanted next is heard by itself."""
+        while frames:
+            taken = frames[: self._take(route, frames)]
+            if taken:
+                self._entries.append(Entry.of_envelope(taken, body, received=self._awake_at))
+                self._acknowledge.update(it.session for it in taken)
+                if self._soon is None:
+                    self._soon = asyncio.get_running_loop().call_later(RELAYED_S, self._something.set)
+            for frame in frames[len(taken) : len(taken) + 1]:
+                self.hear(route, decode(frame.parts(body)))
+            frames = frames[len(taken) + 1 :]
+
+    def _take(self, route: bytes, frames: Sequence[Wrapped]) -> int:
+        now, size = self._now(), sum(it.end - it.start for it in frames)
+        if self.closing or not self.room.fits(size):
+            return 0  # each is told so, or held
+        taken = self.roster.take(frames, now, route=route, routes=self._routes)
+        self.room.taken += size if taken else 0
+        return taken
 
     def _on_blobs(self, frame: Frame, session: Session) -> None:
         """What is to be stored waits for the thread that does; all of it is judged when its turn comes."""
@@ -332,14 +342,17 @@ class Intake:
         self._something.set()
 
     def _on_status(self, route: bytes, status: Status) -> None:
-        if not self._is_stranger(route, status.session):
-            if status.session in self._held:
-                status = replace(status, more=False)
-            entries = [self.roster.heartbeat(status, self._now()), *self.relays.hear(status, self._now())]
-            self._touched.add(status.session)
+        if self._is_stranger(route, status.session):
+            return
+        if status.session in self._held:
+            status = replace(status, more=False)
+        session, now = self.roster.sessions[status.session], self._now()
+        before = (session.state, session.offered, session.values_refused)
+        entries = [it for it in (self.roster.heartbeat(status, now), *self.relays.hear(status, now)) if it]
+        if entries or before != (session.state, session.offered, session.values_refused):
+            self._touched.add(session.id)
             self._something.set()
-            for entry in filter(None, entries):
-                self._write(entry)
+        self._entries.extend(entries)
 
     def _on_bye(self, route: bytes, bye: Bye) -> None:
         if not self._has_left(bye.session) and self._is_stranger(route, bye.session):
@@ -427,11 +440,12 @@ class Intake:
         return known is not None and known.state == "bye"
 
     def _ack(self, session: bytes, *, first: int, gap: bool = False) -> Ack:
-        return Ack(session=session, first=first, gap=gap, credit=self._credit(self.roster.sessions[session]))
+        credit = self._credit(is_lane=self.roster.sessions[session].is_lane)
+        return Ack(session=session, first=first, gap=gap, credit=credit)
 
-    def _credit(self, session: Session) -> int:
+    def _credit(self, *, is_lane: bool) -> int:
         most = self.config.intake.credit_bytes
-        return self.room.credit(min(most, CREDIT_BYTES) if session.is_lane else most)
+        return self.room.credit(min(most, CREDIT_BYTES) if is_lane else most)
 
     def _hold(self, session: bytes) -> None:
         """Have a session keep what it has until there is room."""
@@ -472,11 +486,15 @@ class Intake:
     async def _commit_once(self) -> bool:
         """Write what came in one transaction, then make good on it; False if the disk has no room for it."""
         now = self._now()
+        if self._soon is not None:
+            self._soon.cancel()
+            self._soon = None
         entries, self._entries = self._entries, []
         replies, self._replies = self._replies, []
         touched, self._touched = self._touched, set()
         acknowledge, self._acknowledge = self._acknowledge, set()
         sessions = [self.roster.sessions[id_].as_stored() for id_ in touched]
+        reached = {id_: self.roster.sessions[id_].next for id_ in acknowledge}
         if entries or sessions:
             crash_point("intake.commit")
             self._committing = True
@@ -494,29 +512,32 @@ class Intake:
             crash_point("intake.committed")
         for session in sessions:
             self.roster.sessions[session.id].stored = session.next
-        for id_ in acknowledge:
-            if id_ in self._routes:
-                self._send(self._routes[id_], self._ack(id_, first=self.roster.sessions[id_].stored))
+        self._acknowledge_all(reached)
         for route, message in replies:
             self._send(route, message)
         return True
+
+    def _acknowledge_all(self, reached: Mapping[bytes, int]) -> None:
+        credit = [self._credit(is_lane=is_lane) for is_lane in (False, True)]
+        for id_, end in reached.items():
+            session, route = self.roster.sessions[id_], self._routes.get(id_)
+            session.stored = end
+            if route is not None:
+                self._send(route, Ack(session=id_, first=end, credit=credit[session.is_lane]))
 
     def _ran_out(self, why: SpoolFull, entries: list[Entry]) -> None:
         """Frames are left to their workers; what happened to sessions is tried again."""
         self.room.ran_out(why)
         entries = [*entries, *self._entries]
         self._entries = self.roster.take_back(entries)
-        for id_ in dict.fromkeys(entry.session for entry in entries if entry.kind in SAID):
+        for id_ in dict.fromkeys(said.session for entry in entries for said in entry.said()):
             self._hold(id_)
         self._something.set()
 
     async def _make_room(self) -> None:
         """Drop what delivery calls settled, and see how much may be taken."""
-        cursor = self.rowlog.cursor()
         try:
-            if cursor > self._cursor:
-                await self._in_writer(self.spool.delete_through, cursor)
-                self._cursor = cursor
+            await self._in_writer(self._deleting.through, self.rowlog.cursor(), time.monotonic())
             taken = self.room.taken
             await self._in_writer(self.room.look)
             self.room.taken -= taken
@@ -540,7 +561,7 @@ class Intake:
             if damage_mark(self.spool.path).exists():
                 raise SpoolDamaged(self.spool.path, "delivery can not read it")
             self.keeper.tend(time.monotonic())
-            if not self.closing and any(not worker.relay for worker in self.roster.workers):
+            if not self.closing and self.roster.has_own:
                 self.samplers.tend(time.monotonic())
             for entry in (*self.listener.look(self.roster.live, self._now()), *self.relays.look(self._now())):
                 self._write(entry)
@@ -573,26 +594,6 @@ class Intake:
             self._write(Entry.of_event(EntryKind.BOOT, received=now, boot=self.boot))
         return now
 
-    def facts(self) -> dict[str, Any]:
-        """What a worker may know of the run."""
-        return facts_of(self.run, self.run_dir, is_relay=self.config.is_relay)
-
     def report(self) -> dict[str, Any]:
         """How this run is, for a tool that asks."""
-        return {
-            "run": self.facts(),
-            "boot": self.boot,
-            "closing": self.closing,
-            "silent_s": time.monotonic() - self.went_round_at,
-            "sessions": len(self.roster.workers),
-            "live": len(self.roster.live),
-            "relays": self.relays.report(),
-            "duplicates": self.roster.duplicates,
-            "gaps": self.roster.gaps,
-            "salvaged": self.spool.salvaged,
-            "room": {**self.room.facts(), "held": len(self._held)},
-            "blobs": {"bytes": self.blobs.used + self.blobs.theirs, "closed": self.blobs.closed},
-            "collected": self.collector.collected,
-            "delivery": {"pid": self.keeper.pid, "restarts": self.keeper.restarts},
-            "samplers": {"pid": self.samplers.pid, "restarts": self.samplers.restarts},
-        }
+        return report_of(self, held=len(self._held))

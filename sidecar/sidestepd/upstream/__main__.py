@@ -54,7 +54,7 @@ TELL_S = 1.0
 ASK_EARLY_S, ASK_S = 2.0, 30.0
 """How often it is asked what the run is called, before and after it has an address in the browser."""
 PROMPT_S = 0.5
-"""A frame that is sent on within this was not held up here."""
+"""A frame that is sent on within this, beyond what all are gathered for, was not held up here."""
 LOOK_S = 2.0
 """While nobody answers, how often it is looked where the daemon above is."""
 AWAY_S = 5.0
@@ -116,6 +116,7 @@ class Forwarder:
         horizon: Clock,
         beat: Callable[[], None],
         poll_interval_s: float,
+        gather_s: float,
         troubled: Callable[[Trouble | None], None],
     ) -> None:
         self.spool, self.rowlog, self.run, self.whereabouts = spool, rowlog, run, whereabouts
@@ -133,9 +134,9 @@ class Forwarder:
         )
         self.read_through = checkpoint.cursor
         self._lost_before = totals.get("lost", 0)
-        self._poll_ms = int(poll_interval_s * 1000)
+        self._poll_ms, self._gather_s = int(poll_interval_s * 1000), gather_s
         self._behind, self._dirty = True, False
-        self._settle_at = self._ask_at = 0.0
+        self._settle_at = self._ask_at = self._read_at = 0.0
         self._told = Told()
         self._words = ""
         """Why the daemon above would not speak to us."""
@@ -191,9 +192,9 @@ class Forwarder:
         while not self._complete():
             self.beat()
             spool_now = self.horizon()
-            if self.metrics.legs.held < WINDOW_BYTES:
-                self._read()
             now = time.monotonic()
+            if self.metrics.legs.held < WINDOW_BYTES and (self._behind or now >= self._read_at):
+                self._read(now)
             for road in (self.metrics, self.media):
                 road.turn(now, spool_now)
             self._settle_files()
@@ -234,17 +235,20 @@ class Forwarder:
 
     # Reading
 
-    def _read(self) -> None:
+    def _read(self, now: float) -> None:
+        """What there is; more is gathered before it is read, but what comes after a pause is not held up."""
         entries = self.spool.read(self.read_through, READ_LIMIT)
         for entry in entries:
             self._take(entry)
             self.read_through = entry.id
         self._behind = len(entries) == READ_LIMIT
+        if entries:
+            self._read_at = now + self._gather_s
 
     def _take(self, entry: Entry) -> None:
         match entry.kind:
             case EntryKind.FRAME:
-                self.metrics.legs.carry(entry.session, _carried(entry, self.horizon), more=entry.more)
+                self.metrics.legs.carry(entry.session, self._carried(entry), more=entry.more)
             case EntryKind.BLOBS:
                 self.media.legs.carry(entry.session, self.files.take(entry), more=False)
             case EntryKind.BOOT:
@@ -254,6 +258,9 @@ class Forwarder:
             case _:
                 self._legs_of(entry).read(entry)
         self.settling.wait(entry)
+
+    def _carried(self, entry: Entry) -> Carried:
+        return _carried(entry, self.horizon, PROMPT_S + self._gather_s)
 
     def _legs_of(self, entry: Entry) -> Legs:
         is_media = entry.session in self.media.legs.legs or (
@@ -372,7 +379,7 @@ def relay_of(run: RunFile) -> bytes:
     return hashlib.blake2b(f"{run.dir}\0{run.created}\0{os.uname().nodename}".encode(), digest_size=16).digest()
 
 
-def _carried(entry: Entry, now: Clock) -> Carried:
+def _carried(entry: Entry, now: Clock, prompt_s: float) -> Carried:
     """A frame; one that has lain here says so by MORE: how long it took tells nothing of clocks."""
     frame = Frame(
         session=entry.session,
@@ -384,7 +391,7 @@ def _carried(entry: Entry, now: Clock) -> Carried:
     )
 
     def load() -> Frame:
-        return replace(frame, more=True) if now() - entry.received > PROMPT_S else frame
+        return replace(frame, more=True) if now() - entry.received > prompt_s else frame
 
     return Carried(first=entry.first, count=entry.count, size=len(entry.body), load=load)
 
@@ -417,6 +424,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         horizon=behind.horizon,
         beat=behind.beat,
         poll_interval_s=behind.config.delivery.poll_interval_s,
+        gather_s=behind.config.upstream.gather_s,
         troubled=behind.troubled,
     )
     try:
