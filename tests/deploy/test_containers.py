@@ -175,8 +175,11 @@ class TestARun:
         pair.process("sidestepd.delivery").kill()
 
         pair.reaches("orphan", 150)
-        zombies = [one for one in pair.podman.processes(pair.daemon) if one.status() == psutil.STATUS_ZOMBIE]
-        assert [] == zombies
+
+        def zombies() -> list[psutil.Process]:
+            return [one for one in pair.podman.processes(pair.daemon) if one.status() == psutil.STATUS_ZOMBIE]
+
+        eventually(lambda: not zombies(), WAIT_S, lambda: str(zombies()))
         pair.is_whole("orphan", pair.ends("orphan"))
 
     def test_survives_the_container_and_goes_on_in_the_next_one(self, pair):
