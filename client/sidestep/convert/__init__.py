@@ -155,7 +155,7 @@ class _Copy:
             if MARK in copy:
                 raise UnsupportedValue(f"it is a dict with the key {MARK!r}, which is sidestep's own")
             return copy
-        return [self.of(item, depth - 1) for item in _fixed(value)]
+        return [self.of(item, depth - 1) for item in _shown(_fixed(value))]
 
     def _key(self, key: Any) -> str:
         if isinstance(key, tuple):
@@ -188,6 +188,17 @@ def converter_of(kind: type) -> Converter | None:
 def _fixed(items: Iterable[Any]) -> list[Any]:
     """The entries as they are now: another thread may be changing the container."""
     return list(items)
+
+
+def _shown(items: list[Any]) -> list[Any]:
+    """Of a list of images those that wandb shows of one: the others need not travel."""
+    most = getattr(type(items[0]), "MAX_ITEMS", None) if items and isinstance(items[0], Media) else None
+    if most is None or len(items) <= most or any(type(item) is not type(items[0]) for item in items):
+        return items
+    from sidestep.media.value import say  # few lists are that long
+
+    say("list of media", f"of a list of {len(items)} images the first {most} are logged: wandb shows no more")
+    return items[:most]
 
 
 def _integer(value: int) -> int | float:
