@@ -468,7 +468,9 @@ class TestWandb:
             for good in (page, [page, page], {"a": [page], "b": {"c": page}}, packed(table, None)):
                 assert "wandb.sdk.data_types" in life.call("show_media", good)
             life.open()
-            assert ("odd",) == life.call("write_media")
+            assert ("odd", "n" * 300) == life.call("write_media")
+            kept = ["checkpoint", "checkpoint/step", "n" * 300, "other/file"]
+            assert ["", "unloggable", "unloggable", ""] == [life.call("keep_file", path) for path in kept]
             life.close()
 
         [(_, values)] = rows_in(OFFLINE, tmp_path)

@@ -11,8 +11,8 @@ from typing import Any
 
 import wandb  # so that lives which are forked from a process that holds this module have it already
 
-from sidestepd.errors import Retry
-from sidestepd.rows import Definition, Row, Sample
+from sidestepd.errors import Reject, Retry
+from sidestepd.rows import Content, Definition, Row, Sample, Version
 from sidestepd.show import BlobFiles
 from sidestepd.sinks import Confirmed, RunFacts, Sink, make_sink, patiently
 
@@ -66,14 +66,30 @@ def do(sink: Sink, run: RunFacts, name: str, *arguments: Any) -> Any:
 
 
 def _other(sink: Sink, run: RunFacts, name: str, *arguments: Any) -> Any:
+    if name == "keep_file":
+        return _keep_file(sink, run, *arguments)
     return _media(sink, run, name, *arguments) if "media" in name else getattr(sink, name)(*arguments)
+
+
+def _keep_file(sink: Sink, run: RunFacts, path: str) -> str:
+    """Save a file under a path in the run; why not, if it can not be."""
+    (source := run.directory / "source").write_text("x")
+    try:
+        sink.keep(Version(id=path, time=0.0, facts=None, contents=(Content(path=path, file=source),)), None)
+    except Reject as refusal:
+        return refusal.reason
+    return ""
 
 
 def _media(sink: Sink, run: RunFacts, name: str, value: Any = None) -> Any:
     """Show a value; or write a row with a page in it, and something else that wandb has no form for."""
     if name == "write_media":
         page, odd = wandb.Html("<p>good</p>"), [[wandb.Html("")]]
-        return sink.write(replace(next(_rows([0], {})), values={"page": page, "odd": odd, "loss": 1.0}))
+        return sink.write(
+            replace(
+                next(_rows([0], {})), values={"page": page, "odd": odd, "n" * 300: wandb.Html("n"), "loss": 1.0}
+            )
+        )
     try:
         return repr(sink.show(value, BlobFiles(run.directory, run.directory / "shown", {})))
     except ValueError as error:

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -47,6 +48,9 @@ CALLED: Mapping[str, Callable[[Any], Any]] = {"name": str, "notes": str, "tags":
 REFUSED = (wandb.errors.Error, TypeError, ValueError)
 """What wandb raises when it does not like a value; pydantic's errors are ValueErrors."""
 BROKEN = (ConnectionError, wandb.errors.CommError, wandb.errors.UsageError, OSError)
+"""What it raises when wandb-core is gone, or a disk does not do what it shall."""
+OF_A_NAME = frozenset({errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EINVAL, errno.ELOOP})
+"""Of those, what a name makes that no file can have, however often it is tried."""
 
 
 class WandbSink:
@@ -149,9 +153,9 @@ class WandbSink:
                 wandb_artifacts.save(self._open_run, version)
             else:
                 self._log_artifact(version, prepared)
-        except BROKEN as error:
-            raise Fatal(f"wandb-core is gone: {error!r}") from error
-        except REFUSED as error:
+        except (*BROKEN, *REFUSED) as error:
+            if is_broken(error):
+                raise Fatal(f"wandb-core is gone: {error!r}") from error
             raise Reject("unloggable", str(error)) from error
 
     def _log_artifact(self, version: Version, prepared: Any) -> None:
@@ -203,9 +207,9 @@ class WandbSink:
         try:
             self._open_run.log(values, step=row.step, commit=True)
             return ("",) if "" in values else ()  # wandb-core takes it and does not keep it
-        except BROKEN:
-            raise
-        except Exception as error:  # noqa: BLE001 - media have code of their own, which may raise anything
+        except Exception as error:  # media have code of their own, which may raise anything
+            if is_broken(error):
+                raise
             good = _loggable(self._open_run, values, row.step, error)
             self._open_run.log(good, step=row.step, commit=True)
             return tuple(name for name in values if name not in good or not name)
@@ -464,6 +468,11 @@ def _core() -> psutil.Process | None:
     return None
 
 
+def is_broken(error: Exception) -> bool:
+    """Whether an error has nothing to do with what was logged: the next life may do better."""
+    return isinstance(error, BROKEN) and getattr(error, "errno", None) not in OF_A_NAME
+
+
 def _takeable(value: Any, inside: bool = False) -> Any:
     """The value, unless wandb has no form for it: it knows lists of media, and no other list with media in it."""
     if isinstance(value, dict):
@@ -479,6 +488,18 @@ def _takeable(value: Any, inside: bool = False) -> Any:
     return value
 
 
+def _names_no_file(told: Any) -> bool:
+    """Whether media, as wandb tells of them, are not among the run's files: the try before this one left them."""
+    if isinstance(told, list):
+        return any(map(_names_no_file, told))
+    if not isinstance(told, dict):
+        return False
+    path = told.get("path")
+    return ("_type" in told and isinstance(path, str) and path.startswith("..")) or any(
+        map(_names_no_file, told.values())
+    )
+
+
 def _loggable(run: wandb.Run, values: Mapping[str, Any], step: int, error: Exception) -> dict[str, Any]:
     """The values that wandb can turn into JSON, as such, each tried by itself."""
     good = {}
@@ -486,9 +507,11 @@ def _loggable(run: wandb.Run, values: Mapping[str, Any], step: int, error: Excep
         try:
             told = history_dict_to_json(run, {name: value}, step=step)
             wandb.util.json_dumps_safer_history(told[name])
-        except BROKEN:
-            raise
-        except Exception:  # noqa: BLE001 - likewise
+            if _names_no_file(told[name]):
+                raise ValueError("its file could not be put among the run's")
+        except Exception as why:  # likewise
+            if is_broken(why):
+                raise
             logger.warning("wandb refuses %.80r in row %d: %s", name, step, error)
         else:
             good[name] = told[name]
