@@ -154,8 +154,7 @@ class Meeting:
 
     def _make_folder(self) -> None:
         try:
-            self._jobs.mkdir(parents=True, exist_ok=True)
-            self.folder.mkdir(mode=0o700, exist_ok=True)
+            rundir.make_below(self.folder, exist_ok=True)
         except OSError as error:
             raise SettingsError(f"{self.folder}: can not be made: {error.strerror}") from None
         rundir.make_private(self.folder)

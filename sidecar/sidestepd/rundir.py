@@ -40,6 +40,8 @@ UPSTREAM = "upstream.json"
 DEATHS = "deaths.json"
 """Why there is no delivery that lives, likewise."""
 
+MOST_TRIES = 100
+"""To make a folder in one that others remove when it is empty."""
 _ID_LETTERS = string.ascii_lowercase + string.digits
 _LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 
@@ -155,8 +157,7 @@ def earlier_of(run_dir: Path, id_: str) -> tuple[Path, ...]:
 def lay_out(run_dir: Path, config: Config, run: RunFile) -> None:
     """Make a run directory. Raises SettingsError if there is one, or it can not be made."""
     try:
-        run_dir.parent.mkdir(parents=True, exist_ok=True)
-        run_dir.mkdir(mode=0o700)
+        make_below(run_dir, exist_ok=False)
         (run_dir / "logs").mkdir(mode=0o700)
         write_json(run_dir / "config.json", config.model_dump(mode="json"))
         run.write(run_dir)
@@ -165,6 +166,18 @@ def lay_out(run_dir: Path, config: Config, run: RunFile) -> None:
     except OSError as error:
         source = config.source("run.dir")
         raise SettingsError(f"run.dir = {config.run.dir} (from {source}): {error.strerror}") from None
+
+
+def make_below(folder: Path, *, exist_ok: bool) -> None:
+    """Make a folder that is ours alone, and those above it, of which others may just remove one that is empty."""
+    for left in range(MOST_TRIES, -1, -1):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            return folder.mkdir(mode=0o700, exist_ok=exist_ok)
+        except FileNotFoundError:
+            if not left:
+                raise
+    return None
 
 
 def stored_config(directory: Path) -> Config:

@@ -22,6 +22,7 @@ from sidestep.endpoint import Endpoint
 from sidestep.testing import FakeDaemon, environment
 from sidestep.wire import Bye, Record
 from tests.support.ledgers import balanced_daemon
+from tests.support.waiting import eventually
 
 DEADLINE_S = 100.0
 STARTING_S = 20.0
@@ -73,6 +74,10 @@ def by_process(daemon: FakeDaemon) -> list[list[int]]:
         [record.data["n"] for record in seen.records if isinstance(record, Record) and "n" in record.data]
         for seen in daemon.sessions.values()
     )
+
+
+def spilled() -> list[Path]:
+    return spill.waiting(spill.private_folder())
 
 
 def exit_codes(daemon: FakeDaemon) -> list[int | None]:
@@ -184,6 +189,36 @@ class TestSuddenEnds:
         assert "1 records are not acknowledged" in told
         daemon.restart()
         (done,) = collect(spill.waiting(spill.private_folder()), Endpoint(address=daemon.address), run="fake")
+        assert "" == done.why
+        assert [[0, 1]] == by_process(daemon)
+
+    def test_killed_while_it_waits_at_its_end_it_has_left_what_it_had(self, daemon: FakeDaemon, tmp_path: Path):
+        """Records go to the spill while there is time, not with the last of it."""
+        process = start(
+            daemon,
+            f"""
+            run = sidestep.init()
+            run.log({{"n": 0}})
+            said(run.flush(60))
+            sys.stdin.readline()
+            run.log({{"n": 1}})
+            run.finish(timeout={DEADLINE_S})
+            """,
+            tmp_path,
+        )
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert "True\n" == process.stdout.readline()
+        daemon.freeze()
+        process.stdin.write("\n")
+        process.stdin.flush()
+
+        eventually(lambda: any(b"\xa1n\x01" in it.read_bytes() for it in spilled()), DEADLINE_S / 2)
+        process.kill()
+        process.communicate()
+
+        daemon.restart()
+        (done,) = collect(spilled(), Endpoint(address=daemon.address), run="fake")
         assert "" == done.why
         assert [[0, 1]] == by_process(daemon)
 

@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 import pytest
 
-from sidestep.wire import Hello, Refuse, RunInfo, Welcome
+from sidestep.wire import Bye, Hello, Refuse, RunInfo, Welcome
 from sidestepd import status
 from sidestepd.errors import ExitCode
 from sidestepd.rowlog import RowLogReader
@@ -213,14 +213,20 @@ class TestEnd:
         assert [[0], [1]] == [steps(run_dir) for run_dir in served.run_dirs()]
 
     def test_who_speaks_after_the_end_is_told(self, service: Make):
+        """But who only repeats its last word hears that it was taken."""
         served = service()
         worker = served.worker(run="mine")
         worker.hello()
+        worker.log(0)
         worker.bye()
         served.finished(served.run_dir("mine"))
         eventually(lambda: not served.status()["runs"])
 
-        worker.say(Hello(session=worker.session, run="mine"))
+        worker.say(Bye(session=worker.session, first=1))
+        assert "hello" == worker.hear(Refuse).code
+        worker.say(Hello(session=worker.session, run="mine", first=1))
+        assert 1 == worker.hear(Bye).first
+        worker.say(Hello(session=worker.session, run="mine", first=1, more=True))
 
         refusal = worker.hear(Refuse)
         assert ("closed", True) == (refusal.code, refusal.final)

@@ -304,6 +304,17 @@ class TestLeaving:
         worker.hears(Bye, 0.7, first=0)
         assert worker.dialogue.phase is Phase.OVER
 
+    def test_a_daemon_that_forgot_the_run_may_answer_the_hello_that_it_asks_for_with_bye(self):
+        worker = open_worker()
+        worker.dialogue.leave(None)
+        worker.says(0.0)
+
+        worker.hears(Refuse, 0.1, code="hello")
+        assert [Hello] == kinds(worker.says(0.1))
+        worker.hears(Bye, 0.2, first=0)
+
+        assert (Phase.OVER, None) == (worker.dialogue.phase, worker.dialogue.trouble)
+
     def test_a_bye_too_early_leads_to_hello_and_all_that_is_missing(self):
         worker = open_worker(records=1)
         worker.dialogue.leave(None)

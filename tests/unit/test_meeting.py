@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import stat
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from sidestepd.clients import read_clients
 from sidestepd.config import Config
 from sidestepd.job import Place
 from sidestepd.meeting import LEAST_SECRET_CHARS, SECRET, Meeting
+from sidestepd.rundir import make_below
 
 WORD = "w" * LEAST_SECRET_CHARS
 
@@ -30,6 +32,18 @@ def meeting(folder: Path, node: int = 0, secret: str = "") -> Meeting:
 
 def options(folder: Path, **overrides: object) -> Config:
     return Config.load(environ={}, overrides={"run.dir": str(folder), **overrides})
+
+
+def clear_until(stop: Path, folder: Path) -> int:
+    """Remove it whenever it is there and empty; how often that was."""
+    cleared = 0
+    while not stop.exists():
+        try:
+            folder.rmdir()
+        except OSError:
+            continue
+        cleared += 1
+    return cleared
 
 
 class TestAFolderThatIsShared:
@@ -78,6 +92,18 @@ class TestAFolderThatIsShared:
         first.clear(complete=False)
 
         assert [] == list((tmp_path / "sidestep-runs").iterdir())
+
+    def test_is_made_whatever_other_jobs_clear_meanwhile(self, tmp_path: Path):
+        """The folder of all jobs goes with the last of them."""
+        folder, stop = tmp_path / ".jobs" / "job", tmp_path / "stop"
+        with ThreadPoolExecutor(1) as others:
+            cleared = others.submit(clear_until, stop, folder.parent)
+            for _ in range(100):
+                make_below(folder, exist_ok=False)
+                folder.rmdir()
+            stop.touch()
+
+        assert cleared.result() > 0
 
     def test_is_the_first_nodes_to_clear(self, tmp_path: Path):
         first, other = meeting(tmp_path), meeting(tmp_path, 1)

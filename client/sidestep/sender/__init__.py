@@ -7,7 +7,8 @@
 - whoever it speaks to over tcp proves who it is, and so does it: see endpoint.py. A handshake that fails is told
   in one sentence, and tried again with what the key file says by then
 - when memory fills up it moves records to the spill, and at the end whatever nobody acknowledged; where no daemon
-  is known, or ever will be, that is all it does
+  is known, or ever will be, that is all it does. At the end it begins with that while there is time, and talks on:
+  a process that is killed then, or starved, has left what it had
 - a forked child inherits neither: `Sender` must not be used there (session.py sees to it)
 """
 
@@ -49,6 +50,10 @@ JOIN_S = 0.1
 """The time the thread has to end when there is none left for it."""
 KEEP_S = 1.0
 """Of the time that `finish` has: what is left to the spill at most (and a quarter of it at most)."""
+COPY_AFTER_S = 0.5
+"""So long `finish` waits for the next acknowledgement, or a quarter of its time, before it copies to the spill."""
+COPY_S = 0.02
+"""So long at once: the daemon may answer meanwhile."""
 LISTEN_S = 0.1
 """How often answers are looked for while nobody waits for one and the window has room."""
 ANSWERS_AT_ONCE = 256
@@ -99,6 +104,8 @@ class Sender:
             spill.hello = self._dialogue.hello
         self._on_welcome: Callable[[], None] | None = on_welcome
         self._spill_at = self._keep_until = 0.0
+        self._copy_at = inf
+        self._acknowledged = 0
         self._values_until = inf
         self._bell = Bell()
         self._flushes: deque[_Flush] = deque()
@@ -148,6 +155,8 @@ class Sender:
     def finish(self, timeout: float, exit_code: int | None) -> bool:
         """Send what is left, say BYE and stop; whether the daemon confirmed it in time."""
         self._keep_until = ends = monotonic() + timeout
+        self._copy_at = ends - timeout + min(COPY_AFTER_S, timeout / 4)
+        self._acknowledged = self._outbox.acknowledged
         self._values_until = ends - timeout / 2
         self._dialogue.leave(exit_code)
         self._look_again_at = 0.0
@@ -281,6 +290,7 @@ class Sender:
             self._when_alone()
         self._say_if_nobody_answers(now)
         self._relieve(now)
+        self._copy(now)
         if self._dialogue.phase is Phase.OPEN and self._on_welcome is not None:
             on_welcome, self._on_welcome = self._on_welcome, None
             on_welcome()
@@ -307,6 +317,8 @@ class Sender:
         """Sleep until there is something to do, and no more often than the training loop can bear."""
         now = monotonic()
         longest = SPILL_LOOK_S if self._spill is not None and self._outbox.in_use > SPILL_TO else LONGEST_SLEEP_S
+        if self._spill is not None:
+            longest = max(min(longest, self._copy_at - now), 0.0)
         due = min(self._dialogue.due(now), longest)
         if not link.connected:
             link.wait_for_connection(longest)
@@ -398,6 +410,20 @@ class Sender:
         if outbox.full is not DropReason.OUTBOX_FULL:
             self._spill_at = now + SPILL_AGAIN_S
 
+    def _copy(self, now: float) -> None:
+        """The end is near, and the daemon is away or slow: begin with what `_keep` would do at the last moment."""
+        if self._spill is None or now < self._copy_at:
+            return
+        before, self._acknowledged = self._acknowledged, self._outbox.acknowledged
+        if before < self._acknowledged and now < self._values_until:
+            self._copy_at = now + COPY_AFTER_S
+            return
+        until = now + COPY_S
+        while self._outbox.shelve():
+            if monotonic() >= until:
+                return  # on in the next turn
+        self._copy_at = inf
+
     def _keep(self) -> None:
         """The process ends: put what was not acknowledged where it will be found."""
         outbox, spill = self._outbox, self._spill
@@ -407,7 +433,7 @@ class Sender:
         if self._dialogue.phase is Phase.OVER:
             spill.clear()
             return
-        while monotonic() < self._keep_until and outbox.shelve():
+        while outbox.shelve() and monotonic() < self._keep_until:
             pass
         if outbox.shelved:
             full = outbox.full

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from sidestep.errors import SettingsError
-from sidestep.wire import FILES, LANES, RELAY, WORKER, Hello, Message, Refuse
+from sidestep.wire import FILES, LANES, RELAY, WORKER, Bye, Hello, Message, Refuse
 from sidestepd import rundir
 from sidestepd.errors import AlreadyRunning, ExitCode, SpoolError
 from sidestepd.exits import Lifeline, is_here
@@ -124,7 +124,8 @@ class SeveralRuns:
         self._open: dict[str, OpenRun] = {}
         self._launches = Launches()
         self._sessions: dict[bytes, OpenRun] = {}
-        self._over: OrderedDict[bytes, None] = OrderedDict()
+        self._over: OrderedDict[bytes, int | None] = OrderedDict()
+        """Sessions of runs that are finished: of those that said BYE, the sequence after their last record."""
         self._processes: dict[int, Lifeline] = {}
         self._draining = self._file.closing
         self._stopping = False
@@ -161,7 +162,7 @@ class SeveralRuns:
     def greet(self, route: bytes, hello: Hello, peer: str) -> None:
         """Find the run that a HELLO means, or open it. One whose run is just ending asks again."""
         if hello.session in self._over:
-            self._refuse(route, hello, "closed", "the run is finished", final=True)
+            self._answer_late(route, hello)
             return
         run = self._sessions.get(hello.session) or self._find(route, hello)
         if run is None:
@@ -175,6 +176,13 @@ class SeveralRuns:
         """Who a session belongs to, if it is in an open run."""
         run = self._sessions.get(session)
         return run.intake.roster.owner(session) if run else None
+
+    def _answer_late(self, route: bytes, hello: Hello) -> None:
+        """The run is finished. Who said all it had, and did not hear that this was taken, hears it now."""
+        if hello.first == self._over[hello.session] and not hello.more:
+            self._send(route, Bye(session=hello.session, first=hello.first))
+        else:
+            self._refuse(route, hello, "closed", "the run is finished", final=True)
 
     def _find(self, route: bytes, hello: Hello) -> OpenRun | None:
         if hello.role == WORKER:
@@ -307,9 +315,9 @@ class SeveralRuns:
         del self._open[key]
         exit_code = run.intake.rowlog.meta("exit_code")
         run.intake.shut()
-        for session in run.intake.roster.sessions:
-            self._sessions.pop(session, None)
-            self._over[session] = None
+        for session in run.intake.roster.sessions.values():
+            self._sessions.pop(session.id, None)
+            self._over[session.id] = session.next if session.state == "bye" else None
         while len(self._over) > SESSIONS_REMEMBERED:
             self._over.popitem(last=False)
         if run.named is None:
