@@ -191,14 +191,11 @@ def _fixed(items: Iterable[Any]) -> list[Any]:
 
 
 def _shown(items: list[Any]) -> list[Any]:
-    """Of a list of images those that wandb shows of one: the others need not travel."""
-    most = getattr(type(items[0]), "MAX_ITEMS", None) if items and isinstance(items[0], Media) else None
-    if most is None or len(items) <= most or any(type(item) is not type(items[0]) for item in items):
+    """Of a list of media of one kind those that are shown of it: the others need not travel."""
+    kind: type = type(items[0]) if items else object
+    if not issubclass(kind, Media) or any(type(item) is not kind for item in items):
         return items
-    from sidestep.media.value import say  # few lists are that long
-
-    say("list of media", f"of a list of {len(items)} images the first {most} are logged: wandb shows no more")
-    return items[:most]
+    return kind.shown_of(items)
 
 
 def _integer(value: int) -> int | float:
