@@ -125,7 +125,15 @@ class Media:
     def shown(self, rows: Sequence[Row]) -> Iterator[Row]:
         """The rows as the sink takes them, each made when it is asked for."""
         for row in rows:
-            yield self._shower.into(row, beat=self._beat) if row.step in self._rows else row
+            if row.step not in self._rows:
+                yield row
+                continue
+            made = self._shower.into(row, beat=self._beat)
+            if gone := len(row.values) - len(made.values):
+                media, blobs = self._rows[row.step]
+                self._rows[row.step] = media - gone, blobs
+                self._gatherer.left_out["failed"] += gone
+            yield made
 
     def settle(self, steps: Iterable[int], *, rejected: bool = False) -> None:
         """The run holds these rows, or refused them, for good."""

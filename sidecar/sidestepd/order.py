@@ -168,7 +168,7 @@ class ReorderBuffer:
 
     def _add(self, part: Part, now: float) -> None:
         member, axis = self._member(part.session, now), self._axis(part.axis, part.attempt, part.owner)
-        member.counts = member.counts or axis.owner != b""
+        member.counts = member.counts or part.apart != ""
         launch = self._launches.get(member.launch)
         if launch is not None and launch.spoke is None:
             launch.spoke = now
@@ -245,6 +245,8 @@ class ReorderBuffer:
 
     def _is_newcomer(self, session: bytes, axis: _Axis, now: float) -> bool:
         """Whether a live session has not spoken on the axis and still may, in time."""
+        if session in axis.reached:  # as mostly
+            return False
         member = self._members[session]
         if not _may_come(session, member, axis):
             return False

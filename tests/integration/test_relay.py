@@ -180,3 +180,32 @@ def heard(worker: RawWorker, count: int) -> list[Message]:
         assert is_envelope(parts), "who wraps is answered likewise"
         found += map(decode, unwrap(parts))
     return found
+
+
+class TestGathering:
+    def test_has_what_workers_say_go_up_in_few_messages(self, tmp_path: Path):
+        with ServedRun(tmp_path / "head") as head:
+            head.start()
+            above = {"upstream__address": head.address, "upstream__gather_s": 2.0}
+            with ServedRun(tmp_path / "node", sink="upstream", **above) as node:
+                node.start()
+                worker = node.worker()
+                worker.hello()
+                eventually(lambda: head.status()["sessions"] == 1, DEADLINE_S, node.log)
+                before = wrapped_so_far(head)
+                for step in range(20):
+                    worker.log(step)
+                worker.bye(exit_code=0)
+
+                eventually(lambda: head.status()["live"] == 0, DEADLINE_S, node.log)
+
+                assert wrapped_so_far(head) - before >= 15
+                assert 0 == node.finish()
+            assert 0 == head.finish()
+        assert list(range(20)) == [row.step for row in head.rows()]
+
+
+def wrapped_so_far(run: ServedRun) -> int:
+    """Messages that did not come by themselves."""
+    said = run.status()
+    return int(said["messages"] - said["transfers"])

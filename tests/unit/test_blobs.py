@@ -12,6 +12,7 @@ import pytest
 from sidestep.wire import Frame, Kind, Record, checksum, encode_record
 from sidestepd.gather import Job, key_of
 from sidestepd.intake.blobs import BlobStore, name_of
+from sidestepd.media import Media
 from sidestepd.rows import Row
 from sidestepd.show import BlobFiles, Shower
 
@@ -212,6 +213,18 @@ class TestShowing:
         made = shower(tmp_path).into(row(loss=1.0, img=picture(3, b"abc")), beat=lambda: None)
 
         assert {"loss": 1.0} == made.values
+
+    def test_it_is_counted_so_and_not_as_delivered(self, tmp_path: Path):
+        put(tmp_path, 4, b"abc")
+        media = Media(shower(tmp_path), patience=1.0, capacity=10, beat=lambda: None, told={})
+        decided = row(loss=1.0, gone=picture(3, b"abc"), there=picture(4, b"abc"))
+        media.note([decided])
+
+        (made,) = media.shown([decided])
+        media.settle([7])
+
+        assert {"loss": 1.0, "there": b"abc"} == made.values
+        assert {"delivered": 1, "left_out": {"failed": 1}, "waiting": 0} == media.ledger()
 
     def test_what_the_last_life_encoded_is_removed_and_the_blobs_are_told(self, tmp_path: Path):
         put(tmp_path, 3, b"abc")

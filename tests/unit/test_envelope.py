@@ -14,6 +14,7 @@ from sidestep.wire import (
     MAX_ENVELOPE_MESSAGES,
     MAX_FRAME_BYTES,
     Ack,
+    Acks,
     Frame,
     Status,
     Wrapped,
@@ -142,3 +143,11 @@ class TestEnvelope:
     def test_that_is_too_much_is_refused(self):
         with pytest.raises(RemoteProtocolError, match="bytes with"):
             unwrap(envelope(bytes(MAX_ENVELOPE_BYTES + 1), 1))
+
+
+class TestAcksOfMany:
+    @given(st.lists(st.tuples(st.binary(min_size=16, max_size=16), st.integers(0, 2**62))), SIZES)
+    def test_are_what_each_would_be_by_itself(self, reached: list[tuple[bytes, int]], credit: int):
+        each = [encode(Ack(session=session, first=first, credit=credit)) for session, first in reached]
+
+        assert each == Acks(reached, credit).encode()

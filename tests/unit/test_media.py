@@ -14,7 +14,7 @@ from sidestep.errors import UnsupportedValue
 from sidestep.lane import Waiting
 from sidestep.media import Image, is_packed, packed, show
 from sidestep.media.base import Media, refs_in
-from sidestep.testing import BlobFolder
+from sidestep.testing import BlobFolder, record
 from sidestep.wire import MAX_CHUNK_BYTES
 from sidestep.wire.plain import is_plain
 
@@ -78,6 +78,16 @@ class TestShowing:
 
         with pytest.raises(ValueError, match="it is no image"):
             show(packed(Image(b"rubbish" * 1000), blobs), blobs)
+
+
+class TestLists:
+    def test_of_images_those_travel_that_wandb_shows(self):
+        with record() as logged:
+            run = sidestep.init()
+            run.log({"many": [Image(PIXELS[:2, :2]) for _ in range(3000)], "loss": 1.0})
+
+        (row,) = (it.data for it in logged.records if "many" in it.data)
+        assert (Image.MAX_ITEMS, 1.0) == (len(row["many"]), row["loss"])
 
 
 class TestPieces:

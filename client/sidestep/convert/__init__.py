@@ -155,7 +155,7 @@ class _Copy:
             if MARK in copy:
                 raise UnsupportedValue(f"it is a dict with the key {MARK!r}, which is sidestep's own")
             return copy
-        return [self.of(item, depth - 1) for item in _fixed(value)]
+        return [self.of(item, depth - 1) for item in _shown(_fixed(value))]
 
     def _key(self, key: Any) -> str:
         if isinstance(key, tuple):
@@ -188,6 +188,14 @@ def converter_of(kind: type) -> Converter | None:
 def _fixed(items: Iterable[Any]) -> list[Any]:
     """The entries as they are now: another thread may be changing the container."""
     return list(items)
+
+
+def _shown(items: list[Any]) -> list[Any]:
+    """Of a list of media of one kind those that are shown of it: the others need not travel."""
+    kind: type = type(items[0]) if items else object
+    if not issubclass(kind, Media) or any(type(item) is not kind for item in items):
+        return items
+    return kind.shown_of(items)
 
 
 def _integer(value: int) -> int | float:

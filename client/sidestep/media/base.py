@@ -77,6 +77,11 @@ class Media:
     kind: ClassVar[str]
     """What it is called in records, and in the table of kinds."""
 
+    @classmethod
+    def shown_of(cls, items: list[Any]) -> list[Any]:
+        """Those of a list of this kind that are shown."""
+        return items
+
     def pack(self, blobs: Blobs) -> dict[str, Any]:
         """The facts, with all bytes handed to `blobs`."""
         raise NotImplementedError

@@ -20,7 +20,7 @@ from sidestep.errors import UnsupportedValue
 from sidestep.media import arrays, overlays, pixels
 from sidestep.media.base import Files
 from sidestep.media.figures import is_figure, picture
-from sidestep.media.value import Content, Value, given, text_or_none
+from sidestep.media.value import Content, Value, given, say, text_or_none
 
 FILE_TYPES = ("png", "jpg", "jpeg", "bmp")
 """What pixels may be encoded as."""
@@ -70,6 +70,14 @@ class Image(Value):
             )
 
         super().__init__(facts)
+
+    @classmethod
+    def shown_of(cls, items: list[Any]) -> list[Any]:
+        """The first ones, and a word about the others."""
+        most = cls.MAX_ITEMS
+        if len(items) > most:
+            say("list of images", f"of a list of {len(items)} images the first {most} are logged, as wandb does")
+        return items[:most]
 
 
 def content_of(data: Any) -> dict[str, Any]:

@@ -199,6 +199,19 @@ class Status:
     TYPE: ClassVar = MessageType.STATUS
 
 
+@dataclass(frozen=True, slots=True)
+class Acks:
+    """An ACK for each of many sessions: with the sequence that is wanted next of it, and the same credit."""
+
+    reached: Sequence[tuple[bytes, int]]
+    credit: int
+
+    def encode(self) -> list[list[bytes]]:
+        """Each as it would be by itself, in its parts. There is one for each frame, so this is done quickly."""
+        body, crc = _body_of_ack(self.credit)
+        return [[pack(_ACK, 0, session, first, 0, crc), body] for session, first in self.reached]
+
+
 Control = Hello | Welcome | Ack | Refuse | RunInfo | Bye | Status
 Message = Control | Frame
 
@@ -207,8 +220,6 @@ def encode(message: Message) -> list[bytes]:
     """Turn a message into its parts."""
     if isinstance(message, Frame):
         return _encode_frame(message)
-    if isinstance(message, Ack):
-        return _encode_ack(message)
     body = _body(type(message), {name: getattr(message, name) for name in _CHECKS[type(message)]})
     header = Header(
         type=message.TYPE,
@@ -250,12 +261,6 @@ def _encode_frame(frame: Frame) -> list[bytes]:
         pack(MessageType.FRAME, frame.more, frame.session, frame.first, frame.count, frame.crc),
         frame.body,
     ]
-
-
-def _encode_ack(ack: Ack) -> list[bytes]:
-    """As any other; but there is one for each frame, and nearly all have the same body."""
-    body, crc = _body_of_ack(ack.credit)
-    return [pack(MessageType.ACK, Flags.GAP if ack.gap else 0, ack.session, ack.first, 0, crc), body]
 
 
 @lru_cache(maxsize=256, typed=True)
@@ -414,4 +419,5 @@ _CHECKS: Mapping[type[Control], Mapping[str, Callable[[Any], bool]]] = {
     Status: {"info": _is_map, **_COUNTERS},
 }
 """The fields of each body; the others travel in the header."""
+_ACK = int(MessageType.ACK)
 _TYPES: Mapping[MessageType, type[Control]] = {kind.TYPE: kind for kind in _CHECKS}

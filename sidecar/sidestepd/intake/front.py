@@ -26,6 +26,7 @@ from sidestep.sender import OPTIONS
 from sidestep.wire import (
     MAX_ENVELOPE_BYTES,
     NO_SESSION,
+    Acks,
     Hello,
     Message,
     Refuse,
@@ -125,9 +126,13 @@ class Front:
             serving.cancel()
             await asyncio.gather(receiving, serving, return_exceptions=True)
 
-    def send(self, route: bytes, message: Message) -> None:
+    def send(self, route: bytes, message: Message | Acks) -> None:
         """Answer, or forget it."""
-        parts, wrapper = encode(message), self._wrapping.get(route)
+        for parts in message.encode() if isinstance(message, Acks) else (encode(message),):
+            self._say(route, parts)
+
+    def _say(self, route: bytes, parts: list[bytes]) -> None:
+        wrapper = self._wrapping.get(route)
         if wrapper is None:
             self._post(route, parts)
             return

@@ -22,7 +22,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sidestep.wire import Ack, Bye, Frame, Hello, Message, Refuse, RunInfo, Status, Welcome, Wrapped, decode
+from sidestep.wire import Ack, Acks, Bye, Frame, Hello, Message, Refuse, RunInfo, Status, Welcome, Wrapped, decode
 from sidestepd import placement
 from sidestepd.clock import Clock, Horizon, SpoolClock
 from sidestepd.collect import Collector
@@ -53,7 +53,7 @@ LOOK_INTERVAL_S = 1.0
 FROZEN_S = 1.0
 """A longer pause of this process is not the silence of its workers."""
 
-Send = Callable[[bytes, Message], None]
+Send = Callable[[bytes, Message | Acks], None]
 """Answers a peer, by the route its message came on; never waits, never raises."""
 
 
@@ -260,8 +260,7 @@ class Intake:
             if taken:
                 self._entries.append(Entry.of_envelope(taken, body, received=self._awake_at))
                 self._acknowledge.update(it.session for it in taken)
-                if self._soon is None:
-                    self._soon = asyncio.get_running_loop().call_later(RELAYED_S, self._something.set)
+                self._soon = self._soon or asyncio.get_running_loop().call_later(RELAYED_S, self._something.set)
             for frame in frames[len(taken) : len(taken) + 1]:
                 self.hear(route, decode(frame.parts(body)))
             frames = frames[len(taken) + 1 :]
@@ -518,12 +517,14 @@ class Intake:
         return True
 
     def _acknowledge_all(self, reached: Mapping[bytes, int]) -> None:
-        credit = [self._credit(is_lane=is_lane) for is_lane in (False, True)]
+        said: dict[tuple[bytes, bool], list[tuple[bytes, int]]] = {}
         for id_, end in reached.items():
-            session, route = self.roster.sessions[id_], self._routes.get(id_)
+            session = self.roster.sessions[id_]
             session.stored = end
-            if route is not None:
-                self._send(route, Ack(session=id_, first=end, credit=credit[session.is_lane]))
+            if id_ in self._routes:
+                said.setdefault((self._routes[id_], session.is_lane), []).append((id_, end))
+        for (route, is_lane), those in said.items():
+            self._send(route, Acks(those, self._credit(is_lane=is_lane)))
 
     def _ran_out(self, why: SpoolFull, entries: list[Entry]) -> None:
         """Frames are left to their workers; what happened to sessions is tried again."""

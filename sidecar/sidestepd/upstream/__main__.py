@@ -236,14 +236,18 @@ class Forwarder:
     # Reading
 
     def _read(self, now: float) -> None:
-        """What there is; more is gathered before it is read, but what comes after a pause is not held up."""
+        """What there is; more is gathered before it is read, but what comes after a pause is not held up.
+
+        Not for the same time each: so some frames of every minute are not held up either, and by those the clocks
+        of nodes are compared.
+        """
         entries = self.spool.read(self.read_through, READ_LIMIT)
         for entry in entries:
             self._take(entry)
             self.read_through = entry.id
         self._behind = len(entries) == READ_LIMIT
         if entries:
-            self._read_at = now + self._gather_s
+            self._read_at = now + self._gather_s * (0.75 + 0.5 * random.random())
 
     def _take(self, entry: Entry) -> None:
         match entry.kind:
