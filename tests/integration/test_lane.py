@@ -215,9 +215,11 @@ class TestBesideMetrics:
     def test_metrics_pass_while_a_hundred_megabytes_are_refused(self, daemon, monkeypatch):
         """What is said after them is acknowledged while not one piece of them is."""
         frame = FakeDaemon._frame
+        refused = []
 
         def full_for_blobs(self, message):
             if self.sessions[message.session].hello.role == BLOBS:
+                refused.append(message)
                 return [Refuse(session=message.session, code="full", message="no room")]
             return frame(self, message)
 
@@ -228,7 +230,7 @@ class TestBesideMetrics:
         for step in range(1, 50):
             run.log({"loss": step}, step=step)
 
-        daemon.wait_until(lambda: 49 in [it.step for it in daemon.records])
+        daemon.wait_until(lambda: refused and 49 in [it.step for it in daemon.records])
         assert [] == lane_of(daemon).records
         assert 1 <= run.stats().blobs_pending
         monkeypatch.undo()
