@@ -70,13 +70,14 @@ def _facts_of(run: RunFile, run_dir: Path, about: Mapping[str, Any], *, is_relay
 FRAMES_PER_S = 4000
 """Of all ranks together. Where they are many each speaks less often, and says more at once."""
 LONGEST_FLUSH_S = 2.0
-FLUSH_TO_RELAY_S = 0.2
-"""A relay's workers do so in any case: each of their frames is one for the daemon above too."""
+FLUSH_TO_RELAY_S, FRAMES_PER_S_OF_RELAYS = 0.2, 2000
+"""A relay's workers speak less often in any case: each of their frames is one for the daemon above too."""
 
 
 def intervals_of(config: Config, run_dir: Path, world: int) -> dict[str, float]:
     """How often workers speak, and tell samples of their own: never more often than is wanted above."""
-    flush = max(config.intake.flush_interval_s, min(LONGEST_FLUSH_S, world / FRAMES_PER_S))
+    frames_per_s = FRAMES_PER_S_OF_RELAYS if config.is_relay else FRAMES_PER_S
+    flush = max(config.intake.flush_interval_s, min(LONGEST_FLUSH_S, world / frames_per_s))
     sample = config.samplers.torch_interval_s
     if config.is_relay:
         flush = max(flush, FLUSH_TO_RELAY_S)
