@@ -385,7 +385,8 @@ class TestSignals:
         assert 7 == process.returncode
 
     def test_ctrl_c_in_a_terminal_reaches_the_command_once_and_the_run_is_finished(self, here):
-        ctrl_c = {"ready": b"\x03", "1 from the terminal": b"\x03", "2 from the terminal": b"\x03"}
+        # After whole lines: what a terminal has not shown when a Ctrl-C is typed, it throws away.
+        ctrl_c = {f"{line}\r\n": b"\x03" for line in ("ready", "1 from the terminal", "2 from the terminal")}
 
         code, shown = in_terminal("run", "--", *python(SAY_WHO_SIGNALS), answers=ctrl_c)
 
