@@ -15,13 +15,22 @@ from typing import Any
 
 import psutil
 import pytest
-import yaml
 
 from sidestepd import status
 from tests.support.daemons import freeze
 from tests.support.images import BASE, IMAGE, LOCKED, TRAINER, Podman
 from tests.support.waiting import eventually
-from tests.support.workshop import DEPLOY, Workshop, assert_whole, do, find, is_finished, need, rows_in, run_dir_in
+from tests.support.workshop import (
+    DEPLOY,
+    Workshop,
+    assert_whole,
+    find,
+    is_finished,
+    kustomized,
+    need,
+    rows_in,
+    run_dir_in,
+)
 
 pytestmark = [pytest.mark.deploy, pytest.mark.timeout(900)]
 
@@ -43,12 +52,7 @@ def podman(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 def manifests_of(overlay: str) -> list[dict[str, Any]]:
     """All manifests of an overlay of Kubernetes."""
-    need("kubectl")
-    return [
-        one
-        for one in yaml.safe_load_all(do("kubectl", "kustomize", DEPLOY / "kubernetes/overlays" / overlay))
-        if one
-    ]
+    return kustomized(DEPLOY / "kubernetes/overlays" / overlay)
 
 
 class Pair:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import sqlite3
 import subprocess
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from sidestep.errors import SidestepError
 from sidestepd import status
@@ -40,7 +42,6 @@ HAS = {
     "buildah": "buildah",
     "runc": "runc",
     "shellcheck": "shellcheck",
-    "kubectl": "kubernetes-client",
     "fsfreeze": "util-linux",
     "mkfs.ext4": "e2fsprogs",
 }
@@ -70,6 +71,20 @@ def need(*tools: str, root: bool = False) -> None:
         pytest.skip(f"no {', '.join(missing)} here: {how}")
     if root and os.geteuid() != 0:
         pytest.skip("needs root")
+
+
+def kustomized(overlay: Path) -> list[dict[str, Any]]:
+    """All manifests of an overlay of Kubernetes, as `kubectl apply -k` would send them."""
+    need("kubectl")
+    told = do("kubectl", "version", "--client", "--output=json")
+    if "kustomizeVersion" not in told:  # nor components, nor half of the fields
+        pytest.skip("kubectl is older than 1.24 here: pip install -e '.[deploy-test]'")
+    return [one for one in yaml.safe_load_all(do("kubectl", "kustomize", overlay)) if one]
+
+
+def block(page: Path, language: str, at: int = 0) -> str:
+    """A block of code on a page of ours, by its language and place."""
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), flags=re.M | re.S)[at]
 
 
 def find(tool: str) -> str | None:
