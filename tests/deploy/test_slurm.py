@@ -1,6 +1,6 @@
 """The scripts of deploy/slurm under a real SLURM: two nodes, one of them the controller, each a booted Debian.
 
-A job that is queued again waits until the credential of the life before has expired: two minutes, here ten seconds.
+A job that is queued again waits until its first life's credential has expired: two minutes, here ten seconds.
 One that is told to start sooner is at times refused by the node, as a job that was ended there, and has failed.
 The training saves a checkpoint when it is sent SIGTERM, as trainings do, and goes on from it.
 """
