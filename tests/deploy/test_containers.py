@@ -22,7 +22,6 @@ from tests.support.images import BASE, IMAGE, LOCKED, TRAINER, Podman
 from tests.support.waiting import eventually
 from tests.support.workshop import (
     DEPLOY,
-    Workshop,
     assert_whole,
     find,
     is_finished,
@@ -40,14 +39,6 @@ QUICK = {
     "SIDESTEP_DELIVERY_CONFIRM_INTERVAL_S": "0.2",
     "SIDESTEP_ORDER_PATIENCE_S": "1",
 }
-
-
-@pytest.fixture(scope="module")
-def podman(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Podman]:
-    need("podman", "runc", root=True)
-    with Podman(tmp_path_factory.mktemp("podman")) as podman:
-        podman.build(workshop)
-        yield podman
 
 
 def manifests_of(overlay: str) -> list[dict[str, Any]]:
