@@ -20,7 +20,7 @@ import yaml
 
 from sidestep import __version__
 from sidestepd.config import Config
-from tests.support.workshop import DEPLOY, block, do, kustomized, need
+from tests.support.workshop import DEPLOY, blocks, do, kustomized, need
 
 OVERLAYS = sorted(path.parent for path in DEPLOY.glob("kubernetes/overlays/*/kustomization.yaml"))
 UNITS = {"--system": DEPLOY / "systemd/sidestep@.service", "--user": DEPLOY / "systemd/user/sidestep@.service"}
@@ -271,7 +271,7 @@ class TestWhatIsWritten:
         shutil.copytree(DEPLOY / "kubernetes", tmp_path / "deploy/kubernetes")
         (tmp_path / "deploy/kubernetes/components/key/wandb_api_key").write_text("a-key")
         (tmp_path / "mine").mkdir()
-        (tmp_path / "mine/kustomization.yaml").write_text(block(DEPLOY / "README.md", "yaml"))
+        (tmp_path / "mine/kustomization.yaml").write_text(blocks(DEPLOY / "README.md", "## Kubernetes")[1])
 
         manifests = kustomized(tmp_path / "mine")
 

@@ -82,9 +82,19 @@ def kustomized(overlay: Path) -> list[dict[str, Any]]:
     return [one for one in yaml.safe_load_all(do("kubectl", "kustomize", overlay)) if one]
 
 
-def block(page: Path, language: str, at: int = 0) -> str:
-    """A block of code on a page of ours, by its language and place."""
-    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), flags=re.M | re.S)[at]
+def blocks(page: Path, heading: str) -> list[str]:
+    """The blocks of code on a page of ours under a heading."""
+    found: list[str] = []
+    under = inside = False
+    for line in page.read_text().splitlines(keepends=True):
+        if line.startswith("```"):
+            inside = not inside
+            found += [""] if inside and under else []
+        elif inside and under:
+            found[-1] += line
+        elif not inside and line.startswith("#"):
+            under = line.strip() == heading
+    return found
 
 
 def find(tool: str) -> str | None:
