@@ -79,6 +79,12 @@ class Machine:
             client.kill()
             client.communicate()
 
+    def reboot(self) -> None:
+        """Power off, and on again: every process there ends, and what is enabled begins."""
+        self.__exit__(None, None, None)
+        self._clients = []
+        self.__enter__()
+
     def _find_init(self) -> int:
         assert self._process is not None
         assert self._process.poll() is None, self._console()
