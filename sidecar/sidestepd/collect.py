@@ -113,8 +113,9 @@ def command(
     directory, or in FOLDER, by default the one that this user's workers use on
     this node. The daemon of a run collects them by itself, and so does the next
     worker of that run on that node. This is for when neither comes: the second
-    line makes a new run of them, and the third has a service go on with one. Files are removed once all of them is on the
-    daemon's disk. The exit code is 75 if something is left.
+    line makes a new run of them, the third has a service go on with one. Files
+    are removed once all of them is on the daemon's disk. The exit code is 75 if
+    something is left.
     """
     address = address or os.environ.get("SIDESTEP_ADDRESS")
     try:
