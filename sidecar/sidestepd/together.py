@@ -20,7 +20,7 @@ from sidestepd import command, job, rundir
 from sidestepd.command import Command, Signals
 from sidestepd.config import Config
 from sidestepd.daemon import Daemon
-from sidestepd.errors import Incomplete
+from sidestepd.errors import Deleted, Incomplete
 from sidestepd.home import RunHome
 from sidestepd.job import Place
 from sidestepd.meeting import SECRET, Found, Meeting, Neighbours
@@ -134,7 +134,7 @@ class Part:
             code = max([code, *(LOST if it is None else abs(it) for it in others)])
             if self.place.first and not self.place.alone:
                 code = max(code, self._wait_for_nodes(daemon))
-        except Incomplete as error:
+        except (Incomplete, Deleted) as error:
             say(f"the other commands of this job are not waited for: {error}")
         return code
 
