@@ -23,6 +23,7 @@ import psutil
 from sidestepd.errors import AlreadyRunning
 
 _PR_SET_PDEATHSIG = 1
+_KILLED_FIRST = 500  # as if it used half of all memory more than it does
 
 
 class Lock:
@@ -108,9 +109,16 @@ def die_with_parent(parent: int) -> None:
 
 
 def step_back(niceness: int) -> None:
-    """Let the training have the processor first, where that is ours to say: a sandbox may forbid it."""
+    """Let the training have the processor first, and the memory: a sandbox may forbid it.
+
+    Where memory runs out the kernel kills this process, which is started again and goes on, before the intake, the
+    supervisor or a training.
+    """
     with contextlib.suppress(OSError):
         os.nice(niceness)
+    with contextlib.suppress(OSError, ValueError):
+        adjustment = Path("/proc/self/oom_score_adj")
+        adjustment.write_text(str(max(int(adjustment.read_text()), _KILLED_FIRST)))
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:

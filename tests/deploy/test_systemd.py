@@ -17,6 +17,7 @@ import pytest
 from sidestepd import status
 from tests.support.daemons import freeze
 from tests.support.machines import Machine
+from tests.support.memory import bounded, group_of
 from tests.support.waiting import eventually
 from tests.support.workshop import (
     DEPLOY,
@@ -415,15 +416,24 @@ class TestLimits:
         assert "1024" == unit.show(UNIT, "TasksMax")
 
     def test_bound_its_memory(self, unit):
-        pid = unit.process(unit.main_pid(UNIT)).pid
-        (group,) = (
-            line[3:] for line in Path(f"/proc/{pid}/cgroup").read_text().splitlines() if line.startswith("0::")
-        )
-        limit = Path(f"/sys/fs/cgroup{group}/memory.max")
-        if not limit.exists():
+        group = group_of(unit.process(unit.main_pid(UNIT)).pid)
+        if group is None:
             pytest.skip("memory is no controller of cgroups v2 here: a booted system's MemoryMax is not applied")
 
-        assert str(4 * 1024**3) == limit.read_text().strip()
+        assert str(4 * 1024**3) == group.limit.read_text().strip()
+
+    def test_of_memory_cost_a_run_no_row(self, unit):
+        """What delivers a run outgrows what is left: the kernel kills it, and it alone, until there is more."""
+        intake = unit.find("sidestepd.intake")
+        with bounded(unit.process(unit.main_pid(UNIT)), 64) as group:
+            training = Trained(unit, "outgrown")
+            eventually(lambda: group.kills() >= 2, WAIT_S, lambda: unit.journal(UNIT)[-2000:])
+            assert training.process.poll() is None
+        training.reaches(100)
+        steps = training.ends()
+
+        training.is_whole(steps)
+        assert ("0", intake) == (unit.show(UNIT, "NRestarts"), unit.find("sidestepd.intake"))
 
 
 class TestAUserOfTheirOwn:

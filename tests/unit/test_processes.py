@@ -153,3 +153,19 @@ class TestKillRecorded:
 
             assert process.poll() is None
             process.kill()
+
+
+def test_what_steps_back_comes_after_others_and_is_killed_before_them():
+    script = """
+import os
+from pathlib import Path
+from sidestepd.processes import step_back
+adjustment = Path("/proc/self/oom_score_adj")
+first = os.getpriority(os.PRIO_PROCESS, 0), int(adjustment.read_text())
+step_back(3)
+print(*first, os.getpriority(os.PRIO_PROCESS, 0), int(adjustment.read_text()))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+
+    nice, kills, nicer, kills_first = map(int, done.stdout.split())
+    assert (min(nice + 3, 19), max(kills, 500)) == (nicer, kills_first)

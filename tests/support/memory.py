@@ -1,0 +1,78 @@
+"""A bound on the memory of a service's processes, by the kernel: who outgrows it is killed.
+
+    with bounded(service, 48) as group:
+        eventually(lambda: group.kills() > 0, ...)
+
+A service has a group of control groups version 2 from systemd. Where memory is a controller of version 1 still,
+systemd sets no bound, and the processes are put into a group of version 1 for the time of the block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+import pytest
+
+MOUNT = Path("/sys/fs/cgroup")
+MIB = 1024 * 1024
+
+
+class Group(NamedTuple):
+    """The files of one."""
+
+    limit: Path
+    used: Path
+    events: Path
+
+    def kills(self) -> int:
+        """How often the kernel has killed a process in it."""
+        words = self.events.read_text().split()
+        return int(words[words.index("oom_kill") + 1])
+
+
+def group_of(pid: int) -> Group | None:
+    """That of version 2 that a process is in; None where memory is no controller of it."""
+    folder = MOUNT / _places(pid)[""]
+    found = Group(folder / "memory.max", folder / "memory.current", folder / "memory.events")
+    return found if found.limit.exists() else None
+
+
+@contextmanager
+def bounded(service: psutil.Process, mebibytes: int) -> Iterator[Group]:
+    """A service's processes, and those they start, may have so much more memory than they have now."""
+    group = group_of(service.pid)
+    if group is not None:
+        yield from _limited(group, mebibytes)
+    elif not (MOUNT / "memory").exists():
+        pytest.skip("memory is a controller of neither version of control groups here")
+    else:
+        home, made = MOUNT / "memory" / _places(service.pid)["memory"], MOUNT / f"memory/bounded-{service.pid}"
+        made.mkdir()
+        group = Group(*(made / f"memory.{what}" for what in ("limit_in_bytes", "usage_in_bytes", "oom_control")))
+        for one in (service, *service.children(recursive=True)):
+            (made / "cgroup.procs").write_text(str(one.pid))
+        try:
+            yield from _limited(group, mebibytes)
+        finally:
+            while inside := (made / "cgroup.procs").read_text().split():
+                (home / "cgroup.procs").write_text(inside[0])
+            made.rmdir()
+
+
+def _limited(group: Group, mebibytes: int) -> Iterator[Group]:
+    before = group.limit.read_text()
+    group.limit.write_text(str(int(group.used.read_text()) + mebibytes * MIB))
+    try:
+        yield group
+    finally:
+        group.limit.write_text(before)
+
+
+def _places(pid: int) -> dict[str, str]:
+    """Where a process is in each hierarchy: by the controllers' names, version 2 by none."""
+    lines = (line.split(":", 2) for line in Path(f"/proc/{pid}/cgroup").read_text().splitlines())
+    return {name: path.lstrip("/") for _, names, path in lines for name in names.split(",")}
