@@ -98,9 +98,7 @@ class Network:
     ) -> subprocess.Popen[bytes]:
         """A command on a node; what it says is in `nodeN.log`."""
         plain = {k: v for k, v in os.environ.items() if not k.startswith(("SIDESTEP_", "WANDB_", "XDG_"))}
-        tmp = self._base / f"tmp{number}"
-        tmp.mkdir(exist_ok=True)
-        own = {"TMPDIR": str(tmp), "SIDESTEP_PROGRAM": "0", "SIDESTEP_CONSOLE": "0", "PYTHONUNBUFFERED": "1"}
+        own = {"TMPDIR": str(self._tmp(number)), "SIDESTEP_PROGRAM": "0", "SIDESTEP_CONSOLE": "0", "PYTHONUNBUFFERED": "1"}
         with (self._base / f"node{number}.log").open("ab") as log:
             process = subprocess.Popen(
                 [*self._inside(number), *words],
@@ -122,15 +120,19 @@ class Network:
     def remote_shell(self) -> Path:
         """A program that is called as `ssh` is, and runs a command on another node: launchers take it for that."""
         cases = [
-            f'node{number}) export TMPDIR={self._base}/tmp{number}; exec {shlex.join(self._inside(number))} sh -c "$*";;'
+            f'node{number}) export TMPDIR={self._tmp(number)}; exec {shlex.join(self._inside(number))} sh -c "$*";;'
             for number in range(self._count)
         ]
         path = self._base / "remote-shell"
         path.write_text("\n".join([*_SHELL_BEGINS, *cases, "esac", "exit 255", ""]))
         path.chmod(0o755)
-        for number in range(self._count):
-            (self._base / f"tmp{number}").mkdir(exist_ok=True)
         return path
+
+    def _tmp(self, number: int) -> Path:
+        """A directory that is a node's own."""
+        folder = self._base / f"tmp{number}"
+        folder.mkdir(exist_ok=True)
+        return folder
 
     def cut(self, number: int, how: str) -> None:
         """Nothing passes between a node and all others."""
