@@ -15,7 +15,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
-from sidestep.ranks import start_of
+from sidestep.ranks import Here
 from sidestepd import command, job, rundir
 from sidestepd.command import Command, Signals
 from sidestepd.config import Config
@@ -41,10 +41,7 @@ def place_of(environ: Mapping[str, str], words: Sequence[str]) -> Place | None:
     found = job.place_of(
         environ,
         words,
-        node=os.uname().nodename,
-        pid=os.getpid(),
-        parent=os.getppid(),
-        started=start_of,
+        Here.now(),
         is_here=is_here,
     )
     if found is None or (found.alone and found.tasks == 1):
