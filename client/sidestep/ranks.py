@@ -343,7 +343,7 @@ LAUNCHERS: tuple[Launcher, ...] = (
     ),
     Launcher(
         name="a Kubernetes indexed job",  # the index is the pod's: a node, as far as ranks go
-        world=("WORLD_SIZE",),
+        world=("WORLD_SIZE", "NNODES"),
         local_world=("LOCAL_WORLD_SIZE",),
         node_rank=("JOB_COMPLETION_INDEX",),
         launch=(MASTER, "{POD_SET}"),

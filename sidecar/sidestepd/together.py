@@ -68,6 +68,8 @@ def is_here(host: str) -> bool:
 class Part:
     """What a command of a job has in common with one by itself, and what not."""
 
+    WAITS = "waiting for the other commands of this job; once more, and the run ends without what they still say"
+
     def __init__(self, place: Place, config: Config, environ: Mapping[str, str]) -> None:
         self.place = place
         self.config = rundir.with_run_id(config) if place.first else config

@@ -95,6 +95,12 @@ class Cluster:
         """What the relay of a node still has."""
         return status.report(self.relay_dir(node)).ledger.pending
 
+    def acknowledged(self, node: int) -> int:
+        """How many records of a node's workers the daemon above has."""
+        assert self.run_dir is not None
+        sessions = status.report(self.run_dir).sessions
+        return sum(it.acknowledged for it in sessions if (it.node, it.role) == (f"node{node}", "worker"))
+
     def seen(self) -> dict[int, dict[str, float]]:
         """What each rank saw."""
         return {int(path.name): json.loads(path.read_text()) for path in self.reports.iterdir()}
@@ -210,6 +216,79 @@ class TestAHeadThatMoves:
         assert (-9, 0) == (commands[0].wait(DEADLINE_S), served.wait(DEADLINE_S)), cluster.network.log()
         assert_whole(cluster)
         assert not (cluster.relays.parent / ".jobs").exists(), "nobody needs its keys any more"
+
+
+class TestWorkersOfAllNodes:
+    def test_speak_to_one_daemon_wherever_they_find_it(self, cluster: Cluster, tmp_path: Path):
+        """By the daemon's file on node0, where it is, and on node1; on node2 by their launcher's MASTER_ADDR."""
+        network, keys, context = cluster.network, tmp_path / "keys", cluster.shared / "daemon.json"
+        assert 0 == network.start(0, [*SIDESTEP, "keygen", str(keys)], ENVIRONMENT).wait(DEADLINE_S), network.log()
+        options = [*OPTIONS.items(), ("run.dir", cluster.shared), ("listen.context_file", context)]
+        words = [word for name, value in options for word in ("--set", f"{name}={value}")]
+        serve = [*SIDESTEP, "serve", "--id", "one", *words, *listens(keys)]
+        head = network.start(0, serve, ENVIRONMENT)
+        ranks = []
+        for node in range(NODES):
+            finds = {"SIDESTEP_KEY_FILE": str(keys / "client.key")} if node else {}
+            finds |= {"SIDESTEP_CONTEXT": str(context)} if node < 2 else {}
+            ranks.append(network.start(node, cluster.torchrun(node), ENVIRONMENT | finds))
+        cluster.wait_for_rows()
+
+        network.cut(2, "drop")
+        cut = time.monotonic()
+        eventually(lambda: cluster.acknowledged(2) < cluster.acknowledged(1), DEADLINE_S, network.log)
+        time.sleep(max(0.0, cut + CUT_S - time.monotonic()))  # a cut has a length
+        before = cluster.acknowledged(2)
+        assert before < cluster.acknowledged(1), "what is said on node2 waits there"
+        network.heal(2, "drop")
+        healed = time.monotonic()
+        eventually(lambda: cluster.acknowledged(2) > before, DEADLINE_S, network.log)
+        print(f"without relays: the first was through {time.monotonic() - healed:.1f} s after")
+        cluster.wait_for_rows()
+        end(cluster, ranks)
+        head.terminate()
+        assert 0 == head.wait(DEADLINE_S), network.log()
+
+        assert_whole(cluster)
+
+
+class TestAnIndexedJob:
+    def test_of_pods_that_share_a_secret_and_no_folder_is_one_run(self, tmp_path: Path):
+        """Each pod has the name, the list of hosts and the variables that Kubernetes gives to one."""
+        with Network(tmp_path, NODES, host="train-{}", domain="trainers.ml.svc") as network:
+            shared = {"SIDESTEP_JOB_SECRET": "s" * 40, "NNODES": str(NODES), "PYTHONPATH": str(ROOT)}
+            words = [word for name, value in OPTIONS.items() for word in ("--set", f"{name}={value}")]
+            pods = []
+            for index in (2, 1, 0):
+                folder = ["--dir", str(tmp_path / f"pod{index}")]
+                own = {"JOB_COMPLETION_INDEX": str(index)}
+                command = [*SIDESTEP, "run", *folder, *words, "--", sys.executable, "-c", POD]
+                pods.append(network.start(index, command, ENVIRONMENT | shared | own))
+            codes = [pod.wait(DEADLINE_S) for pod in pods]
+
+            assert [4, 0, 4] == codes, network.log()
+            run_dir = newest_run_dir(tmp_path / "pod0")
+            assert run_dir is not None
+            rows, report = read_jsonl(run_dir), status.report(run_dir)
+        assert list(range(20)) == [row.values["step"] for row in rows]
+        assert {NODES} == {row.values["sidestep/ranks_reported"] for row in rows}
+        assert (4, True, 0, 60) == (
+            report.run.exit_code, report.ledger.balances, report.ledger.pending, report.ledger.delivered,
+        )  # fmt: skip
+        assert {f"train-{index}" for index in range(NODES)} == {it.node for it in report.sessions}
+        assert [] == [path for index in range(NODES) for path in tmp_path.glob(f"pod{index}/*/.jobs/*")]
+
+
+POD = """
+import os, sys, time, sidestep
+run = sidestep.init()
+index = int(os.environ["JOB_COMPLETION_INDEX"])
+for step in range(20):
+    run.log({"mine": index, "step": step}, step=step)
+    time.sleep(0.02)
+run.finish()
+sys.exit(4 if index == 2 else 0)
+"""
 
 
 class TestNodesWithoutInternet:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +17,7 @@ import pytest
 
 from sidestepd import status
 from sidestepd.addresses import CONTEXT
+from sidestepd.errors import ExitCode
 from sidestepd.rundir import newest_run_dir
 from tests.support.daemons import DEADLINE_S, HeldRow, killed, read_jsonl
 from tests.support.waiting import eventually
@@ -67,6 +69,10 @@ class Job:
     def wait(self) -> list[int]:
         """The exit codes."""
         return [command.wait(DEADLINE_S) for command in self._commands]
+
+    def interrupt(self, number: int) -> None:
+        """Ctrl-C at the command that was started so many before it."""
+        self._commands[number].send_signal(signal.SIGINT)
 
     def stop(self) -> None:
         """End all that is left, daemons too: they outlive their command."""
@@ -177,6 +183,30 @@ class TestAFirstNodeThatEndsFirst:
         assert len(steps) > STEPS
         report = status.report(job.run_dir())
         assert (2, 0, True) == (report.run.exit_code, report.ledger.pending, report.ledger.balances)
+
+    def test_is_told_to_wait_no_longer_by_a_second_ctrl_c(self, job: Job):
+        """What the others say after that is kept by their relays, and said."""
+        enough = job.base / "enough"
+        words = TRAIN.replace(f"for step in range({STEPS})", "step = -1\nwhile not os.path.exists(sys.argv[1])")
+        words = words.replace("    run.log", "    step += 1\n    run.log")
+        job.start(srun(1), (sys.executable, "-c", words, str(enough)))
+        job.start(srun(0), (sys.executable, "-c", "raise SystemExit(2)"))
+        eventually(lambda: "waiting for those of other nodes" in job.log(), DEADLINE_S, job.log)
+
+        job.interrupt(1)
+        eventually(lambda: "once more, and the run ends without" in job.log(), DEADLINE_S, job.log)
+        job.interrupt(1)
+        eventually(lambda: "takes no more of this run" in job.log(), DEADLINE_S, job.log)
+        enough.touch()
+
+        assert [ExitCode.INTERRUPTED, 2] == job.wait(), job.log()
+        assert "not complete" in job.log()
+        (relay,) = (path.parent for path in job.run_dir().parent.glob(".relays/*/run.json"))
+        head, kept = status.report(job.run_dir()).ledger, status.report(relay).ledger
+        assert (True, True, 0) == (head.balances, kept.balances, head.pending)
+        assert kept.pending > 0
+        steps = [row.values["step"] for row in job.rows()]
+        assert list(range(len(steps))) == steps
 
 
 class TestMpirun:

@@ -38,10 +38,10 @@ def missing() -> str:
 
 
 class Network:
-    """`nodes` hosts, `node0` and so on, at 10.77.0.1 and so on."""
+    """`nodes` hosts, `node0` and so on, at 10.77.0.1 and so on; `host` and `domain` are what they are called."""
 
-    def __init__(self, base: Path, nodes: int) -> None:
-        self._base, self._count = base, nodes
+    def __init__(self, base: Path, nodes: int, *, host: str = "node{}", domain: str = "") -> None:
+        self._base, self._count, self._host, self._domain = base, nodes, host, domain
         self._prefix = f"ss{os.getpid()}"
         self._processes: list[subprocess.Popen[bytes]] = []
 
@@ -76,7 +76,8 @@ class Network:
             _in(name, "ip", "addr", "add", f"{self.address(number)}/24", "dev", "eth0")
             for device in ("eth0", "lo"):
                 _in(name, "ip", "link", "set", device, "up")
-            hosts.append(f"{self.address(number)} node{number}")
+            full = f"{self.host(number)}.{self._domain} " if self._domain else ""
+            hosts.append(f"{self.address(number)} {full}{self.host(number)}")
         (self._base / "hosts").write_text("\n".join(hosts) + "\n")
 
     def _unmake(self) -> None:
@@ -89,6 +90,10 @@ class Network:
     def _name(self, number: int) -> str:
         return f"{self._prefix}n{number}"
 
+    def host(self, number: int) -> str:
+        """What a node calls itself."""
+        return self._host.format(number)
+
     def address(self, number: int) -> str:
         """Of a node."""
         return f"10.77.0.{number + 1}"
@@ -98,7 +103,8 @@ class Network:
     ) -> subprocess.Popen[bytes]:
         """A command on a node; what it says is in `nodeN.log`."""
         plain = {k: v for k, v in os.environ.items() if not k.startswith(("SIDESTEP_", "WANDB_", "XDG_"))}
-        own = {"TMPDIR": str(self._tmp(number)), "SIDESTEP_PROGRAM": "0", "SIDESTEP_CONSOLE": "0", "PYTHONUNBUFFERED": "1"}
+        own = {"TMPDIR": str(self._tmp(number)), "SIDESTEP_PROGRAM": "0", "SIDESTEP_CONSOLE": "0"}
+        own |= {"PYTHONUNBUFFERED": "1"}
         with (self._base / f"node{number}.log").open("ab") as log:
             process = subprocess.Popen(
                 [*self._inside(number), *words],
@@ -115,13 +121,17 @@ class Network:
     def _inside(self, number: int) -> list[str]:
         """What comes before a command so that it runs on a node."""
         enter = ["ip", "netns", "exec", self._name(number), "unshare", "--uts", "--mount", "sh", "-c"]
-        return [*enter, f'hostname node{number} && mount --bind {self._base}/hosts /etc/hosts && exec "$@"', "sh"]
+        return [
+            *enter,
+            f'hostname {self.host(number)} && mount --bind {self._base}/hosts /etc/hosts && exec "$@"',
+            "sh",
+        ]
 
     def remote_shell(self) -> Path:
         """A program that is called as `ssh` is, and runs a command on another node: launchers take it for that."""
         cases = [
-            f'node{number}) export TMPDIR={self._tmp(number)}; exec {shlex.join(self._inside(number))} sh -c "$*";;'
-            for number in range(self._count)
+            f'node{one}) export TMPDIR={self._tmp(one)}; exec {shlex.join(self._inside(one))} sh -c "$*";;'
+            for one in range(self._count)
         ]
         path = self._base / "remote-shell"
         path.write_text("\n".join([*_SHELL_BEGINS, *cases, "esac", "exit 255", ""]))

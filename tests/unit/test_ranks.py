@@ -301,6 +301,9 @@ class TestLocalRankAlone:
         assert 1 == len(said)
         assert "LOCAL_WORLD_SIZE" in said[0]
 
+    def test_a_pod_of_an_indexed_job_is_one_of_as_many_as_there_are_nodes(self):
+        assert (2, 3, 0) == place({"JOB_COMPLETION_INDEX": "2", "NNODES": "3"})
+
     def test_in_a_task_of_srun_it_beats_the_rank_of_the_task(self):
         """The task's rank is the node's; who started a world of another size within it counts."""
         within = LIGHTNING | {"WORLD_SIZE": "8", "NODE_RANK": ""}
