@@ -98,7 +98,8 @@ class Network:
     ) -> subprocess.Popen[bytes]:
         """A command on a node; what it says is in `nodeN.log`."""
         plain = {k: v for k, v in os.environ.items() if not k.startswith(("SIDESTEP_", "WANDB_", "XDG_"))}
-        own = {"TMPDIR": str(self._tmp(number)), "SIDESTEP_PROGRAM": "0", "SIDESTEP_CONSOLE": "0", "PYTHONUNBUFFERED": "1"}
+        own = {"TMPDIR": str(self._tmp(number)), "SIDESTEP_PROGRAM": "0", "SIDESTEP_CONSOLE": "0"}
+        own |= {"PYTHONUNBUFFERED": "1"}
         with (self._base / f"node{number}.log").open("ab") as log:
             process = subprocess.Popen(
                 [*self._inside(number), *words],
@@ -120,8 +121,8 @@ class Network:
     def remote_shell(self) -> Path:
         """A program that is called as `ssh` is, and runs a command on another node: launchers take it for that."""
         cases = [
-            f'node{number}) export TMPDIR={self._tmp(number)}; exec {shlex.join(self._inside(number))} sh -c "$*";;'
-            for number in range(self._count)
+            f'node{one}) export TMPDIR={self._tmp(one)}; exec {shlex.join(self._inside(one))} sh -c "$*";;'
+            for one in range(self._count)
         ]
         path = self._base / "remote-shell"
         path.write_text("\n".join([*_SHELL_BEGINS, *cases, "esac", "exit 255", ""]))
