@@ -209,14 +209,7 @@ def carried_by(carrier: NewCarrier, *, strict: bool) -> Iterator[None]:
 
 
 def _new_run(settings: WorkerSettings, keywords: Mapping[str, Any]) -> Run:
-    identity = ranks.identify(
-        os.environ,
-        pid=os.getpid(),
-        parent=os.getppid(),
-        node=os.uname().nodename,
-        started=ranks.start_of,
-        launch=settings.launch_id,
-    )
+    identity = ranks.identify(os.environ, ranks.Here.now(), launch=settings.launch_id)
     disabled = "disabled" in (keywords.get("mode"), settings.mode)
     session = Session(
         settings=settings,

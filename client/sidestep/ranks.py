@@ -4,17 +4,18 @@ Every launcher sets variables, and its processes inherit those of the launchers 
 that is itself a task of `srun` sees both. `LAUNCHERS` is ordered from the innermost outwards, and the first that
 gives a rank is believed in everything: no identity is patched together from two of them.
 
-- pure: the environment, the loaded modules, the pid, and a way to look up when a process started come in as
-  arguments; nothing is imported to be asked
+- pure: the environment, the loaded modules, the pid, and ways to look at the processes above come in as arguments;
+  nothing is imported to be asked
 - a value that is no number is said once and passed over; nothing is raised
 - the processes that one command started together have the same launch, on whatever node they are
 """
 
 from __future__ import annotations
 
+import os
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,35 +40,49 @@ class Identity:
     attempt: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Here:
+    """What a process knows without its environment: where it is, and how to look at the processes above it."""
+
+    pid: int
+    parent: int
+    node: str
+    """The machine's own name."""
+    started: Callable[[int], str]
+    """When a process began."""
+    above: Callable[[int], Iterable[Sequence[str]]]
+    """The words of a process's command and of those it descends from, the nearest first."""
+
+    @classmethod
+    def now(cls) -> Here:
+        """Of this process."""
+        node = os.uname().nodename
+        return cls(pid=os.getpid(), parent=os.getppid(), node=node, started=start_of, above=commands_above)
+
+    def born(self, leader: int) -> str:
+        """A name for a process that no other one has or had."""
+        return f"{leader}-{self.started(leader)}"
+
+
 def identify(
     environ: Mapping[str, str],
+    here: Here,
     *,
-    pid: int,
-    parent: int,
-    node: str,
-    started: Callable[[int], str],
     launch: str | None = None,
     warn: Callable[[str], None] = say,
     modules: Mapping[str, Any] = sys.modules,
 ) -> Identity:
-    """Say who this process is.
-
-    `node` is the machine's own name. `started` says when a process began. `launch` overrides what was found.
-    """
+    """Say who this process is. `launch` overrides what was found."""
     said = _Said(environ, warn)
     launcher, rank = _started_by(said)
     world = said.number(*launcher.world) or 1
     spawned = _torch_ranks(modules) or _ray_ranks(modules, said)
     if spawned is not None:
         rank, world = spawned.rank, spawned.world
-
-    def born(leader: int) -> str:
-        return f"{leader}-{started(leader)}"
-
     if launcher is ALONE and spawned is None:
-        found = born(pid)
+        found = here.born(here.pid)
     else:
-        found = _launch(said, launcher, world, node) or (spawned and spawned.launch) or born(parent)
+        found = _launch(said, launcher, world, here) or (spawned and spawned.launch) or here.born(here.parent)
     local_rank = said.number(*launcher.local, "LOCAL_RANK")
     if local_rank is None and spawned is not None:
         local_rank = spawned.local_rank
@@ -75,8 +90,8 @@ def identify(
         rank=rank,
         world=max(world, rank + 1),
         local_rank=local_rank or 0,
-        node=(said.text(NODE, *launcher.node) or node or said.text("HOSTNAME"))[:MAX_NAME_CHARS],
-        pid=pid,
+        node=(said.text(NODE, *launcher.node) or here.node or said.text("HOSTNAME"))[:MAX_NAME_CHARS],
+        pid=here.pid,
         launch=(launch or found)[:MAX_NAME_CHARS],
         attempt=_attempt(said, launcher),
     )
@@ -112,6 +127,18 @@ def start_of(pid: int) -> str:
     except OSError:
         return "0"
     return status.rpartition(")")[2].split()[19]
+
+
+def commands_above(pid: int) -> Iterator[list[str]]:
+    """The words of a process's command and of those it descends from, the nearest first, where /proc exists."""
+    while pid > 1:
+        try:
+            words = Path(f"/proc/{pid}/cmdline").read_bytes()
+            status = Path(f"/proc/{pid}/stat").read_text()
+        except OSError:
+            return
+        yield words.decode(errors="replace").split("\0")
+        pid = int(status.rpartition(")")[2].split()[1])
 
 
 class _Said:
@@ -170,6 +197,8 @@ class Launcher:
     """The node's name, where the launcher sets it there, and does not carry it over from another node."""
     launch: tuple[str, ...] = ()
     """What only the processes started together have in common. `{POD_SET}` is the name of an indexed job."""
+    proxy: str = ""
+    """Else an option of the launcher's process on each node: its value is the same on all of them."""
     restarts: tuple[str, ...] = ()
     """How often the launcher started its processes again."""
     when: Callable[[_Said], bool] = _always
@@ -240,6 +269,7 @@ LAUNCHERS: tuple[Launcher, ...] = (
         world=("MV2_COMM_WORLD_SIZE",),
         local=("MV2_COMM_WORLD_LOCAL_RANK",),
         local_world=("MV2_COMM_WORLD_LOCAL_SIZE",),
+        proxy="--control-port",  # its mpiexec is MPICH's
     ),
     Launcher(
         name="PALS",
@@ -255,6 +285,8 @@ LAUNCHERS: tuple[Launcher, ...] = (
         world=("PMI_SIZE",),
         local=("MPI_LOCALRANKID",),
         local_world=("MPI_LOCALNRANKS",),
+        launch=("{I_MPI_HYDRA_UUID}",),
+        proxy="--control-port",
         when=lambda said: bool(said.text("MPI_LOCALRANKID")),
     ),
     Launcher(
@@ -311,7 +343,7 @@ LAUNCHERS: tuple[Launcher, ...] = (
     ),
     Launcher(
         name="a Kubernetes indexed job",  # the index is the pod's: a node, as far as ranks go
-        world=("WORLD_SIZE",),
+        world=("WORLD_SIZE", "NNODES"),
         local_world=("LOCAL_WORLD_SIZE",),
         node_rank=("JOB_COMPLETION_INDEX",),
         launch=(MASTER, "{POD_SET}"),
@@ -348,20 +380,27 @@ def _rank_by_node(said: _Said, launcher: Launcher) -> int | None:
     return node * (per_node or (local or 0) + 1) + (local or 0)
 
 
-def _launch(said: _Said, launcher: Launcher, world: int, node: str) -> str:
+def _launch(said: _Said, launcher: Launcher, world: int, here: Here) -> str:
     """The launch's name, from what the launcher, the place to meet, or the job has; else nothing.
 
     Nothing also where all are known to be on one node: there their parent, the launcher, is the better name, since
     a port and a job may see a second launch.
     """
     index = said.text("JOB_COMPLETION_INDEX")  # the pods of the job `train` are named train-0, train-1, and so on
-    more = {"POD_SET": node.removesuffix(f"-{index}")} if index else {}
+    more = {"POD_SET": here.node.removesuffix(f"-{index}")} if index else {}
     for template in launcher.launch:
         if (name := said.fill(template, more)) not in ("", "none"):  # "none" is torchrun's default
             return name
+    if launcher.proxy and (name := _option(here.above(here.parent), launcher.proxy)):
+        return name
     if _is_on_one_node(said, launcher, world):
         return ""
     return next(filter(None, (said.fill(template, {}) for template in (MASTER, *JOBS))), "")
+
+
+def _option(commands: Iterable[Sequence[str]], name: str) -> str:
+    """What the nearest of these commands that has this option says with it."""
+    return next((words[words.index(name) + 1] for words in commands if name in words[:-1]), "")
 
 
 def _is_on_one_node(said: _Said, launcher: Launcher, world: int) -> bool:

@@ -99,14 +99,20 @@ class WorkerSettings:
 def told_by(context: Path) -> dict[str, str]:
     """What a context file says of the daemon and the run to join. Raises OSError, or ValueError for a strange one.
 
-    The address is that of the daemon's own node if this is it, else the one for other nodes.
+    The address is that of the daemon's own node if this is it, else the one for other nodes. Machines, and
+    containers, may be called alike: where its socket is not to be seen, the daemon is on another one.
     """
     said = json.loads(context.read_bytes())
     if not isinstance(said, dict):
         raise ValueError("no context of a run")
-    elsewhere = said.get("remote") and said.get("node") != os.uname().nodename
-    told = {**said, "address": said["remote"]} if elsewhere else said
+    here = said.get("node") == os.uname().nodename and _is_seen(str(said.get("address", "")))
+    told = {**said, "address": said["remote"]} if said.get("remote") and not here else said
     return {name: str(told[name]) for name in ("address", "server_key", "run_id", "run_dir") if told.get(name)}
+
+
+def _is_seen(address: str) -> bool:
+    kind, _, path = address.partition("://")
+    return kind != "ipc" or Path(path).exists()
 
 
 def _leads_to(context: Path, address: str | None) -> bool:

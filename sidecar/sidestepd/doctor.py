@@ -237,10 +237,7 @@ def _gpus(config: Config) -> Iterator[Finding]:
 
 def _launcher(_: Config) -> Iterator[Finding]:
     warned: list[str] = []
-    me = ranks.identify(
-        os.environ, pid=os.getpid(), parent=os.getppid(), node=os.uname().nodename, started=ranks.start_of,
-        warn=warned.append,
-    )  # fmt: skip
+    me = ranks.identify(os.environ, ranks.Here.now(), warn=warned.append)
     yield from (Finding("launcher", WARN, text) for text in warned)
     yield Finding("launcher", OK, f"a worker started here would be rank {me.rank} of {me.world} on {me.node}")
 

@@ -14,6 +14,19 @@ def host_and_port(address: str) -> tuple[str, int]:
     return host.removeprefix("[").removesuffix("]"), int(port)
 
 
+def check_upper(address: str) -> None:
+    """Raise ValueError for what no daemon can be found at: `tcp://host:port` and `ipc:///path` are."""
+    kind, _, rest = address.partition("://")
+    if kind == "ipc" and rest.startswith("/"):
+        return
+    try:
+        host, port = host_and_port(address)
+    except ValueError:
+        raise ValueError("say tcp://HOST:PORT or ipc:///PATH") from None
+    if not port or not host.isascii() or any(sign in host for sign in "* /"):
+        raise ValueError("say tcp://HOST:PORT, by a host's name in ASCII or its address, and a port")
+
+
 def is_loopback(host: str) -> bool:
     """Whether only this machine reaches it."""
     try:

@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from sidestep.ranks import identify, is_on_one_node
+from sidestep.ranks import Here, identify, is_on_one_node
 
 _TORCHRUN = ("torchrun", "torch.distributed.run", "torch.distributed.launch")
 _LAUNCH_ELSEWHERE = ("srun", "mpirun", "mpiexec", "mpiexec.hydra", "prun")
@@ -49,15 +49,12 @@ class Place:
 def place_of(
     environ: Mapping[str, str],
     words: Sequence[str],
+    here: Here,
     *,
-    node: str,
-    pid: int,
-    parent: int,
-    started: Callable[[int], str],
     is_here: Callable[[str], bool] = lambda _: False,
 ) -> Place | None:
     """Which command of its job this is, None for one that is by itself. `is_here`: whether a host is this node."""
-    found = identify(environ, pid=pid, parent=parent, node=node, started=started, warn=lambda _: None, modules={})
+    found = identify(environ, here, warn=lambda _: None, modules={})
     index_alone = environ.get("JOB_COMPLETION_INDEX") and not (environ.get("WORLD_SIZE") or environ.get("RANK"))
     if found.world > 1 and not index_alone:
         nodes, is_guess = _nodes(environ, found.world)
@@ -70,7 +67,7 @@ def place_of(
             tasks=_tasks(environ, found.world, nodes),
             guessed_of=found.world if is_guess else None,
         )
-    return _by_torchrun(environ, words, node, is_here) or _by_index(environ, node)
+    return _by_torchrun(environ, words, here.node, is_here) or _by_index(environ, here.node)
 
 
 def _nodes(environ: Mapping[str, str], world: int) -> tuple[int | None, bool]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
-from sidestepd.hosts import host_and_port, is_loopback
+from sidestepd.hosts import check_upper, host_and_port, is_loopback
 
 
 class Section(BaseModel):
@@ -34,6 +34,13 @@ class UpstreamOptions(Section):
         description="So long is gathered what goes up as one message. The daemon above works the less, and hears "
         "later.",
     )
+
+    @field_validator("address")
+    @classmethod
+    def _can_be_connected_to(cls, value: str | None) -> str | None:
+        if value is not None:
+            check_upper(value)
+        return value
 
     @field_validator("context", "key_file")
     @classmethod

@@ -40,7 +40,7 @@ UPSTREAM = "upstream.json"
 DEATHS = "deaths.json"
 """Why there is no delivery that lives, likewise."""
 
-MOST_TRIES = 100
+MOST_TRIES = 1000
 """To make a folder in one that others remove when it is empty."""
 _ID_LETTERS = string.ascii_lowercase + string.digits
 _LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
@@ -171,11 +171,14 @@ def lay_out(run_dir: Path, config: Config, run: RunFile) -> None:
 def make_below(folder: Path, *, exist_ok: bool) -> None:
     """Make a folder that is ours alone, and those above it, of which others may just remove one that is empty."""
     for left in range(MOST_TRIES, -1, -1):
-        folder.parent.mkdir(parents=True, exist_ok=True)
         try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
             return folder.mkdir(mode=0o700, exist_ok=exist_ok)
         except FileNotFoundError:
             if not left:
+                raise
+        except FileExistsError as error:  # one above it was there, and was gone when that was looked at
+            if not left or error.filename == str(folder):
                 raise
     return None
 

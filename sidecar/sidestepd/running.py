@@ -54,6 +54,9 @@ def run(words: Sequence[str], toml: Path | None, overrides: Mapping[str, Given])
 class Alone:
     """A command that is no part of a job with others."""
 
+    WAITS = ""
+    """What is said to who would end the waiting for others: there are none."""
+
     def __init__(self, config: Config) -> None:
         self.config = rundir.with_run_id(config)
 
@@ -86,7 +89,9 @@ def _serve_command(words: Sequence[str], environ: Mapping[str, str], part: Alone
                 part.started(daemon, exports)
                 say_in_terminal(f"run {home.run.id} in {short(home.directory)}")
                 code = _attend(daemon, words, {**environ, **sweep.exports(environ), **exports}, signals)
+                daemon.pause = Drain(signals, words=part.WAITS)
                 code = part.ended(daemon, code)
+                daemon.pause = Drain(signals)
                 complete = finish(daemon, code)
             finally:
                 daemon.release()
@@ -190,9 +195,12 @@ def finish(daemon: Daemon, exit_code: int) -> bool:
 class Drain:
     """How the end of a run waits: the first signal is answered, the second ends the waiting."""
 
-    def __init__(self, signals: Signals, deadline: float | None = None) -> None:
+    ENDS = "writing the last rows; once more, and they are left on disk for later"
+
+    def __init__(self, signals: Signals, deadline: float | None = None, *, words: str = ENDS) -> None:
         self._signals = signals
         self._deadline = deadline
+        self._words = words
         self._asked = False
 
     def __call__(self, seconds: float) -> None:
@@ -203,6 +211,6 @@ class Drain:
             if self._asked:
                 raise Incomplete(f"stopped by {number.name}")
             self._asked = True
-            say("writing the last rows; once more, and they are left on disk for later")
+            say(self._words)
         if self._deadline is not None and time.monotonic() > self._deadline:
             raise Incomplete("its time to stop was over")

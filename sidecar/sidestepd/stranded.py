@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import shutil
 import sqlite3
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -35,7 +35,7 @@ def start(daemon: Daemon, run_id: str, pause: Callable[[float], object]) -> None
 
     Raises Incomplete if one of them can not say it all, and whatever `Daemon.start` raises.
     """
-    relays = relays_of(daemon.home.directory, run_id)
+    relays = relays_of(daemon.home.directory, {run_id, daemon.home.options.run.id})
     for begin in range(0, max(1, len(relays)), AT_ONCE):
         with _served(relays[begin : begin + AT_ONCE], daemon.home.address, pause) as handing_on:
             if begin == 0:  # they are there before rows are made without what they have
@@ -65,11 +65,15 @@ def _is_handed_on(run_dir: Path) -> bool:
     return found.state == "finished" and found.ledger.balances and not (found.ledger.pending or any(kept))
 
 
-def relays_of(run_dir: Path, run_id: str) -> list[Path]:
-    """The directories of those that have something for this run, and can be taken up here."""
-    beside = sorted((run_dir.parent / rundir.RELAYS).glob("*/run.json"))
-    same = (path.parent for path in beside if read_json(path).get("id") == run_id)
-    return [relay for relay in same if _has_more(relay, run_dir)]
+def relays_of(run_dir: Path, ids: Collection[str | None]) -> list[Path]:
+    """The directories of those that have something for this run, by each id it had, and can be taken up here."""
+    beside = sorted(path.parent for path in (run_dir.parent / rundir.RELAYS).glob("*/run.json"))
+    return [relay for relay in beside if _ids(relay) & {*ids} and _has_more(relay, run_dir)]
+
+
+def _ids(relay: Path) -> set[str | None]:
+    """What its run was called when it began, and what the daemon above called it: it may have come before that."""
+    return {read_json(relay / name).get("id") for name in ("run.json", "about.json")} - {None}
 
 
 def _has_more(relay: Path, run_dir: Path) -> bool:
@@ -81,8 +85,9 @@ def _has_more(relay: Path, run_dir: Path) -> bool:
         found = status.report(relay)
     except (OSError, sqlite3.Error, SidestepError):  # half made, or of somebody else
         return False
-    is_ours = Path(above).name == run_dir.name  # and not of an earlier start with the same id
-    return is_ours and found.state != "finished" and found.ledger.pending > 0
+    if Path(above).name != run_dir.name or found.state == "finished":  # or of an earlier start with the same id
+        return False
+    return found.ledger.pending > 0 or any(folder_of_run(relay).glob("*.spill"))
 
 
 @contextmanager

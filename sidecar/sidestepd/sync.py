@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sidestep.errors import SettingsError
-from sidestepd import placement, rundir, status, stranded
+from sidestepd import meeting, placement, rundir, status, stranded
 from sidestepd.config import Config
 from sidestepd.daemon import Daemon
 from sidestepd.errors import Incomplete, SinkError, Trouble
@@ -117,6 +117,7 @@ def _finish(run_dir: Path, config: Config, pause: Callable[[float], object]) -> 
         daemon.wait_closed(lambda _: None)
     finally:
         daemon.release()
+    meeting.forget(run_dir, config)
     return status.report(run_dir)
 
 

@@ -15,12 +15,12 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
-from sidestep.ranks import start_of
+from sidestep.ranks import Here
 from sidestepd import command, job, rundir
 from sidestepd.command import Command, Signals
 from sidestepd.config import Config
 from sidestepd.daemon import Daemon
-from sidestepd.errors import Incomplete
+from sidestepd.errors import Deleted, Incomplete
 from sidestepd.home import RunHome
 from sidestepd.job import Place
 from sidestepd.meeting import SECRET, Found, Meeting, Neighbours
@@ -41,10 +41,7 @@ def place_of(environ: Mapping[str, str], words: Sequence[str]) -> Place | None:
     found = job.place_of(
         environ,
         words,
-        node=os.uname().nodename,
-        pid=os.getpid(),
-        parent=os.getppid(),
-        started=start_of,
+        Here.now(),
         is_here=is_here,
     )
     if found is None or (found.alone and found.tasks == 1):
@@ -70,6 +67,8 @@ def is_here(host: str) -> bool:
 
 class Part:
     """What a command of a job has in common with one by itself, and what not."""
+
+    WAITS = "waiting for the other commands of this job; once more, and the run ends without what they still say"
 
     def __init__(self, place: Place, config: Config, environ: Mapping[str, str]) -> None:
         self.place = place
@@ -134,7 +133,7 @@ class Part:
             code = max([code, *(LOST if it is None else abs(it) for it in others)])
             if self.place.first and not self.place.alone:
                 code = max(code, self._wait_for_nodes(daemon))
-        except Incomplete as error:
+        except (Incomplete, Deleted) as error:
             say(f"the other commands of this job are not waited for: {error}")
         return code
 

@@ -13,9 +13,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from sidestepd import status
+from sidestepd.addresses import CONTEXT
+from sidestepd.processes import read_json
 from sidestepd.rundir import newest_run_dir
 from tests.support.chaos import steps_of_ranks
 from tests.support.daemons import HeldRow, killed, read_jsonl
@@ -62,12 +65,17 @@ class Cluster:
     def train(self) -> list[subprocess.Popen[bytes]]:
         """`sidestep run -- torchrun ...` on each node, and nothing else said."""
         words = [word for name, value in OPTIONS.items() for word in ("--set", f"{name}={value}")]
-        run = [sys.executable, "-m", "sidestep", "run", "--dir", str(self.shared), *words, "--"]
+        run = [*SIDESTEP, "run", "--dir", str(self.shared), *words, "--"]
         return [self.network.start(node, [*run, *self.torchrun(node)], ENVIRONMENT) for node in range(NODES)]
 
     @property
     def run_dir(self) -> Path | None:
         return newest_run_dir(self.shared)
+
+    def told_by_head(self) -> dict[str, str]:
+        """Where it says that it is."""
+        assert self.run_dir is not None
+        return dict(read_json(self.run_dir / CONTEXT))
 
     def rows(self) -> list[HeldRow]:
         return read_jsonl(self.run_dir) if self.run_dir else []
@@ -76,18 +84,29 @@ class Cluster:
         before = len(self.rows())
         eventually(lambda: len(self.rows()) >= before + more, DEADLINE_S, self.network.log)
 
+    @property
+    def relays(self) -> Path:
+        return self.shared / "sidestep-runs" / ".relays"
+
     def relay_dir(self, node: int) -> Path:
-        return next((self.shared / "sidestep-runs" / ".relays").glob(f"*-node{node}"))
+        return next(self.relays.glob(f"*-node{node}"))
 
     def pending(self, node: int) -> int:
         """What the relay of a node still has."""
         return status.report(self.relay_dir(node)).ledger.pending
+
+    def acknowledged(self, node: int) -> int:
+        """How many records of a node's workers the daemon above has."""
+        assert self.run_dir is not None
+        sessions = status.report(self.run_dir).sessions
+        return sum(it.acknowledged for it in sessions if (it.node, it.role) == (f"node{node}", "worker"))
 
     def seen(self) -> dict[int, dict[str, float]]:
         """What each rank saw."""
         return {int(path.name): json.loads(path.read_text()) for path in self.reports.iterdir()}
 
 
+SIDESTEP = [sys.executable, "-m", "sidestep"]
 PATH = str(Path(sys.executable).parent)
 ENVIRONMENT = {
     "PATH": f"{PATH}:/usr/sbin:/usr/bin:/sbin:/bin",
@@ -104,17 +123,18 @@ def cluster(tmp_path: Path) -> Iterator[Cluster]:
 
 
 def assert_whole(cluster: Cluster) -> None:
-    """Every step of every rank once; nobody's log() noticed; both ends of every ledger agree."""
+    """Every step of every rank once; nobody's log() noticed; both ends of the ledger agree."""
     seen, rows = cluster.seen(), cluster.rows()
     assert set(range(NODES * PER_NODE)) == seen.keys()
     assert {rank: list(range(int(it["steps"]))) for rank, it in seen.items()} == steps_of_ranks(rows)
     steps = [row.step for row in rows]
     assert sorted(set(steps)) == steps
     assert {NODES * PER_NODE} == {row.values["sidestep/ranks_reported"] for row in rows}, "rows are whole"
-    found = status.report(cluster.run_dir)
-    ledgers = [found.ledger, *(status.report(cluster.relay_dir(node)).ledger for node in range(1, NODES))]
-    assert all(it.balances and not it.pending and not sum(it.dropped.values()) for it in ledgers), ledgers
+    ledger = status.report(cluster.run_dir).ledger
+    assert (True, 0, 0) == (ledger.balances, ledger.pending, sum(ledger.dropped.values())), ledger
+    assert sum(int(it["offered"]) for it in seen.values()) == ledger.offered == ledger.delivered
     assert all(it["offered"] == it["acknowledged"] for it in seen.values())
+    assert not cluster.relays.exists(), "a relay of which all is in the run leaves nothing"
     print(
         f"{len(rows)} rows of {len(seen)} ranks; "
         f"the longest log() took {1e3 * max(it['longest_s'] for it in seen.values()):.1f} ms"
@@ -168,12 +188,114 @@ class TestKillNine:
         assert_whole(cluster)
 
 
+class TestAHeadThatMoves:
+    def test_to_another_port_is_found_there(self, cluster: Cluster):
+        """Its command and its daemon are killed, its port is somebody else's by then, and it is served on."""
+        commands = cluster.train()
+        cluster.wait_for_rows()
+        before = cluster.told_by_head()["remote"]
+        killed(psutil.Process(commands[0].pid))
+        killed(cluster.network.find(0, "sidestepd.intake"))
+        at = time.monotonic()
+        port = before.rpartition(":")[2]
+        cluster.network.start(0, [sys.executable, "-c", TAKES, port], ENVIRONMENT)
+        eventually(lambda: cluster.network.reaches(0, "node0", int(port)), DEADLINE_S, cluster.network.log)
+        eventually(lambda: min(map(cluster.pending, (1, 2))) > 0, DEADLINE_S, cluster.network.log)
+
+        served = cluster.network.start(0, [*SIDESTEP, "serve", str(cluster.run_dir)], ENVIRONMENT)
+        eventually(
+            lambda: read_json(cluster.run_dir / CONTEXT)["remote"] != before, DEADLINE_S, cluster.network.log
+        )
+        cluster.wait_for_rows()
+        print(f"head of another port: rows again {time.monotonic() - at:.1f} s after")
+        cluster.until.touch()
+        assert [0, 0] == [command.wait(DEADLINE_S) for command in commands[1:]], cluster.network.log()
+        eventually(lambda: cluster.seen().keys() == set(range(NODES * PER_NODE)), DEADLINE_S, cluster.network.log)
+        served.terminate()
+
+        assert (-9, 0) == (commands[0].wait(DEADLINE_S), served.wait(DEADLINE_S)), cluster.network.log()
+        assert_whole(cluster)
+        assert not (cluster.relays.parent / ".jobs").exists(), "nobody needs its keys any more"
+
+
+class TestWorkersOfAllNodes:
+    def test_speak_to_one_daemon_wherever_they_find_it(self, cluster: Cluster, tmp_path: Path):
+        """By the daemon's file on node0, where it is, and on node1; on node2 by their launcher's MASTER_ADDR."""
+        network, keys, context = cluster.network, tmp_path / "keys", cluster.shared / "daemon.json"
+        assert 0 == network.start(0, [*SIDESTEP, "keygen", str(keys)], ENVIRONMENT).wait(DEADLINE_S), network.log()
+        options = [*OPTIONS.items(), ("run.dir", cluster.shared), ("listen.context_file", context)]
+        words = [word for name, value in options for word in ("--set", f"{name}={value}")]
+        serve = [*SIDESTEP, "serve", "--id", "one", *words, *listens(keys)]
+        head = network.start(0, serve, ENVIRONMENT)
+        ranks = []
+        for node in range(NODES):
+            finds = {"SIDESTEP_KEY_FILE": str(keys / "client.key")} if node else {}
+            finds |= {"SIDESTEP_CONTEXT": str(context)} if node < 2 else {}
+            ranks.append(network.start(node, cluster.torchrun(node), ENVIRONMENT | finds))
+        cluster.wait_for_rows()
+
+        network.cut(2, "drop")
+        cut = time.monotonic()
+        eventually(lambda: cluster.acknowledged(2) < cluster.acknowledged(1), DEADLINE_S, network.log)
+        time.sleep(max(0.0, cut + CUT_S - time.monotonic()))  # a cut has a length
+        before = cluster.acknowledged(2)
+        assert before < cluster.acknowledged(1), "what is said on node2 waits there"
+        network.heal(2, "drop")
+        healed = time.monotonic()
+        eventually(lambda: cluster.acknowledged(2) > before, DEADLINE_S, network.log)
+        print(f"without relays: the first was through {time.monotonic() - healed:.1f} s after")
+        cluster.wait_for_rows()
+        end(cluster, ranks)
+        head.terminate()
+        assert 0 == head.wait(DEADLINE_S), network.log()
+
+        assert_whole(cluster)
+
+
+class TestAnIndexedJob:
+    def test_of_pods_that_share_a_secret_and_no_folder_is_one_run(self, tmp_path: Path):
+        """Each pod has the name, the list of hosts and the variables that Kubernetes gives to one."""
+        with Network(tmp_path, NODES, host="train-{}", domain="trainers.ml.svc") as network:
+            shared = {"SIDESTEP_JOB_SECRET": "s" * 40, "NNODES": str(NODES), "PYTHONPATH": str(ROOT)}
+            words = [word for name, value in OPTIONS.items() for word in ("--set", f"{name}={value}")]
+            pods = []
+            for index in (2, 1, 0):
+                folder = ["--dir", str(tmp_path / f"pod{index}")]
+                own = {"JOB_COMPLETION_INDEX": str(index)}
+                command = [*SIDESTEP, "run", *folder, *words, "--", sys.executable, "-c", POD]
+                pods.append(network.start(index, command, ENVIRONMENT | shared | own))
+            codes = [pod.wait(DEADLINE_S) for pod in pods]
+
+            assert [4, 0, 4] == codes, network.log()
+            run_dir = newest_run_dir(tmp_path / "pod0")
+            assert run_dir is not None
+            rows, report = read_jsonl(run_dir), status.report(run_dir)
+        assert list(range(20)) == [row.values["step"] for row in rows]
+        assert {NODES} == {row.values["sidestep/ranks_reported"] for row in rows}
+        assert (4, True, 0, 60) == (
+            report.run.exit_code, report.ledger.balances, report.ledger.pending, report.ledger.delivered,
+        )  # fmt: skip
+        assert {f"train-{index}" for index in range(NODES)} == {it.node for it in report.sessions}
+        assert [] == [path for index in range(NODES) for path in tmp_path.glob(f"pod{index}/*/.jobs/*")]
+
+
+POD = """
+import os, sys, time, sidestep
+run = sidestep.init()
+index = int(os.environ["JOB_COMPLETION_INDEX"])
+for step in range(20):
+    run.log({"mine": index, "step": step}, step=step)
+    time.sleep(0.02)
+run.finish()
+sys.exit(4 if index == 2 else 0)
+"""
+
+
 class TestNodesWithoutInternet:
     def test_are_in_a_live_run_through_the_login_node(self, cluster: Cluster, tmp_path: Path):
         """node0 is the login node: it alone reaches the W&B server, and holds the key for it."""
         network, keys = cluster.network, tmp_path / "keys"
-        sidestep = [sys.executable, "-m", "sidestep"]
-        assert 0 == network.start(0, [*sidestep, "keygen", str(keys)], ENVIRONMENT).wait(DEADLINE_S), network.log()
+        assert 0 == network.start(0, [*SIDESTEP, "keygen", str(keys)], ENVIRONMENT).wait(DEADLINE_S), network.log()
         with StandIn(tmp_path / "server") as server:
             port = server.url.rpartition(":")[2]
             with Proxy(f"tcp://127.0.0.1:{port}", host=network.uplink(0)) as internet:
@@ -181,11 +303,11 @@ class TestNodesWithoutInternet:
                 assert [True, False, False] == [network.reaches(node, host, int(outside)) for node in range(NODES)]
                 network.start(0, [sys.executable, "-c", GATE, internet.address, port], ENVIRONMENT)
                 eventually(lambda: network.reaches(0, "127.0.0.1", int(port)), DEADLINE_S, network.log)
-                login = network.start(0, [*sidestep, *LOGIN, *listens(keys)], ENVIRONMENT | server.environment)
+                login = network.start(0, [*SIDESTEP, *LOGIN, *listens(keys)], ENVIRONMENT | server.environment)
                 up = ["--sink", "upstream", "--id", "live", "--dir", str(cluster.shared), *to(keys), "--"]
                 compute = [
                     network.start(
-                        node, [*sidestep, "run", *up, *cluster.torchrun(node, nodes=2, first=1)], ENVIRONMENT
+                        node, [*SIDESTEP, "run", *up, *cluster.torchrun(node, nodes=2, first=1)], ENVIRONMENT
                     )
                     for node in (1, 2)
                 ]
@@ -202,6 +324,12 @@ class TestNodesWithoutInternet:
         assert {4} == {row.values["sidestep/ranks_reported"] for row in rows}
 
 
+TAKES = """
+import socket, sys, time
+with socket.create_server(("", int(sys.argv[1])), family=socket.AF_INET6, dualstack_ipv6=True):
+    time.sleep(3600)
+"""
+"""Somebody else has that port."""
 GATE = """
 import sys, time
 from tests.support.proxy import Proxy

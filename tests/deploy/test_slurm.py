@@ -145,9 +145,9 @@ class Job:
     def rows(self) -> int:
         return sum(status.report(path.parent).rows for path in self.folder.glob("sidestep-runs/*/delivery.db"))
 
-    def comes_back(self, tasks: int = 1) -> None:
-        """Wait until all its tasks have been started again."""
-        eventually(lambda: self.said().count("from") >= 2 * tasks, WAIT_S, self.told)
+    def begins(self, tasks: int) -> None:
+        """Wait until so many tasks were started, in all of its lives, and know what to do when told to end."""
+        eventually(lambda: self.said().count("from") >= tasks, WAIT_S, self.told)
 
     def reaches(self, rows: int) -> None:
         def held() -> bool:
@@ -192,7 +192,7 @@ class TestOneNode:
         cluster.do("scontrol", "requeue", job.id, user="alice")
 
         eventually(lambda: job.show("Restarts") == "1", WAIT_S, job.told)
-        job.comes_back()
+        job.begins(tasks=2)
         job.reaches(before + 50)
         (job.folder / "until").touch()
         job.ends()
@@ -208,7 +208,7 @@ class TestOneNode:
         cluster.do("scancel", "--batch", "--signal=USR1", job.id, user="alice")
 
         eventually(lambda: job.show("Restarts") == "1", WAIT_S, job.told)
-        job.comes_back()
+        job.begins(tasks=2)
         job.reaches(before + 50)
         (job.folder / "until").touch()
         job.ends()
@@ -248,13 +248,14 @@ class TestOneNode:
 class TestManyNodes:
     def test_a_job_is_a_run_and_a_requeued_one_goes_on_in_it(self, cluster):
         job = Job(cluster, "many", "many.sh")
+        job.begins(tasks=2)
         job.reaches(50)
         before = job.rows()
 
         cluster.do("scancel", "--batch", "--signal=USR1", job.id, user="alice")
 
         eventually(lambda: job.show("Restarts") == "1", WAIT_S, job.told)
-        job.comes_back(tasks=2)
+        job.begins(tasks=4)
         job.reaches(before + 50)
         (job.folder / "until").touch()
         job.ends()
@@ -265,6 +266,7 @@ class TestManyNodes:
     def test_a_job_whose_first_node_is_killed_is_finished_with_what_the_other_one_kept(self, cluster):
         """The other's training is told to end, and says its last to a relay that has nobody to hand it on to."""
         job = Job(cluster, "beheaded", "many.sh")
+        job.begins(tasks=2)
         job.reaches(50)
 
         cluster.do("pkill", "-KILL", "-u", "alice")

@@ -5,19 +5,23 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
 from sidestepd import status
 from sidestepd.addresses import CONTEXT
+from sidestepd.errors import ExitCode
 from sidestepd.rundir import newest_run_dir
 from tests.support.daemons import DEADLINE_S, HeldRow, killed, read_jsonl
 from tests.support.waiting import eventually
+from tests.support.wandb_server import StandIn
 
 pytestmark = pytest.mark.e2e
 
@@ -66,6 +70,10 @@ class Job:
         """The exit codes."""
         return [command.wait(DEADLINE_S) for command in self._commands]
 
+    def interrupt(self, number: int) -> None:
+        """Ctrl-C at the command that was started so many before it."""
+        self._commands[number].send_signal(signal.SIGINT)
+
     def stop(self) -> None:
         """End all that is left, daemons too: they outlive their command."""
         for command in self._commands:
@@ -76,10 +84,13 @@ class Job:
                         one.kill()
             command.wait()
 
-    def sidestep(self, *words: str, folder: str = "shared") -> subprocess.CompletedProcess[bytes]:
+    def sidestep(
+        self, *words: str, environ: Mapping[str, str] | None = None
+    ) -> subprocess.CompletedProcess[bytes]:
         """Another command, in the same place."""
         command = [sys.executable, "-m", "sidestep", *words]
-        return subprocess.run(command, cwd=self.base / folder, timeout=DEADLINE_S, check=False)
+        own = os.environ | dict(environ or {})
+        return subprocess.run(command, cwd=self.base / "shared", env=own, timeout=DEADLINE_S, check=False)
 
     def run_dir(self, folder: str = "shared") -> Path:
         found = newest_run_dir(self.base / folder)
@@ -173,6 +184,30 @@ class TestAFirstNodeThatEndsFirst:
         report = status.report(job.run_dir())
         assert (2, 0, True) == (report.run.exit_code, report.ledger.pending, report.ledger.balances)
 
+    def test_is_told_to_wait_no_longer_by_a_second_ctrl_c(self, job: Job):
+        """What the others say after that is kept by their relays, and said."""
+        enough = job.base / "enough"
+        words = TRAIN.replace(f"for step in range({STEPS})", "step = -1\nwhile not os.path.exists(sys.argv[1])")
+        words = words.replace("    run.log", "    step += 1\n    run.log")
+        job.start(srun(1), (sys.executable, "-c", words, str(enough)))
+        job.start(srun(0), (sys.executable, "-c", "raise SystemExit(2)"))
+        eventually(lambda: "waiting for those of other nodes" in job.log(), DEADLINE_S, job.log)
+
+        job.interrupt(1)
+        eventually(lambda: "once more, and the run ends without" in job.log(), DEADLINE_S, job.log)
+        job.interrupt(1)
+        eventually(lambda: "takes no more of this run" in job.log(), DEADLINE_S, job.log)
+        enough.touch()
+
+        assert [ExitCode.INTERRUPTED, 2] == job.wait(), job.log()
+        assert "not complete" in job.log()
+        (relay,) = (path.parent for path in job.run_dir().parent.glob(".relays/*/run.json"))
+        head, kept = status.report(job.run_dir()).ledger, status.report(relay).ledger
+        assert (True, True, 0) == (head.balances, kept.balances, head.pending)
+        assert kept.pending > 0
+        steps = [row.values["step"] for row in job.rows()]
+        assert list(range(len(steps))) == steps
+
 
 class TestMpirun:
     @pytest.mark.nightly
@@ -193,31 +228,65 @@ class TestAJobThatIsKilled:
     """With all its processes, as a scheduler ends one whose time is over."""
 
     def test_is_finished_with_what_its_relays_kept(self, job: Job):
+        head, said = self.kill_one_whose_relay_keeps_much(job)
+
+        assert job.sidestep("drain", str(head)).returncode == 0
+
+        assert_all_that_was_said(job, [row.values for row in job.rows()], head, said)
+
+    @pytest.mark.parametrize(("mode", "given"), [("offline", ()), ("online", ("--id", "other"))])
+    def test_is_sent_with_what_its_relays_kept(self, job: Job, tmp_path: Path, mode: str, given: Sequence[str]):
+        """One that was online, and of which nothing is on the server yet, may be called otherwise."""
+        with StandIn(tmp_path / "server") as server:
+            server.stop()
+            options = {"sink.kind": "wandb", "run.mode": mode, "run.project": "p", "run.id": "begun"}
+            head, said = self.kill_one_whose_relay_keeps_much(job, server.environment, **options)
+            server.start()
+
+            sent = job.sidestep("sync", *given, str(head), environ=server.environment)
+
+            assert sent.returncode == 0, job.log()
+            rows = server.rows(given[1] if given else "begun")
+        assert_all_that_was_said(job, rows, head, said)
+
+    @staticmethod
+    def kill_one_whose_relay_keeps_much(
+        job: Job, environ: Mapping[str, str] | None = None, **options: object
+    ) -> tuple[Path, int]:
+        """The run's directory, and how many records the relay had acknowledged to its worker."""
         words = (sys.executable, "-c", TRAIN.replace(f"in range({STEPS})", "in range(10**9)"))
         for task in (1, 0):
-            job.start(srun(task), words)
+            job.start(srun(task) | dict(environ or {}), words, **options)
         runs = job.base / "shared" / "sidestep-runs"
-        eventually(lambda: any(runs.glob(".relays/*/upstream.json")) and job.rows(), DEADLINE_S, job.log)
+        eventually(lambda: any(runs.glob(".relays/*/upstream.json")), DEADLINE_S, job.log)
         (relay,), head = (path.parent for path in runs.glob(".relays/*/run.json")), job.run_dir()
+        eventually(lambda: len(workers_of(head)) == 2, DEADLINE_S, job.log)
         intakes = {one: find_intake(one) for one in (head, relay)}
-        eventually(lambda: len(job.rows()) > STEPS, DEADLINE_S, job.log)
+        eventually(lambda: min(it.acknowledged for it in workers_of(head)) > 2 * STEPS, DEADLINE_S, job.log)
 
         intakes[head].suspend()
         eventually(lambda: status.report(relay).ledger.pending > 2 * STEPS, DEADLINE_S, job.log)
         job.stop()
         for one in intakes.values():
             killed(one)
-        (said,) = (it.acknowledged for it in status.report(relay).sessions if it.role == "worker")
-        assert job.sidestep("drain", str(head)).returncode == 0
+        (said,) = (it.acknowledged for it in workers_of(relay))
+        return head, said
 
-        report, rows = status.report(head), job.rows()
-        assert list(range(said)) == [row.values["step"] for row in rows if row.values["step"] < said]
-        of_both = {row.values["step"] for row in rows if row.values["sidestep/ranks_reported"] == 2}
-        assert len(of_both) > STEPS
-        assert [said] == [it.acknowledged for it in report.sessions if it.node == "n1" and it.role == "worker"]
-        assert report.ledger.balances
-        assert (0, 0) == (report.ledger.pending, report.late_rows)
-        assert [] == [name for name in (".jobs", ".relays") if (runs / name).exists()]
+
+def workers_of(run_dir: Path) -> list[status.SessionReport]:
+    return [it for it in status.report(run_dir).sessions if it.role == "worker"]
+
+
+def assert_all_that_was_said(job: Job, rows: Sequence[Mapping[str, Any]], head: Path, said: int) -> None:
+    """Of the rank behind the relay every step once, and of both ranks what both said; nothing is left behind."""
+    report = status.report(head)
+    assert list(range(said)) == [row["step"] for row in rows if row["step"] < said]
+    of_both = {row["step"] for row in rows if row["sidestep/ranks_reported"] == 2}
+    assert len(of_both) > STEPS
+    assert [said] == [it.acknowledged for it in report.sessions if it.node == "n1" and it.role == "worker"]
+    assert report.ledger.balances
+    assert (0, 0) == (report.ledger.pending, report.late_rows)
+    assert [] == [name for name in (".jobs", ".relays") if (job.base / "shared" / "sidestep-runs" / name).exists()]
 
 
 def find_intake(run_dir: Path) -> psutil.Process:

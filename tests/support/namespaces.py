@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,11 @@ import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
 NEEDED = ("ip", "unshare", "iptables")
+_SHELL_BEGINS = (
+    "#!/bin/sh",
+    'while [ "${1#-}" != "$1" ]; do shift; done',  # its options
+    "host=$1; shift; case $host in",
+)
 CUTS = ("link", "drop", "route")
 """A cable that is pulled, a firewall that drops, a route that leads nowhere."""
 
@@ -32,10 +38,10 @@ def missing() -> str:
 
 
 class Network:
-    """`nodes` hosts, `node0` and so on, at 10.77.0.1 and so on."""
+    """`nodes` hosts, `node0` and so on, at 10.77.0.1 and so on; `host` and `domain` are what they are called."""
 
-    def __init__(self, base: Path, nodes: int) -> None:
-        self._base, self._count = base, nodes
+    def __init__(self, base: Path, nodes: int, *, host: str = "node{}", domain: str = "") -> None:
+        self._base, self._count, self._host, self._domain = base, nodes, host, domain
         self._prefix = f"ss{os.getpid()}"
         self._processes: list[subprocess.Popen[bytes]] = []
 
@@ -70,7 +76,8 @@ class Network:
             _in(name, "ip", "addr", "add", f"{self.address(number)}/24", "dev", "eth0")
             for device in ("eth0", "lo"):
                 _in(name, "ip", "link", "set", device, "up")
-            hosts.append(f"{self.address(number)} node{number}")
+            full = f"{self.host(number)}.{self._domain} " if self._domain else ""
+            hosts.append(f"{self.address(number)} {full}{self.host(number)}")
         (self._base / "hosts").write_text("\n".join(hosts) + "\n")
 
     def _unmake(self) -> None:
@@ -83,6 +90,10 @@ class Network:
     def _name(self, number: int) -> str:
         return f"{self._prefix}n{number}"
 
+    def host(self, number: int) -> str:
+        """What a node calls itself."""
+        return self._host.format(number)
+
     def address(self, number: int) -> str:
         """Of a node."""
         return f"10.77.0.{number + 1}"
@@ -92,14 +103,11 @@ class Network:
     ) -> subprocess.Popen[bytes]:
         """A command on a node; what it says is in `nodeN.log`."""
         plain = {k: v for k, v in os.environ.items() if not k.startswith(("SIDESTEP_", "WANDB_", "XDG_"))}
-        tmp = self._base / f"tmp{number}"
-        tmp.mkdir(exist_ok=True)
-        own = {"TMPDIR": str(tmp), "SIDESTEP_PROGRAM": "0", "SIDESTEP_CONSOLE": "0", "PYTHONUNBUFFERED": "1"}
-        inside = ["ip", "netns", "exec", self._name(number), "unshare", "--uts", "--mount", "sh", "-c"]
-        script = f'hostname node{number} && mount --bind {self._base}/hosts /etc/hosts && exec "$@"'
+        own = {"TMPDIR": str(self._tmp(number)), "SIDESTEP_PROGRAM": "0", "SIDESTEP_CONSOLE": "0"}
+        own |= {"PYTHONUNBUFFERED": "1"}
         with (self._base / f"node{number}.log").open("ab") as log:
             process = subprocess.Popen(
-                [*inside, script, "sh", *words],
+                [*self._inside(number), *words],
                 env=plain | own | dict(environ or {}),
                 cwd=ROOT,
                 stdin=subprocess.DEVNULL,
@@ -109,6 +117,32 @@ class Network:
             )
         self._processes.append(process)
         return process
+
+    def _inside(self, number: int) -> list[str]:
+        """What comes before a command so that it runs on a node."""
+        enter = ["ip", "netns", "exec", self._name(number), "unshare", "--uts", "--mount", "sh", "-c"]
+        return [
+            *enter,
+            f'hostname {self.host(number)} && mount --bind {self._base}/hosts /etc/hosts && exec "$@"',
+            "sh",
+        ]
+
+    def remote_shell(self) -> Path:
+        """A program that is called as `ssh` is, and runs a command on another node: launchers take it for that."""
+        cases = [
+            f'node{one}) export TMPDIR={self._tmp(one)}; exec {shlex.join(self._inside(one))} sh -c "$*";;'
+            for one in range(self._count)
+        ]
+        path = self._base / "remote-shell"
+        path.write_text("\n".join([*_SHELL_BEGINS, *cases, "esac", "exit 255", ""]))
+        path.chmod(0o755)
+        return path
+
+    def _tmp(self, number: int) -> Path:
+        """A directory that is a node's own."""
+        folder = self._base / f"tmp{number}"
+        folder.mkdir(exist_ok=True)
+        return folder
 
     def cut(self, number: int, how: str) -> None:
         """Nothing passes between a node and all others."""

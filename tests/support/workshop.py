@@ -141,6 +141,26 @@ class Workshop:
         """The same with SLURM: controller, node, and what users have."""
         return self._system("slurm", (*IN_THE_BASE, "slurm-wlm", "munge"))
 
+    def launcher(self, package: str) -> Path:
+        """Where the programs of a package from the Python registry are: an environment that has it alone."""
+        folder = self.folder / package
+        if not (folder / "made").exists():
+            do(sys.executable, "-m", "venv", folder)
+            try:
+                do(
+                    folder / "bin/python",
+                    "-m",
+                    "pip",
+                    "--quiet",
+                    "--disable-pip-version-check",
+                    "install",
+                    package,
+                )
+            except AssertionError as error:
+                pytest.skip(f"no {package} here: pip install {package}: {str(error)[-200:]}")
+            (folder / "made").touch()
+        return folder / "bin"
+
     def _system(self, name: str, packages: Sequence[str]) -> Path:
         archive = self.folder / f"{name}.tar"
         if not archive.exists():

@@ -151,6 +151,16 @@ class TestComplaints:
                 "sink.kind = csv (from SIDESTEP_SINK_KIND): must be 'wandb', 'jsonl' or 'upstream'",
             ),
             (
+                {"SIDESTEP_UPSTREAM_ADDRESS": "login:7711"},
+                "upstream.address = login:7711 (from SIDESTEP_UPSTREAM_ADDRESS): say tcp://HOST:PORT or "
+                "ipc:///PATH",
+            ),
+            (
+                {"SIDESTEP_UPSTREAM_ADDRESS": "tcp://k\xf6nig:7711"},
+                "upstream.address = tcp://k\xf6nig:7711 (from SIDESTEP_UPSTREAM_ADDRESS): say "
+                "tcp://HOST:PORT, by a host's name in ASCII or its address, and a port",
+            ),
+            (
                 {"WANDB_MODE": "shared"},
                 "run.mode = shared (from WANDB_MODE): must be 'offline', 'online' or 'disabled'",
             ),

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from sidestep.ranks import Here
 from sidestepd.job import Place, place_of, starts_elsewhere
 
 TRAIN = ("python", "train.py")
@@ -15,7 +16,8 @@ TRAIN = ("python", "train.py")
 def place(
     environ: Mapping[str, str], words: Sequence[str] = TRAIN, *, node: str = "n", **more: Any
 ) -> Place | None:
-    return place_of(environ, words, node=node, pid=7, parent=6, started=lambda _: "1", **more)
+    here = Here(pid=7, parent=6, node=node, started=lambda _: "1", above=lambda _: ())
+    return place_of(environ, words, here, **more)
 
 
 def srun(task: int, *, per_node: int = 1, nodes: int = 2, restarts: int = 0) -> dict[str, str]:

@@ -251,17 +251,23 @@ class TestWhereTheDaemonIs:
             whereabouts.look(),
         )
 
-    def test_a_file_leads_from_another_node_over_tcp(self, keys: Path, tmp_path: Path):
-        told = context_of("ipc:///x.sock", "tcp://head:7711", "a" * 64, {"id": "r", "dir": "/runs/r"})
-        (tmp_path / "here.json").write_text(json.dumps(told))
-        (tmp_path / "there.json").write_text(json.dumps(told | {"node": "another"}))
-
-        settings = [
-            WorkerSettings.from_env({"SIDESTEP_CONTEXT": str(tmp_path / name)})
-            for name in ("here.json", "there.json")
+    def test_a_file_leads_from_another_node_over_tcp(self, tmp_path: Path):
+        """Another one is also one of the same name from which the socket is not to be seen."""
+        (tmp_path / "here.sock").touch()
+        there = {"remote": "tcp://head:7711", "server_key": "a" * 64, "run": {"id": "r", "dir": "/runs/r"}}
+        told = [
+            context_of(f"ipc://{tmp_path}/here.sock", **there),
+            context_of(f"ipc://{tmp_path}/here.sock", **there) | {"node": "another"},
+            context_of(f"ipc://{tmp_path}/there.sock", **there),
         ]
 
-        assert [("ipc:///x.sock", "r"), ("tcp://head:7711", "r")] == [(it.address, it.run_id) for it in settings]
+        found = []
+        for context in told:
+            (tmp_path / "context.json").write_text(json.dumps(context))
+            settings = WorkerSettings.from_env({"SIDESTEP_CONTEXT": str(tmp_path / "context.json")})
+            found.append((settings.address, settings.run_id))
+
+        assert [(f"ipc://{tmp_path}/here.sock", "r"), *[("tcp://head:7711", "r")] * 2] == found
 
     def test_an_address_that_was_said_counts_more_unless_the_file_leads_there_too(self, tmp_path: Path):
         path = tmp_path / "context.json"

@@ -7,6 +7,7 @@ import stat
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from threading import Event
 
 import pytest
 
@@ -34,16 +35,14 @@ def options(folder: Path, **overrides: object) -> Config:
     return Config.load(environ={}, overrides={"run.dir": str(folder), **overrides})
 
 
-def clear_until(stop: Path, folder: Path) -> int:
-    """Remove it whenever it is there and empty; how often that was."""
-    cleared = 0
-    while not stop.exists():
+def clear_until(stop: Event, folder: Path, cleared: list[Path]) -> None:
+    """Remove it whenever it is there and empty, and note that."""
+    while not stop.is_set():
         try:
             folder.rmdir()
         except OSError:
             continue
-        cleared += 1
-    return cleared
+        cleared.append(folder)
 
 
 class TestAFolderThatIsShared:
@@ -95,15 +94,19 @@ class TestAFolderThatIsShared:
 
     def test_is_made_whatever_other_jobs_clear_meanwhile(self, tmp_path: Path):
         """The folder of all jobs goes with the last of them."""
-        folder, stop = tmp_path / ".jobs" / "job", tmp_path / "stop"
+        folder, stop, cleared = tmp_path / ".jobs" / "job", Event(), []
         with ThreadPoolExecutor(1) as others:
-            cleared = others.submit(clear_until, stop, folder.parent)
-            for _ in range(100):
-                make_below(folder, exist_ok=False)
-                folder.rmdir()
-            stop.touch()
+            clearing = others.submit(clear_until, stop, folder.parent, cleared)
+            try:
+                made = 0
+                while made < 100 or not cleared:
+                    make_below(folder, exist_ok=False)
+                    folder.rmdir()
+                    made += 1
+            finally:
+                stop.set()
 
-        assert cleared.result() > 0
+        clearing.result()
 
     def test_is_the_first_nodes_to_clear(self, tmp_path: Path):
         first, other = meeting(tmp_path), meeting(tmp_path, 1)

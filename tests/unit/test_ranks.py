@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from sidestep.ranks import ALONE, LAUNCHERS, Identity, identify, start_of
+from sidestep.ranks import ALONE, LAUNCHERS, Here, Identity, commands_above, identify, start_of
 from tests.support.launchers import (
     FLUX,
     HYDRA,
@@ -41,13 +43,11 @@ def identity(
     launch: str | None = None,
     said: list[str] | None = None,
     modules: dict[str, Any] | None = None,
+    above: Sequence[Sequence[str]] = (),
 ) -> Identity:
     return identify(
         environ,
-        pid=20,
-        parent=parent,
-        node=node,
-        started=lambda pid: f"started{pid}",
+        Here(pid=20, parent=parent, node=node, started=lambda pid: f"started{pid}", above=lambda _: above),
         launch=launch,
         warn=([] if said is None else said).append,
         modules=modules or {},
@@ -256,6 +256,17 @@ class TestMpi:
 
         assert "10-started10" == identity(on_one).launch
 
+    def test_of_mpich_a_launch_is_called_as_the_processes_it_put_on_each_node_know_it(self):
+        above = [["bash", "train.sh", ""], ["/opt/hydra_pmi_proxy", "--control-port", "node001:42533", "--rmk"]]
+
+        assert "node001:42533" == identity(HYDRA, above=above).launch
+        assert "99.pbs" == identity(HYDRA, above=[["mpiexec", "--control-port"]]).launch
+
+    def test_of_intel_a_launch_has_a_name(self):
+        environ = HYDRA | {"I_MPI_HYDRA_UUID": "a74b0000-a1d1-c050-d460-0600222d6f22"}
+
+        assert "a74b0000-a1d1-c050-d460-0600222d6f22" == identity(environ).launch
+
     def test_on_several_nodes_it_is_the_place_to_meet_rather_than_the_job(self):
         assert "node001:6000" == identity(HYDRA | {"MASTER_ADDR": "node001", "MASTER_PORT": "6000"}).launch
 
@@ -289,6 +300,9 @@ class TestLocalRankAlone:
 
         assert 1 == len(said)
         assert "LOCAL_WORLD_SIZE" in said[0]
+
+    def test_a_pod_of_an_indexed_job_is_one_of_as_many_as_there_are_nodes(self):
+        assert (2, 3, 0) == place({"JOB_COMPLETION_INDEX": "2", "NNODES": "3"})
 
     def test_in_a_task_of_srun_it_beats_the_rank_of_the_task(self):
         """The task's rank is the node's; who started a world of another size within it counts."""
@@ -369,7 +383,7 @@ class TestTorchDistributed:
     def test_torch_is_never_imported_to_be_asked(self):
         code = (
             "import os, sys; from sidestep import ranks;"
-            "ranks.identify(os.environ, pid=1, parent=1, node='', started=ranks.start_of);"
+            "ranks.identify(os.environ, ranks.Here.now());"
             "sys.exit('torch' in sys.modules)"
         )
 
@@ -524,3 +538,13 @@ class TestStartOfAProcess:
 
     def test_of_one_that_is_not_there_is_zero(self):
         assert "0" == start_of(2**22 + 1)
+
+
+def test_the_commands_above_a_process_are_its_own_and_its_ancestors():
+    code = "import os, sys; from sidestep.ranks import commands_above; print(list(commands_above(os.getpid())))"
+    told = subprocess.run([sys.executable, "-c", code, "mine"], capture_output=True, text=True, timeout=60).stdout
+
+    own, parent, *_ = ast.literal_eval(told)
+    assert [sys.executable, "-c", code, "mine", ""] == own
+    assert parent == next(iter(commands_above(os.getpid())))
+    assert [] == list(commands_above(2**22 + 1))

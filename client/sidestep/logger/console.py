@@ -69,9 +69,7 @@ class UnifiedLogger:
 
     def __init__(self, config: LogConfig | None = None) -> None:
         self.config = config or LogConfig()
-        self._rank = ranks.identify(
-            os.environ, pid=os.getpid(), parent=os.getppid(), node=os.uname().nodename, started=ranks.start_of
-        ).rank
+        self._rank = ranks.identify(os.environ, ranks.Here.now()).rank
         self._rich: Any = None
         self._progress: Progress | None = None
         self._closed = False

@@ -24,9 +24,7 @@ class Resuming:
 
     def __init__(self, folder: str | os.PathLike[str] | None, environ: Mapping[str, str] = os.environ) -> None:
         self._path = Path(folder or ".") / FILE
-        identity = ranks.identify(
-            environ, pid=os.getpid(), parent=os.getppid(), node=os.uname().nodename, started=ranks.start_of
-        )
+        identity = ranks.identify(environ, ranks.Here.now())
         self._is_first = identity.rank == 0
         self._launch = identity.launch
 

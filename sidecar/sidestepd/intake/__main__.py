@@ -16,7 +16,7 @@ from pathlib import Path
 import zmq
 
 from sidestep.errors import SettingsError
-from sidestepd import addresses, rundir
+from sidestepd import addresses, meeting, rundir, stranded
 from sidestepd.errors import AlreadyRunning, ExitCode, SpoolError
 from sidestepd.home import ServiceFile
 from sidestepd.intake.front import Front, Runs, bind, bind_tcp
@@ -57,13 +57,18 @@ async def serve(directory: Path, parent: int, *, listens: bool = True) -> int:
             gate.secure(front.socket)
         _tell(directory, address, gate, options, bind_tcp(front.socket, directory, options.tcp))
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, runs.stop)
-        return await front.serve()
+        code = await front.serve()
     finally:
         if runs is not None:
             runs.shut()
         context.destroy(linger=100)
         if orphaned():
             rundir.clear_address(address)
+    if code == ExitCode.COMPLETE and not several:
+        meeting.forget(directory, rundir.stored_config(directory))  # a launcher may kill all that is above us now
+        if orphaned():
+            stranded.forget(directory)
+    return code
 
 
 def _tell(directory: Path, address: str, gate: Gate | None, options: ListenOptions, bound: Sequence[str]) -> None:

@@ -15,6 +15,7 @@ import os
 import re
 from collections import OrderedDict
 from collections.abc import Sequence
+from errno import EADDRINUSE
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol
@@ -318,4 +319,9 @@ def _bind(socket: zmq.Socket[bytes], address: str) -> None:
     try:
         socket.bind(address)
     except zmq.ZMQError as error:
-        raise SettingsError(f"can not listen at {address}: {error.strerror}") from None
+        taken = (
+            ": --listen says another one, or SIDESTEP_PORT on all nodes of a job"
+            if error.errno == EADDRINUSE
+            else ""
+        )
+        raise SettingsError(f"can not listen at {address}: {error.strerror}{taken}") from None

@@ -23,6 +23,7 @@ from typing import Any
 
 import zmq
 
+from sidestep.errors import SettingsError
 from sidestep.settings import WorkerSettings
 from sidestep.whereabouts import Whereabouts
 from sidestep.wire import LANES, Frame, Refuse
@@ -75,20 +76,35 @@ class Road:
 
     def turn(self, now: float, spool_now: float) -> None:
         """Hear what has come, say what there is to say."""
-        if not self.up and now >= self.look_at:
-            self.look_at, self.link = now + LOOK_S, self.connect(self.link)
+        if now >= self.look_at and not (self.up and self.link and not self.link.barred):
+            self._look(now)
         if self.link is None:
             return
         for message in self.link.receive():
-            if isinstance(message, Refuse) and message.code == "version":
-                raise Fatal(message.message, trouble=Trouble(message.message, lasting=True))
+            if isinstance(message, Refuse):
+                self._refused(message, self.link)
             self.legs.hear(message, now)
         self.link.look()
         if self.link.connected and self.link.send(self.legs.say(now, spool_now)):
             self.up = True
         elif self.up:
-            self.up = False
-            self.legs.interrupted()
+            self._interrupted()
+
+    def _look(self, now: float) -> None:
+        before = self.link
+        self.look_at, self.link = now + LOOK_S, self.connect(before)
+        if self.up and self.link is not before:
+            self._interrupted()
+
+    def _interrupted(self) -> None:
+        self.up = False
+        self.legs.interrupted()
+
+    def _refused(self, refuse: Refuse, link: Link) -> None:
+        if refuse.code == "version":
+            raise Fatal(refuse.message, trouble=Trouble(refuse.message, lasting=True))
+        if refuse.code == "key" and refuse.session == self.legs.relay:  # all that is said here, not one leg
+            link.barred = refuse.message or "it does not know our key"
 
 
 @dataclass(slots=True)
@@ -112,14 +128,15 @@ class Forwarder:
         rowlog: RowLog,
         run: RunFile,
         *,
-        whereabouts: Whereabouts,
+        above: UpstreamOptions,
         horizon: Clock,
         beat: Callable[[], None],
         poll_interval_s: float,
         gather_s: float,
         troubled: Callable[[Trouble | None], None],
     ) -> None:
-        self.spool, self.rowlog, self.run, self.whereabouts = spool, rowlog, run, whereabouts
+        self.spool, self.rowlog, self.run = spool, rowlog, run
+        self.whereabouts = Whereabouts(_as_a_worker(above), say=self._can_not_look)
         self.address = ""
         """Where the daemon above was looked for last."""
         self.horizon, self.beat, self.troubled = horizon, beat, troubled
@@ -138,8 +155,8 @@ class Forwarder:
         self._behind, self._dirty = True, False
         self._settle_at = self._ask_at = self._read_at = 0.0
         self._told = Told()
-        self._words = ""
-        """Why the daemon above would not speak to us."""
+        self._words = self._no_way = ""
+        """Why the daemon above would not speak to us, and why we can not even try."""
         self._context = zmq.Context()
         relay = self.session = relay_of(run)
         upper = Upper(
@@ -161,19 +178,27 @@ class Forwarder:
 
     def _connect(self, link: Link | None) -> Link | None:
         """A link to where the daemon above is said to be; the one that there is, if nothing speaks against it."""
-        failed = link is not None and link.failure is not None
-        if failed:
+        if link is not None and link.failure is not None:
             self.whereabouts.failed()
+        if link is not None and link.words:
+            self._words = f"the daemon at {link.endpoint} {link.words}"
+        self._no_way = ""
         endpoint = self.whereabouts.look()
         if endpoint is None:
             return link
         self.address = endpoint.address
-        if link is not None and not failed and link.endpoint == endpoint:
+        if link is not None and not link.words and link.endpoint == endpoint:
             return link
         if link is not None:
-            self._words = link.failure.words(link.endpoint) if link.failure else self._words
             link.shut()
-        return Link(self._context, endpoint, self.session)
+        try:
+            return Link(self._context, endpoint, self.session)
+        except SettingsError as error:
+            self._can_not_look(str(error))
+            return None
+
+    def _can_not_look(self, why: str) -> None:
+        self._no_way = why
 
     def _restore(self, state: Mapping[bytes, Mapping[str, Any]]) -> None:
         media = {id_: facts for id_, facts in state.items() if facts["hello"].get("role") in LANES}
@@ -361,21 +386,20 @@ class Forwarder:
             trouble = Trouble(what, lasting=True)
         elif away_s > AWAY_S and (self.metrics.legs.pending or not self.metrics.legs.run):
             where = f"no daemon answers at {self.address}" if self.address else "no daemon above is known yet"
-            trouble = Trouble(f"the daemon at {self.address} {self._words}" if self._words else where)
+            trouble = Trouble(self._no_way or self._words or where)
         if trouble != self._told.trouble:
             self._told.trouble = trouble
             logger.warning("waiting: %s", trouble.what) if trouble else logger.info("going on")
             self.troubled(trouble)
 
 
-def _whereabouts(options: UpstreamOptions) -> Whereabouts:
-    """As a worker would look for its daemon."""
-    settings = WorkerSettings(
+def _as_a_worker(options: UpstreamOptions) -> WorkerSettings:
+    """What a worker that looks for its daemon there would be told."""
+    return WorkerSettings(
         address=options.address,
         context=None if options.context is None else str(options.context),
         key_file=None if options.key_file is None else str(options.key_file),
     )
-    return Whereabouts(settings, say=lambda what: logger.warning("%s", what))
 
 
 def relay_of(run: RunFile) -> bytes:
@@ -424,7 +448,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         behind.spool,
         behind.rowlog,
         run.at(behind.directory, run.address),
-        whereabouts=_whereabouts(behind.config.upstream),
+        above=behind.config.upstream,
         horizon=behind.horizon,
         beat=behind.beat,
         poll_interval_s=behind.config.delivery.poll_interval_s,

@@ -2,6 +2,7 @@
 
 - `connected` is false as soon as there is nobody to take a message; then nothing is taken as sent
 - a handshake that comes to nothing is known by why: only a monitor of libzmq's says that
+- a key that is taken from the list of the daemon above is refused on a connection that stands: `barred`
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Iterable, Iterator
 import zmq
 
 from sidestep.endpoint import Endpoint
-from sidestep.errors import RemoteProtocolError
+from sidestep.errors import RemoteProtocolError, SettingsError
 from sidestep.sender import OPTIONS, connect
 from sidestep.sender.link import FAILURES, Failure
 from sidestep.wire import (
@@ -35,21 +36,34 @@ _MOST_BYTES = MAX_ENVELOPE_BYTES + 4096
 
 
 class Link:
-    """A DEALER socket."""
+    """A DEALER socket. Raises SettingsError for an address that is none."""
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], endpoint: Endpoint, session: bytes) -> None:
         self.connected = False
         self.endpoint = endpoint
         self.failure: Failure | None = None
         """Why the last handshake came to nothing."""
+        self.barred = ""
+        """Why nothing that is said on it is heard above, in the words of the daemon there."""
         self.socket: zmq.Socket[bytes] = context.socket(zmq.DEALER)
         for option, value in {**OPTIONS, zmq.MAXMSGSIZE: _MOST_BYTES}.items():
             self.socket.set(option, value)
         self._monitor: zmq.Socket[bytes] | None = None
         if endpoint.address.startswith("tcp:"):
             self._monitor = self.socket.get_monitor_socket(sum(FAILURES))
-        connect(self.socket, endpoint)
         self._wrapper = Wrapper(session)
+        try:
+            connect(self.socket, endpoint)
+        except zmq.ZMQError as error:
+            self.shut()
+            raise SettingsError(f"{endpoint.address} can not be connected to: {error.strerror}") from None
+
+    @property
+    def words(self) -> str:
+        """Why there is no way on with it; "" if nothing speaks against it."""
+        if self.barred:
+            return f"refuses us: {self.barred}"
+        return self.failure.words(self.endpoint) if self.failure else ""
 
     def look(self) -> None:
         """See whether somebody is there, and if not, why."""
