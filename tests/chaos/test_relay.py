@@ -267,7 +267,10 @@ class TestARelayWhoseDiskIsLost:
             assert [step for step in range(20) if step not in gone] == nodes.head.steps()
             head, below = nodes.ledgers()
             assert (20, len(gone)) == (head.offered, head.dropped.get("spool_lost", 0)), (head, below)
-            assert (True, True, 0, 0) == (head.balances, below.balances, head.pending, below.pending), (head, below)
+            assert (True, True, 0, 0) == (head.balances, below.balances, head.pending, below.pending), (
+                head,
+                below,
+            )
 
 
 QUICK_HEARTS = {"intake__heartbeat_s": 1.0}
