@@ -4,11 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo test test-nightly deploy-test lint bench bench-media bench-throughput format clean
+.PHONY: help demo test test-nightly deploy-check deploy-test lint bench bench-media bench-throughput format clean
 help:
 	@echo "make demo          train on handwritten digits with two processes, into one offline wandb run"
 	@echo "make test          all tests but the long forms of the fault tests"
 	@echo "make test-nightly  the long forms of the fault tests too"
+	@echo "make deploy-check  units, scripts, images and manifests judged by what reads them; seconds"
 	@echo "make deploy-test   systemd booted, containers built and run, a SLURM, Ray: as root on Debian 12"
 	@echo "make bench         the cost of log(), beside wandb.log, SummaryWriter and no logging; that it waits for"
 	@echo "                   nobody, whatever is broken; what a worker costs beside the calls; and then bench-media"
@@ -35,6 +36,11 @@ test: $(VENV)/.test
 
 test-nightly: $(VENV)/.test
 	$(BIN)/python -m pytest -m "not gpu and not deploy"
+
+# What can be said of deploy/ without deploying it; the tools come with it.
+deploy-check: $(VENV)/.test
+	$(PIP) -e '.[deploy-check]'
+	$(BIN)/python -m pytest tests/deploy/test_files.py -q -rs
 
 # Says at its end what it skipped, and why: which package has what is not here.
 deploy-test: $(VENV)/.test

@@ -33,8 +33,9 @@ for run_dir in "$runs"/*-slurm-"$SLURM_JOB_ID"; do
     fi
 done
 
-# The node's own daemon, where there is one (deploy/systemd).
+# The node's own daemon, where there is one (deploy/systemd), has the run that task_prolog.sh names.
 if [[ -S ${SERVICE#ipc://} ]]; then
-    as_user "$SIDESTEP" collect --address "$SERVICE"
+    run_id=slurm-${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}
+    as_user "$SIDESTEP" collect --run "$run_id" --address "$SERVICE"
 fi
 exit 0

@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -257,8 +258,9 @@ def drain(run_dirs: tuple[Path, ...]) -> None:
     workers had left, else 1. Waits for no worker; `sidestep serve RUN_DIR` does.
     What relays of the run on other nodes kept when they were killed is handed on
     first, from sidestep-runs/.relays, if it is on a disk that is seen from here.
+    One that can not be finished is said, and holds up none of the others.
     """
-    sys.exit(_saying_why(lambda: serving.drain(run_dirs)))
+    sys.exit(max(_saying_why(partial(serving.drain, [run_dir])) for run_dir in run_dirs))
 
 
 @main.command(

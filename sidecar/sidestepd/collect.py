@@ -97,20 +97,25 @@ class Collector:
 @click.option("--key-file", metavar="FILE", type=click.Path(path_type=Path), envvar="SIDESTEP_KEY_FILE",
               help="Our key, for a daemon on tcp that asks for one.")  # fmt: skip
 @click.option("--any", "any_run", is_flag=True, help="Also what belongs to another run, or to none.")
+@click.option("--run", "run_id", metavar="ID", help="Only what belongs to the run of this id.")
 @click.argument("folder", type=click.Path(path_type=Path, file_okay=False), required=False)
-def command(folder: Path | None, address: str | None, key_file: Path | None, any_run: bool) -> None:
+def command(
+    folder: Path | None, address: str | None, key_file: Path | None, any_run: bool, run_id: str | None
+) -> None:
     """Hand on to a daemon what workers kept on disk.
 
     \b
     sidestep collect RUN_DIR/spill
     sidestep run -- sidestep collect --any
+    sidestep collect --run ID --address ipc:///run/sidestep/train/daemon.sock
 
     A worker that can not reach its daemon keeps its records in its run's
     directory, or in FOLDER, by default the one that this user's workers use on
     this node. The daemon of a run collects them by itself, and so does the next
     worker of that run on that node. This is for when neither comes: the second
-    line makes a new run of them. Files are removed once all of them is on the
-    daemon's disk. The exit code is 75 if something is left.
+    line makes a new run of them, the third has a service go on with one. Files
+    are removed once all of them is on the daemon's disk. The exit code is 75 if
+    something is left.
     """
     address = address or os.environ.get("SIDESTEP_ADDRESS")
     try:
@@ -118,10 +123,12 @@ def command(folder: Path | None, address: str | None, key_file: Path | None, any
     except SettingsError as error:
         _say(str(error))
         sys.exit(2)
-    sys.exit(_collect_here(folder or private_folder(), endpoint, any_run, _say))
+    sys.exit(_collect_here(folder or private_folder(), endpoint, any_run, run_id, _say))
 
 
-def _collect_here(folder: Path, endpoint: Endpoint | None, any_run: bool, say: Callable[[str], object]) -> int:
+def _collect_here(
+    folder: Path, endpoint: Endpoint | None, any_run: bool, run_id: str | None, say: Callable[[str], object]
+) -> int:
     files = waiting(folder)
     if not files:
         say(f"there is nothing in {folder}")
@@ -132,7 +139,9 @@ def _collect_here(folder: Path, endpoint: Endpoint | None, any_run: bool, say: C
     if (run := _run_at(endpoint)) is None:
         say(f"nobody answers at {endpoint}")
         return ExitCode.UNAVAILABLE
-    done = collect(files, endpoint, run=run, any_run=any_run)
+    done = collect(files, endpoint, run=run_id or run, any_run=any_run)
+    if run_id:
+        done = [one for one in done if one.why is not None]
     for one in done:
         say(f"{one.path}: {_words(one)}")
     return 0 if all(one.why == "" for one in done) else ExitCode.INTERRUPTED

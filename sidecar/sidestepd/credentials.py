@@ -15,18 +15,19 @@ logger = logging.getLogger(__name__)
 NAME = "wandb_api_key"
 
 
-def take(environ: MutableMapping[str, str]) -> None:
-    """Put the key where wandb looks for it. An empty file is no key; one that can not be read is said."""
+def take(environ: MutableMapping[str, str]) -> str:
+    """Put the key where wandb looks for it. An empty file is none; why one can not be read is returned."""
     folder = environ.get("CREDENTIALS_DIRECTORY")
     if not folder or environ.get("WANDB_API_KEY"):
-        return
+        return ""
     path = Path(folder) / NAME
     try:
         key = path.read_text().strip()
     except FileNotFoundError:
-        return
+        return ""
     except (OSError, ValueError) as error:
         logger.warning("the W&B key in %s can not be read: %s", path, error)
-        return
+        return f"that in {path} can not be read: {getattr(error, 'strerror', None) or error}"
     if key:
         environ["WANDB_API_KEY"] = key
+    return ""

@@ -44,10 +44,20 @@ def stopping(grace_s: float) -> str:
 
 
 class Watchdog:
-    """Asks intake how it is, four times in the period that the service manager set, and passes on what is true."""
+    """Asks intake how it is, four times in the period that the service manager set, and passes on what is true.
 
-    def __init__(self, ask: Ask, environ: Mapping[str, str] = os.environ, pid: int | None = None) -> None:
-        self._ask, self._environ = ask, environ
+    `beside` has more to tell, of what is no reason to start anything again.
+    """
+
+    def __init__(
+        self,
+        ask: Ask,
+        environ: Mapping[str, str] = os.environ,
+        pid: int | None = None,
+        *,
+        beside: Callable[[], str] = str,
+    ) -> None:
+        self._ask, self._environ, self._beside = ask, environ, beside
         self._listened_to = bool(environ.get("NOTIFY_SOCKET"))
         self._period_s = _period_s(environ, os.getpid() if pid is None else pid)
         self._next = 0.0
@@ -65,7 +75,8 @@ class Watchdog:
             notify(f"STATUS={why}", self._environ)
         else:
             ping = "WATCHDOG=1\n" if self._period_s else ""
-            notify(f"{ping}STATUS={_standing(info)}", self._environ)
+            words = "; ".join(filter(None, (_standing(info), self._beside())))
+            notify(f"{ping}STATUS={words}", self._environ)
 
 
 def _standing(info: Mapping[str, Any]) -> str:

@@ -26,6 +26,7 @@ from sidestepd.control import Control
 from sidestepd.daemon import Daemon
 from sidestepd.errors import Deleted, ExitCode, Incomplete, Unreachable
 from sidestepd.exits import Lifeline
+from sidestepd.hindrances import Hindrances
 from sidestepd.home import Home, RunHome, ServiceHome, short
 from sidestepd.metrics import Metrics
 from sidestepd.notify import Watchdog, notify, stopping
@@ -156,7 +157,9 @@ def _serve(home: Home, grace_s: float) -> int:
 
 def _until_over(daemon: Daemon, signals: Signals, grace_s: float, *, quiet: bool = False) -> int:
     """Start, serve until told to stop or nobody is left, and end."""
-    home, watchdog = daemon.home, Watchdog(daemon.ask)
+    home = daemon.home
+    hindrances = Hindrances(lambda: home.open_runs, say)
+    watchdog = Watchdog(daemon.ask, beside=lambda: hindrances.words)
     metrics = Metrics(home, None if quiet else home.options.serve.metrics)  # one address is for one daemon
     try:
         metrics.start()
@@ -165,7 +168,9 @@ def _until_over(daemon: Daemon, signals: Signals, grace_s: float, *, quiet: bool
             what = f"run {home.run.id}" if isinstance(home, RunHome) else "runs"
             say(f"{what} at {home.address} in {short(home.directory)}")
         notify("READY=1")
-        complete = _until_stopped(daemon, signals, watchdog) or _wind_up(daemon, signals, watchdog, grace_s)
+        complete = _until_stopped(daemon, signals, watchdog, hindrances) or _wind_up(
+            daemon, signals, watchdog, grace_s
+        )
     except Deleted as error:
         say(str(error))
         return ExitCode.DISK
@@ -179,9 +184,10 @@ def _until_over(daemon: Daemon, signals: Signals, grace_s: float, *, quiet: bool
     return ExitCode.COMPLETE if complete else ExitCode.INTERRUPTED
 
 
-def _until_stopped(daemon: Daemon, signals: Signals, watchdog: Watchdog) -> bool:
+def _until_stopped(daemon: Daemon, signals: Signals, watchdog: Watchdog, hindrances: Hindrances) -> bool:
     """Serve; True if all was finished meanwhile, False if we are told to stop."""
     while daemon.tend():
+        hindrances(time.monotonic())
         watchdog()
         if any(number in STOP for number in signals.wait(0.2)):
             return False

@@ -7,48 +7,43 @@ the container, and are read back from the volume.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
+import os
+import re
 import subprocess
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
-import yaml
 
 from sidestepd import status
 from tests.support.daemons import freeze
 from tests.support.images import BASE, IMAGE, LOCKED, TRAINER, Podman
 from tests.support.waiting import eventually
-from tests.support.workshop import DEPLOY, Workshop, assert_whole, do, find, is_finished, need, rows_in, run_dir_in
+from tests.support.wandb_server.store import HISTORY, Store
+from tests.support.workshop import (
+    DEPLOY,
+    ROOT,
+    assert_whole,
+    find,
+    is_finished,
+    need,
+    rows_in,
+    run_dir_in,
+)
 
 pytestmark = [pytest.mark.deploy, pytest.mark.timeout(900)]
 
 WAIT_S = 120.0
+KEY = "k" * 40
 QUICK = {
     "SIDESTEP_SERVE_LINGER_S": "1",
     "SIDESTEP_DELIVERY_CONFIRM_INTERVAL_S": "0.2",
     "SIDESTEP_ORDER_PATIENCE_S": "1",
 }
-
-
-@pytest.fixture(scope="module")
-def podman(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Podman]:
-    need("podman", "runc", root=True)
-    with Podman(tmp_path_factory.mktemp("podman")) as podman:
-        podman.build(workshop)
-        yield podman
-
-
-def manifests_of(overlay: str) -> list[dict[str, Any]]:
-    """All manifests of an overlay of Kubernetes."""
-    need("kubectl")
-    return [
-        one
-        for one in yaml.safe_load_all(do("kubectl", "kustomize", DEPLOY / "kubernetes/overlays" / overlay))
-        if one
-    ]
 
 
 class Pair:
@@ -64,13 +59,15 @@ class Pair:
     def state(self) -> Path:
         return self.podman.volume(f"{self.name}-state")
 
-    def serve(self, *words: str, **environ: str) -> None:
-        """Start the daemon, as locked up as can be."""
+    def serve(self, *words: str, network: str = "none", **environ: str) -> None:
+        """Start the daemon, as locked up as can be; words with dashes are podman's, others the daemon's."""
+        told = list(itertools.takewhile(lambda word: word.startswith("--"), words))
+        where = [f"--network={network}", *([] if ":" in network else ["--hostname=node0"])]
         said = [f"--env={name}={value}" for name, value in (QUICK | environ).items()]
         self.podman.do(
-            "run", "--detach", f"--name={self.daemon}", "--hostname=node0", *LOCKED, *said,
+            "run", "--detach", f"--name={self.daemon}", *LOCKED, *where, *said, *told,
             f"--volume={self.name}-state:/var/lib/sidestep", f"--volume={self.name}-socket:/run/sidestep",
-            IMAGE, *words,
+            IMAGE, *words[len(told) :],
         )  # fmt: skip
         eventually(self.is_healthy, WAIT_S, lambda: self.podman.logs(self.daemon))
 
@@ -80,7 +77,7 @@ class Pair:
     def train(self, id_: str) -> None:
         """Start a training."""
         self.podman.do(
-            "run", "--detach", f"--name={self.name}-{id_}", "--hostname=node0", *LOCKED,
+            "run", "--detach", f"--name={self.name}-{id_}", "--hostname=node0", "--network=none", *LOCKED,
             "--env=SIDESTEP_ADDRESS=ipc:///run/sidestep/daemon.sock", f"--volume={self._folder}:/until:ro",
             f"--volume={self.name}-socket:/run/sidestep:ro", TRAINER, f"/until/{id_}", id_, "30",
         )  # fmt: skip
@@ -143,13 +140,14 @@ class TestTheImage:
         assert "sidestep" == config["Labels"]["org.opencontainers.image.title"]
         assert ["/usr/bin/tini", "--", "sidestep"] == config["Entrypoint"]
         assert '"CMD", "sidestep", "ping", "--timeout", "5"' in json.dumps(podman.inspect(IMAGE))
-        assert size_mb < 400
+        told = int(re.findall(r"about (\d+) MB larger than its base", (DEPLOY / "README.md").read_text())[0])
+        assert abs(size_mb - told) < 40
 
     def test_holds_no_pip_no_compiler_and_nothing_of_the_tree_but_the_wheel(self, podman):
         words = (
             "ls -d /src /opt/sidestep/bin/pip /tmp/pip /usr/bin/cc /opt/sidestep/lib/python3*/site-packages/pip"
         )
-        done = podman.run("run", "--rm", *LOCKED, "--entrypoint=sh", IMAGE, "-c", words)
+        done = podman.run("run", "--rm", "--network=none", *LOCKED, "--entrypoint=sh", IMAGE, "-c", words)
 
         assert "" == done.stdout
 
@@ -254,52 +252,63 @@ class TestHealth:
         pair.is_whole("counted", pair.ends("counted"))
 
 
-class TestManyNodes:
-    def test_a_relay_that_is_killed_has_handed_on_to_the_head_what_its_workers_said(self, podman, tmp_path):
-        """With the arguments of the overlays; nodes are host names here, and their network is one loopback."""
-        tmp_path.chmod(0o755)
-        (head,) = (one for one in manifests_of("head") if one["kind"] == "Deployment")
-        (relay,) = (one for one in manifests_of("relay") if one["kind"] == "DaemonSet")
-        head, relay = (one["spec"]["template"]["spec"]["containers"][0] for one in (head, relay))
-        environ = {one["name"]: one["value"] for one in relay["env"] if one["name"].startswith("SIDESTEP_U")}
-        assert "tcp://sidestep-head:7711" == environ["SIDESTEP_UPSTREAM_ADDRESS"]
-        environ |= {"SIDESTEP_UPSTREAM_ADDRESS": "tcp://127.0.0.1:7711", "SIDESTEP_SINK_KIND": "upstream"}
-        environ |= {"SIDESTEP_NODE": "node1", "SIDESTEP_SERVE_LINGER_S": "1"}
-        for name in ("keys", "head-state", "head-socket", "relay-state", "relay-socket"):
-            podman.do("volume", "create", name)
-        podman.do("run", "--rm", *LOCKED, "--user=0", "--cap-add=DAC_OVERRIDE,CHOWN,FOWNER", "--volume=keys:/keys",
-                  "--entrypoint=sh", IMAGE, "-c", "sidestep keygen /keys/k && chown -R 10001 /keys")  # fmt: skip
-        keys = "--mount=type=bind,ro,source={},target=/etc/sidestep/keys".format(podman.volume("keys") / "k")
+class TestOnline:
+    """Real wandb with a stand-in for its server, under a root that is read-only; the key is a mounted file."""
 
-        def serve(name: str, said: Mapping[str, str], *words: str, network: str) -> None:
-            podman.do(
-                "run", "--detach", "--replace", f"--name={name}", *LOCKED[:-1], f"--network={network}", keys,
-                *(f"--env={key}={value}" for key, value in said.items()),
-                f"--volume={name}-state:/var/lib/sidestep", f"--volume={name}-socket:/run/sidestep", IMAGE, *words,
-            )  # fmt: skip
-            eventually(lambda: podman.run("healthcheck", "run", name).returncode == 0, WAIT_S,
-                       lambda: podman.logs(name))  # fmt: skip
+    @pytest.fixture
+    def server(self, podman: Podman, tmp_path: Path) -> Iterator[tuple[str, Path]]:
+        """A network of its own with the server in it: the address, and what the server holds."""
+        podman.do("run", "--detach", "--name=net", "--network=none", "--entrypoint=sleep", IMAGE, "infinity")
+        words = ["nsenter", "--target", str(podman.processes("net")[0].pid), "--net", sys.executable]
+        place = tmp_path / "wandb"
+        place.mkdir()
+        with subprocess.Popen(
+            [*words, "-m", "tests.support.wandb_server", str(place), "--key", KEY, "--entities", "me"], cwd=ROOT
+        ) as process:
+            eventually((place / "port").exists, WAIT_S, "no server")
+            yield f"http://127.0.0.1:{(place / 'port').read_text()}", place / "store.db"
+            process.kill()
+        podman.run("rm", "-f", "--depend", "--time", "0", "net")
 
-        serve("head", QUICK, *head["args"], network="none")
-        serve("relay", environ, *relay["args"], network="container:head")
-        podman.do(
-            "run", "--detach", "--name=far", "--hostname=node1", *LOCKED, f"--volume={tmp_path}:/until:ro",
-            "--env=SIDESTEP_ADDRESS=ipc:///run/sidestep/daemon.sock", "--volume=relay-socket:/run/sidestep:ro",
-            TRAINER, "/until/far", "far", "30",
+    def serve(self, pair: Pair, server: str, tmp_path: Path, owner: int) -> None:
+        key = tmp_path / "wandb_api_key"
+        key.write_text(f"{KEY}\n")
+        key.chmod(0o400)
+        os.chown(key, owner, owner)
+        pair.serve(
+            f"--volume={key}:/run/secrets/wandb_api_key:ro", network="container:net",
+            SIDESTEP_RUN_MODE="online", SIDESTEP_SINK_SERVER=server, SIDESTEP_RUN_ENTITY="me",
+            SIDESTEP_SINK_ASK_EVERY_S="0.5",
         )  # fmt: skip
-        state = podman.volume("head-state")
-        told = lambda: "\n".join(podman.logs(name) for name in ("head", "relay", "far"))  # noqa: E731
-        eventually(lambda: rows_in(state, "far") >= 30, WAIT_S, told)
 
-        podman.do("kill", "--signal", "KILL", "relay")
-        serve("relay", environ, *relay["args"], network="container:head")
+    def test_a_run_is_on_the_server_and_the_key_nowhere_to_be_seen(self, pair, server, tmp_path):
+        self.serve(pair, server[0], tmp_path, owner=10001)
+        pair.train("online")
+        pair.reaches("online", 50)
+        steps = pair.ends("online")
 
-        eventually(lambda: rows_in(state, "far") >= 150, WAIT_S, told)
-        (tmp_path / "far").touch()
-        assert 0 == podman.exit_code("far"), podman.logs("far")
-        eventually(lambda: is_finished(state, "far"), WAIT_S, told)
-        report = assert_whole(state, "far", int(podman.logs("far").split()[-1]))
-        assert "node1" in {one.node for one in report.sessions if one.role == "worker"}
+        report = pair.is_whole("online", steps)
+
+        store = Store(server[1])
+        assert [] == store.breaches()
+        lines = store.lines("me/deployed/online", HISTORY)
+        assert list(range(steps)) == [json.loads(line)["global_step"] for line in lines]
+        assert "online" == report.run.mode
+        assert KEY not in json.dumps(pair.podman.inspect(pair.daemon, "container"))
+        found = subprocess.run(["grep", "-rl", KEY, str(pair.state)], capture_output=True, text=True)
+        assert "" == found.stdout
+
+    def test_a_key_that_the_daemon_may_not_read_is_said_and_costs_nothing(self, pair, server, tmp_path):
+        """As a file with mode 0600 of whoever typed `compose up`."""
+        self.serve(pair, server[0], tmp_path, owner=1000)
+        pair.train("locked")
+
+        eventually(lambda: "wandb_api_key" in pair.podman.logs(pair.daemon), WAIT_S,
+                   lambda: pair.podman.logs(pair.daemon))  # fmt: skip
+
+        os.chown(tmp_path / "wandb_api_key", 10001, 10001)
+        pair.reaches("locked", 50)
+        pair.is_whole("locked", pair.ends("locked"))
 
 
 class TestCompose:

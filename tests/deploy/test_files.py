@@ -9,6 +9,7 @@ import functools
 import os
 import re
 import shlex
+import shutil
 import sys
 import tomllib
 from pathlib import Path
@@ -19,12 +20,12 @@ import yaml
 
 from sidestep import __version__
 from sidestepd.config import Config
-from tests.support.workshop import DEPLOY, do, need
+from tests.support.workshop import DEPLOY, blocks, do, kustomized, need
 
 OVERLAYS = sorted(path.parent for path in DEPLOY.glob("kubernetes/overlays/*/kustomization.yaml"))
 UNITS = {"--system": DEPLOY / "systemd/sidestep@.service", "--user": DEPLOY / "systemd/user/sidestep@.service"}
 SCRIPTS = sorted([*DEPLOY.glob("**/*.sh")])
-VERSIONS = ("1.28", "1.30", "1.32", "1.34", "1.36")
+VERSIONS = ("1.28", "1.30", "1.32", "1.34", "1.37")
 MADE_BY_KEYGEN = ("sidestep-keys", "sidestep-client")
 MOST_EXPOSURE = 20
 """Tenths: 2.0."""
@@ -38,13 +39,25 @@ def documents(path: Path) -> list[Any]:
 @functools.cache
 def built(overlay: Path) -> list[dict[str, Any]]:
     """All manifests of an overlay."""
-    need("kubectl")
-    return [one for one in yaml.safe_load_all(do("kubectl", "kustomize", overlay)) if one]
+    return kustomized(overlay)
 
 
 def pods(manifests: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The pod templates among them."""
     return [one["spec"]["template"] for one in manifests if "template" in one.get("spec", {})]
+
+
+def selected(manifests: list[dict[str, Any]], labels: dict[str, str]) -> list[dict[str, Any]]:
+    """The pods that a selector finds; at least one."""
+    found = [pod for pod in pods(manifests) if labels.items() <= pod["metadata"].get("labels", {}).items()]
+    assert found, labels
+    return found
+
+
+def ports(found: list[dict[str, Any]]) -> dict[str, int]:
+    """The ports of pods by their names."""
+    containers = [container for pod in found for container in pod["spec"]["containers"]]
+    return {port["name"]: port["containerPort"] for one in containers for port in one.get("ports", ())}
 
 
 def daemons(pod: dict[str, Any]) -> list[dict[str, Any]]:
@@ -144,8 +157,8 @@ class TestManifests:
             if overlay.name == "drain":
                 continue  # what the sidecar overlay made
             for volume in pod["spec"].get("volumes", []):
-                if "secret" in volume and volume["secret"]["secretName"] not in MADE_BY_KEYGEN:
-                    assert ("Secret", volume["secret"]["secretName"]) in made
+                if "secret" in volume and not volume["secret"].get("optional"):
+                    assert volume["secret"]["secretName"] in MADE_BY_KEYGEN
                 if "persistentVolumeClaim" in volume:
                     assert ("PersistentVolumeClaim", volume["persistentVolumeClaim"]["claimName"]) in made
 
@@ -167,28 +180,116 @@ class TestManifests:
                 assert "memory" in container["resources"]["limits"]
                 assert ["sidestep", "ping"] == container["livenessProbe"]["exec"]["command"][:2]
 
-    def test_select_pods_that_are_there(self, overlay):
+    def test_select_pods_that_are_there_at_ports_that_they_have(self, overlay):
         manifests = built(overlay)
-        labels = [
-            pod["metadata"]["labels"].items() for pod in pods(manifests) if "labels" in pod.get("metadata", {})
-        ]
-        labels += [one["metadata"].get("labels", {}).items() for one in manifests if one["kind"] == "Service"]
         for one in manifests:
-            wanted = {
-                "Service": lambda spec: spec["selector"],
-                "NetworkPolicy": lambda spec: spec["podSelector"]["matchLabels"],
-                "ServiceMonitor": lambda spec: spec["selector"]["matchLabels"],
-            }.get(one["kind"])
-            if wanted:
-                assert any(wanted(one["spec"]).items() <= found for found in labels), one
+            spec = one.get("spec", {})
+            if one["kind"] == "Service":
+                targets = {port["targetPort"] for port in spec["ports"]}
+                assert targets <= ports(selected(manifests, spec["selector"])).keys(), one
+            if one["kind"] == "NetworkPolicy":
+                numbers = {port["port"] for rule in spec["ingress"] for port in rule["ports"]}
+                assert numbers == set(ports(selected(manifests, spec["podSelector"]["matchLabels"])).values()), one
+            if one["kind"] == "ServiceMonitor":
+                services = [
+                    it for it in manifests
+                    if it["kind"] == "Service"
+                    and spec["selector"]["matchLabels"].items() <= it["metadata"].get("labels", {}).items()
+                ]  # fmt: skip
+                names = {port["name"] for it in services for port in it["spec"]["ports"]}
+                assert {point["port"] for point in spec["endpoints"]} == names, one
+
+    def test_show_secrets_to_the_daemon_alone(self, overlay):
+        for pod in pods(built(overlay)):
+            secrets = {one["name"]: one["secret"] for one in pod["spec"]["volumes"] if "secret" in one}
+            assert {0o440} >= {secret["defaultMode"] for secret in secrets.values()}
+            assert pod["spec"]["securityContext"]["fsGroup"] == 10001  # who may read them then
+            for container in [*pod["spec"].get("initContainers", []), *pod["spec"]["containers"]]:
+                mounted = {one["name"] for one in container.get("volumeMounts", [])} & set(secrets)
+                assert not mounted or container in daemons(pod) or container["name"] == "drain"
+                assert "WANDB_API_KEY" not in str(container)
+
+
+class TestASchema:
+    def test_judges(self, tmp_path):
+        """A cluster without native sidecars refuses that overlay, and each one a word that it does not know."""
+        need("kubernetes-validate")
+        sidecar = yaml.safe_dump_all(built(DEPLOY / "kubernetes/overlays/sidecar"))
+        (tmp_path / "sidecar.yaml").write_text(sidecar)
+        (tmp_path / "misspelt.yaml").write_text(sidecar.replace("podReplacementPolicy", "podReplacementpolicy"))
+
+        with pytest.raises(AssertionError, match="restartPolicy"):
+            do("kubernetes-validate", "--strict", "-k", "1.27", tmp_path / "sidecar.yaml")
+        with pytest.raises(AssertionError, match="podReplacementpolicy"):
+            do("kubernetes-validate", "--strict", "-k", VERSIONS[-1], tmp_path / "misspelt.yaml")
+
+
+class TestTogether:
+    """Overlays that are meant to be applied to one namespace."""
+
+    def test_head_and_relay_speak_of_one_port_and_one_name(self):
+        head, relay = (built(DEPLOY / "kubernetes/overlays" / name) for name in ("head", "relay"))
+        (service,) = (one for one in head if one["kind"] == "Service")
+        (daemon,) = daemons(pods(relay)[0])
+        (above,) = (one["value"] for one in daemon["env"] if one["name"] == "SIDESTEP_UPSTREAM_ADDRESS")
+        (policy,) = (one["spec"] for one in head if one["kind"] == "NetworkPolicy")
+        (way,) = (rule for one in relay if one["kind"] == "NetworkPolicy" for rule in one["spec"]["egress"][1:])
+        let_in = [one["podSelector"]["matchLabels"].items() for one in policy["ingress"][0]["from"]]
+
+        assert f"tcp://{service['metadata']['name']}:{service['spec']['ports'][0]['port']}" == above
+        assert any(one <= pods(relay)[0]["metadata"]["labels"].items() for one in let_in)
+        assert selected(head, way["to"][0]["podSelector"]["matchLabels"])
+        assert [{"protocol": "TCP", "port": 7711}] == way["ports"]
+
+    def test_only_the_head_has_the_key_and_speaks_to_the_world(self):
+        relay = built(DEPLOY / "kubernetes/overlays/relay")
+
+        assert "credentials" not in str(relay).lower()
+        assert "443" not in str([one for one in relay if one["kind"] == "NetworkPolicy"])
+
+    def test_nothing_that_is_applied_empties_a_secret(self):
+        """What `kubectl create secret` made is there afterwards."""
+        assert [] == [one for overlay in OVERLAYS for one in built(overlay) if one["kind"] == "Secret"]
+
+    def test_metrics_can_be_had_of_each_daemon_with_a_pod_of_its_own(self, tmp_path):
+        shutil.copytree(DEPLOY / "kubernetes", tmp_path / "kubernetes")
+        for name in ("head", "relay", "node"):
+            folder = tmp_path / "kubernetes/overlays" / f"my-{name}"
+            folder.mkdir()
+            (folder / "kustomization.yaml").write_text(
+                f"resources: [../{name}]\ncomponents: [../../components/monitoring]\n"
+            )
+            manifests = kustomized(folder)
+            assert 9464 in ports(pods(manifests)).values()
+            (policy,) = (one["spec"] for one in manifests if one["kind"] == "NetworkPolicy")
+            assert 9464 in {port["port"] for rule in policy["ingress"] for port in rule["ports"]}
 
 
 class TestWhatIsWritten:
-    def test_every_file_is_in_the_readme(self):
-        told = (DEPLOY / "README.md").read_text()
-        folders = {path.relative_to(DEPLOY).parts[0] for path in DEPLOY.rglob("*") if path.is_file()}
+    def test_overlay_of_your_own_is_one(self, tmp_path):
+        """That of the README, as it is there, beside deploy/."""
+        shutil.copytree(DEPLOY / "kubernetes", tmp_path / "deploy/kubernetes")
+        (tmp_path / "deploy/kubernetes/components/key/wandb_api_key").write_text("a-key")
+        (tmp_path / "mine").mkdir()
+        (tmp_path / "mine/kustomization.yaml").write_text(blocks(DEPLOY / "README.md", "## Kubernetes")[1])
 
-        assert [] == [folder for folder in sorted(folders) if folder not in told]
+        manifests = kustomized(tmp_path / "mine")
+
+        (job,) = (one for one in manifests if one["kind"] == "Job")
+        (options,) = (one["data"] for one in manifests if one["kind"] == "ConfigMap")
+        (secret,) = (one for one in manifests if one["kind"] == "Secret")
+        assert f"registry.example.com/sidestep:{__version__}" == daemons(job["spec"]["template"])[0]["image"]
+        assert ("my-project", "online") == (options["SIDESTEP_RUN_PROJECT"], options["SIDESTEP_RUN_MODE"])
+        assert ("sidestep", {"wandb_api_key": "YS1rZXk="}) == (secret["metadata"]["name"], secret["data"])
+        train = job["spec"]["template"]["spec"]["containers"][0]
+        assert ("registry.example.com/my-training:7", ["python", "train.py"]) == (train["image"], train["command"])
+
+    def test_every_file_is_in_the_readme(self):
+        """By its name, or as one of an overlay or a component."""
+        told = (DEPLOY / "README.md").read_text()
+        files = [path for path in DEPLOY.rglob("*") if path.is_file()]
+
+        assert [] == [path for path in files if path.name not in told and path.parent.name not in told]
 
     def test_images_have_the_version_of_the_package(self):
         tags = {

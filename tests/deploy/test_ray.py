@@ -21,7 +21,7 @@ def python(workshop: Workshop) -> Path:
     python = workshop.folder / "ray/bin/python"
     if not python.exists():
         do(sys.executable, "-m", "venv", workshop.folder / "ray")
-        do(python, "-m", "pip", "--disable-pip-version-check", "-q", "install", "ray[train]")
+    do(python, "-m", "pip", "--disable-pip-version-check", "-q", "install", "ray[train]")  # what is there, stays
     pip = [python, "-m", "pip", "--disable-pip-version-check", "-q", "install", "--find-links", workshop.wheels]
     do(*pip, "sidestep[daemon]")
     do(*pip, "--force-reinstall", "--no-deps", "--no-index", "sidestep")

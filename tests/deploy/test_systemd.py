@@ -6,18 +6,29 @@ real wandb under the unit's sandbox, and are read back from its files.
 
 from __future__ import annotations
 
+import re
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from sidestepd import status
+from tests.support.cgroups import bounded, group_of
 from tests.support.daemons import freeze
 from tests.support.machines import Machine
-from tests.support.memory import bounded, group_of
+from tests.support.units import (
+    KEY,
+    QUICK,
+    SOCKET,
+    UNIT,
+    WAIT_S,
+    Trained,
+    rows_on_server,
+    serve_wandb,
+    with_drop_in,
+)
 from tests.support.waiting import eventually
 from tests.support.workshop import (
     DEPLOY,
@@ -25,11 +36,11 @@ from tests.support.workshop import (
     TRAIN,
     Workshop,
     assert_whole,
+    blocks,
     do,
     is_finished,
     lines,
     need,
-    rows_in,
     run_dir_in,
     runs_in,
     steps_in,
@@ -38,48 +49,36 @@ from tests.support.workshop import (
 
 pytestmark = [pytest.mark.deploy, pytest.mark.timeout(900)]
 
-WAIT_S = 120.0
-UNIT = "sidestep@train"
-SOCKET = "ipc:///run/sidestep/train/daemon.sock"
-QUICK = (
-    "SIDESTEP_SERVE_LINGER_S=1", "SIDESTEP_DELIVERY_CONFIRM_INTERVAL_S=0.2", "SIDESTEP_ORDER_PATIENCE_S=1",
-    "SIDESTEP_SAMPLERS_INTERVAL_S=0.5",
-)  # fmt: skip
-
 
 @pytest.fixture(scope="module")
 def tree(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Debian with sidestep installed as deploy/README.md says, and three people."""
+    """A Debian with two people, and the client for their trainings; of ours nothing yet."""
     need("systemd-nspawn", "nsenter", root=True)
     tree = unpack(workshop.debian, tmp_path_factory.mktemp("machine") / "tree")
-    install = lines(
-        [
-            "set -e",
-            "python3 -m venv /opt/sidestep",
-            "/opt/sidestep/bin/pip -q install --no-index --find-links /wheels 'sidestep[daemon]'",
-            "python3 -m venv /opt/train",
-            "/opt/train/bin/pip -q install --no-index --find-links /wheels sidestep",
-            "cp /deploy/systemd/sidestep@.service /etc/systemd/system/",
-            "cp /deploy/systemd/sidestep.sysusers /usr/lib/sysusers.d/sidestep.conf",
-            "cp /deploy/systemd/sidestep.tmpfiles /usr/lib/tmpfiles.d/sidestep.conf",
-            "systemd-sysusers",
-            "systemd-tmpfiles --create sidestep.conf",
-            "for name in alice bob; do useradd --create-home --shell /bin/bash $name; done",
-            "usermod --append --groups sidestep alice",
-            "mkdir -p /etc/systemd/user",
-            "cp /deploy/systemd/user/sidestep@.service /etc/systemd/user/",
-            "install -D -o alice -g alice /dev/null /home/alice/.local/bin/.keep",
-            "ln -s /opt/sidestep/bin/sidestep /home/alice/.local/bin/sidestep",
-            "chown -R alice: /home/alice",
-        ]
-    )
-    (tree / "root/install").write_text(install)
-    (tree / "root/train.py").write_text(TRAIN)
+    prepare = [
+        "set -e",
+        "python3 -m venv /opt/train",
+        "/opt/train/bin/pip -q install --no-index --find-links /wheels sidestep",
+        "for name in alice bob; do useradd --create-home --shell /bin/bash $name; done",
+    ]
+    (tree / "root/prepare").write_text(lines(prepare))
     do("systemd-nspawn", "-q", f"--directory={tree}", f"--bind-ro={workshop.wheels}:/wheels",
-       f"--bind-ro={DEPLOY}:/deploy", "--register=no", "--keep-unit", "--", "sh", "/root/install")  # fmt: skip
+       "--register=no", "--keep-unit", "--", "sh", "/root/prepare")  # fmt: skip
     (tree / "opt/train/train.py").write_text(TRAIN)
-    (tree / "etc/sidestep/train.env").write_text(lines(QUICK))
+    (tree / "srv/ours").mkdir()
+    (tree / "srv/ours/KEY").write_text(KEY)
+    (tree / "root/typed").write_text(typed(0))
+    (tree / "home/alice/typed").write_text(typed(1))
     return tree
+
+
+def typed(at: int) -> str:
+    """What deploy/README.md says to type, word by word."""
+    return blocks(DEPLOY / "README.md", ("## systemd", "### A daemon of your own")[at])[0]
+
+
+WHERE = ("env", "--chdir=/srv/ours", "PIP_NO_INDEX=1", "PIP_FIND_LINKS=/wheels", "PIP_QUIET=1")
+"""Where it is typed; packages come from here."""
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +86,7 @@ def disk(tree: Path) -> Iterator[Path]:
     """A small file system of its own, for the state of the instance `frozen`."""
     need("fsfreeze", "mkfs.ext4")
     image, place = tree.parent / "disk", tree / "var/lib/sidestep/frozen"
-    place.mkdir()
+    place.mkdir(parents=True)
     do("truncate", "--size=512M", image)
     do("mkfs.ext4", "-q", image)
     do("mount", "-o", "loop", image, place)
@@ -96,8 +95,14 @@ def disk(tree: Path) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def machine(tree: Path, disk: Path) -> Iterator[Machine]:
-    with Machine(tree, "sidestep-systemd", {ROOT: "/sidestep"}) as machine:
+def machine(tree: Path, disk: Path, workshop: Workshop) -> Iterator[Machine]:
+    """It, booted, and the unit installed by what is to be typed for that; the unit is stopped."""
+    shared = {ROOT: "/sidestep", DEPLOY: "/srv/ours/deploy", workshop.wheels: "/wheels"}
+    with Machine(tree, "sidestep-systemd", shared) as machine:
+        machine.do(*WHERE, "sh", "-e", "/root/typed")
+        assert ("active", "enabled") == (machine.show(UNIT, "ActiveState"), machine.show(UNIT, "UnitFileState"))
+        machine.do("systemctl", "stop", UNIT)
+        (tree / "etc/sidestep/train.env").write_text(lines(QUICK))
         yield machine
 
 
@@ -115,61 +120,6 @@ def unit(machine: Machine, tree: Path) -> Iterator[Machine]:
         made.unlink()
 
 
-class Trained:
-    """A training of a real worker, that goes on until it is told."""
-
-    def __init__(
-        self, machine: Machine, id_: str, *, user: str = "alice", address: str = SOCKET, instance: str = "train"
-    ) -> None:
-        self.machine, self.id, self._instance = machine, id_, instance
-        self._until = machine.tree / f"srv/until-{id_}"
-        words = ["env", f"SIDESTEP_ADDRESS={address}", "/opt/train/bin/python", "/opt/train/train.py"]
-        self.process = machine.start(*words, f"/srv/until-{id_}", id_, "30", user=user)
-
-    def state(self) -> Path:
-        return self.machine.tree / "var/lib/sidestep" / self._instance
-
-    def reaches(self, rows: int) -> None:
-        """Wait until so many rows are in the run for good."""
-
-        def held() -> bool:
-            assert self.process.poll() is None, self.process.communicate()
-            return rows_in(self.state(), self.id) >= rows
-
-        eventually(held, WAIT_S, lambda: self.machine.journal(UNIT)[-3000:])
-
-    def ends(self) -> int:
-        """Tell it to; how many steps it logged."""
-        self._until.touch()
-        told, said = self.process.communicate(timeout=WAIT_S)
-        assert self.process.returncode == 0, said
-        return int(told)
-
-    def is_whole(self, steps: int) -> status.Report:
-        """Once its run is finished."""
-        eventually(
-            lambda: is_finished(self.state(), self.id),
-            WAIT_S,
-            lambda: f"{self.id} is not finished:\n{self.machine.journal(UNIT)[-3000:]}",
-        )
-        return assert_whole(self.state(), self.id, steps)
-
-
-@contextmanager
-def with_drop_in(machine: Machine, *settings: str, unit: str = UNIT) -> Iterator[None]:
-    """The unit with further settings, restarted with them."""
-    folder = machine.tree / f"etc/systemd/system/{unit}.service.d"
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "test.conf").write_text(lines(["[Service]", *settings]))
-    machine.do("systemctl", "daemon-reload")
-    machine.do("systemctl", "restart", unit)
-    try:
-        yield
-    finally:
-        (folder / "test.conf").unlink()
-        machine.ask("systemctl", "daemon-reload")
-
-
 class TestTheUnit:
     def test_is_verified_without_a_word_and_exposes_little(self, machine):
         path = "/etc/systemd/system/sidestep@.service"
@@ -181,7 +131,8 @@ class TestTheUnit:
         judged = machine.do("systemd-analyze", "security", "--offline=true", "--threshold=20", path)
 
         print(judged.splitlines()[-1])
-        assert "Overall exposure level" in judged.splitlines()[-1]
+        score = re.findall(r"Overall exposure level for \S+: (\S+)", judged)[0]
+        assert f"exposure {score} of 10" in (DEPLOY / "README.md").read_text()
 
     def test_tells_when_it_is_ready_and_how_it_stands(self, unit):
         assert "active" == unit.show(UNIT, "ActiveState")
@@ -245,15 +196,12 @@ class TestTheSandbox:
                 assert "secret" == (state / "key").read_text()
         finally:
             machine.ask("systemctl", "stop", UNIT)
-            (machine.tree / "etc/sidestep/train.key").unlink()
+            (machine.tree / "etc/sidestep/train.key").write_text(KEY)
 
     def test_a_run_goes_online_with_the_key_that_systemd_hands_over(self, machine):
         """The key is in no environment but those of delivery and wandb-core, and in no file of the run."""
-        key = "k" * 40
-        words = ["env", "PYTHONPATH=/sidestep", "/opt/sidestep/bin/python", "-m", "tests.support.wandb_server"]
-        machine.do("mkdir", "-p", "/srv/wandb")
-        machine.start(*words, "/srv/wandb", "--key", key, "--entities", "me")
-        port = eventually(lambda: _text(machine.tree / "srv/wandb/port"), WAIT_S, "no server")
+        key = KEY
+        port = serve_wandb(machine)
         (machine.tree / "etc/sidestep/train.key").write_text(f"{key}\n")
         settings = [
             "SIDESTEP_RUN_MODE=online",
@@ -275,18 +223,15 @@ class TestTheSandbox:
 
             report = training.is_whole(steps)
             assert "online" == report.run.mode
+            assert list(range(steps)) == [row["global_step"] for row in rows_on_server(machine, "online")]
             found = subprocess.run(
                 ["grep", "-rl", key, str(run_dir_in(training.state(), "online"))], capture_output=True
             )
             assert b"" == found.stdout
         finally:
             machine.ask("systemctl", "stop", UNIT)
-            (machine.tree / "etc/sidestep/train.key").unlink()
+            (machine.tree / "etc/sidestep/train.key").write_text(KEY)
             (machine.tree / "etc/sidestep/train.env").write_text(lines(QUICK))
-
-
-def _text(path: Path) -> str:
-    return path.read_text() if path.exists() else ""
 
 
 class TestDeath:
@@ -332,7 +277,7 @@ class TestTheWatchdog:
         name, address = "sidestep@frozen", SOCKET.replace("train", "frozen")
         (machine.tree / "etc/sidestep/frozen.env").write_text(lines(QUICK))
         with with_drop_in(machine, "WatchdogSec=6", unit=name):
-            training = Trained(machine, "iced", address=address, instance="frozen")
+            training = Trained(machine, "iced", address=address, state=disk)
             training.reaches(30)
 
             do("fsfreeze", "--freeze", disk)
@@ -436,24 +381,149 @@ class TestLimits:
         assert ("0", intake) == (unit.show(UNIT, "NRestarts"), unit.find("sidestepd.intake"))
 
 
+class TestWhatWasTyped:
+    def test_left_nothing_open_to_others(self, machine):
+        """The key is root's alone; options are read by who is in the group, and written by nobody else."""
+        told = machine.do("stat", "--format=%a %U %G %n", "/etc/sidestep", "/etc/sidestep/train.key",
+                          "/etc/sidestep/train.env", "/var/lib/sidestep")  # fmt: skip
+        assert [
+            "750 root sidestep /etc/sidestep", "600 root root /etc/sidestep/train.key",
+            "644 root root /etc/sidestep/train.env", "755 root root /var/lib/sidestep",
+        ] == told.splitlines()  # fmt: skip
+
+    def test_comes_up_with_the_machine_and_an_interrupted_run_with_it(self, machine):
+        """Whoever trains is killed by the machine's end; what they said is there."""
+        machine.do("systemctl", "start", UNIT)
+        training = Trained(machine, "rebooted")
+        training.reaches(30)
+
+        machine.reboot()
+
+        assert training.process.poll() is not None
+        machine.wait_until(UNIT, "active")
+        eventually(
+            lambda: is_finished(training.state(), "rebooted"), WAIT_S, lambda: machine.journal(UNIT)[-3000:]
+        )
+        run_dir = run_dir_in(training.state(), "rebooted")
+        report, said = status.report(run_dir), steps_in(run_dir)
+        assert list(range(len(said))) == said
+        assert len(said) >= 30
+        assert (True, 0, 1) == (report.ledger.balances, report.ledger.pending, report.lost_sessions)
+        after = Trained(machine, "after")
+        after.reaches(10)
+        after.is_whole(after.ends())
+        machine.do("systemctl", "stop", UNIT)
+
+    def test_bad_option_fails_the_unit_at_once_and_is_named(self, machine):
+        (machine.tree / "etc/sidestep/train.env").write_text(lines([*QUICK, "SIDESTEP_ORDER_PATIENCE_S=-1"]))
+        try:
+            assert 0 != machine.run("systemctl", "start", UNIT).returncode
+            machine.wait_until(UNIT, "failed")
+            assert "0" == machine.show(UNIT, "NRestarts")
+            assert "SIDESTEP_ORDER_PATIENCE_S" in machine.journal(UNIT)
+        finally:
+            (machine.tree / "etc/sidestep/train.env").write_text(lines(QUICK))
+            machine.ask("systemctl", "reset-failed", UNIT)
+
+    def test_is_replaced_by_another_version_under_a_training(self, unit):
+        """As in an upgrade: the restart waits for its worker until its grace is over, and goes on with it."""
+        (unit.tree / "etc/sidestep/train.env").write_text(lines([*QUICK, "GRACE_S=2"]))
+        unit.do("systemctl", "restart", UNIT)
+        training = Trained(unit, "upgraded")
+        training.reaches(30)
+        before = unit.main_pid(UNIT)
+
+        unit.do(*WHERE, "/opt/sidestep/bin/pip", "install", "--force-reinstall", "--no-deps", "sidestep[daemon]")
+        unit.do("systemctl", "restart", UNIT)
+
+        assert before != unit.main_pid(UNIT)
+        training.reaches(100)
+        training.is_whole(training.ends())
+
+    def test_offline_run_is_sent_later_by_the_daemons_user(self, unit):
+        training = Trained(unit, "later")
+        training.reaches(10)
+        steps = training.ends()
+        training.is_whole(steps)
+        port = serve_wandb(unit)
+        run_dir = f"/var/lib/sidestep/train/sidestep-runs/{run_dir_in(training.state(), 'later').name}"
+
+        unit.do(
+            "runuser", "-u", "sidestep", "--", "env", "HOME=/var/lib/sidestep/train", f"WANDB_API_KEY={KEY}",
+            "/opt/sidestep/bin/sidestep", "sync", "--server", f"http://127.0.0.1:{port}", "--entity", "me",
+            run_dir,
+        )  # fmt: skip
+
+        assert list(range(steps)) == [row["global_step"] for row in rows_on_server(unit, "later")]
+        assert "" == unit.do("find", run_dir, "-not", "-user", "sidestep")
+
+
 class TestAUserOfTheirOwn:
     def test_has_a_daemon_without_root(self, machine):
+        """What deploy/README.md says to type; killed meanwhile."""
         machine.do("loginctl", "enable-linger", "alice")
         uid = machine.do("id", "-u", "alice").strip()
         runtime = f"/run/user/{uid}"
-        ctl = ["env", f"XDG_RUNTIME_DIR={runtime}", "systemctl", "--user"]
-        eventually(
-            lambda: machine.tree.exists() and machine.run("test", "-S", f"{runtime}/bus").returncode == 0, WAIT_S
-        )
+        session = [*WHERE, f"XDG_RUNTIME_DIR={runtime}"]
+        ctl = [*session, "systemctl", "--user"]
+        eventually(lambda: machine.run("test", "-S", f"{runtime}/bus").returncode == 0, WAIT_S)
         (machine.tree / "home/alice/.config/sidestep").mkdir(parents=True)
-        (machine.tree / "home/alice/.config/sidestep/mine.env").write_text(lines(QUICK))
-        machine.do("chown", "-R", "alice:", "/home/alice/.config")
+        (machine.tree / "home/alice/.config/sidestep/train.env").write_text(lines(QUICK))
+        machine.do("chown", "-R", "alice:", "/home/alice")
 
-        machine.do(*ctl, "start", "sidestep@mine", user="alice")
+        machine.do(*session, "sh", "-e", "/home/alice/typed", user="alice")
 
-        training = Trained(machine, "own", address=f"ipc://{runtime}/sidestep-mine/daemon.sock")
-        steps = training.ends()
-        state = machine.tree / "home/alice/.local/state/sidestep/mine"
-        eventually(lambda: is_finished(state, "own"), WAIT_S)
-        machine.do(*ctl, "stop", "sidestep@mine", user="alice")
-        assert_whole(state, "own", steps)
+        state = machine.tree / "home/alice/.local/state/sidestep/train"
+        training = Trained(machine, "own", address=f"ipc://{runtime}/sidestep-train/daemon.sock", state=state)
+        training.reaches(30)
+        pid = int(machine.do(*ctl, "show", "--value", "--property=MainPID", "sidestep@train", user="alice"))
+        machine.process(pid).kill()
+        training.reaches(100)
+        training.is_whole(training.ends())
+        restarts = machine.do(*ctl, "show", "--value", "--property=NRestarts", "sidestep@train", user="alice")
+        assert "1" == restarts.strip()
+        assert "700" == machine.do("stat", "--format=%a", f"{runtime}/sidestep-train").strip()
+        machine.do(*ctl, "stop", "sidestep@train", user="alice")
+
+
+class TestANodeOfSlurm:
+    """deploy/slurm beside the service of the node: what a job's tasks are told, and what its end takes care of."""
+
+    def hook(self, machine: Machine, script: str, *environ: str, user: str) -> str:
+        return machine.do("env", *environ, f"/srv/ours/deploy/slurm/{script}", user=user)
+
+    def test_leads_the_tasks_of_a_job_to_it(self, unit):
+        said = self.hook(unit, "task_prolog.sh", "SLURM_JOB_ID=76", "SLURM_JOB_NUM_NODES=1", user="alice")
+        told = dict(line.removeprefix("export ").split("=", 1) for line in said.splitlines())
+
+        assert {"SIDESTEP_ADDRESS": SOCKET, "SIDESTEP_RUN_ID": "slurm-76"} == told
+        training = Trained(unit, "slurm-76", address=told["SIDESTEP_ADDRESS"])
+        training.is_whole(training.ends())
+        array = ("SLURM_JOB_ID=79", "SLURM_ARRAY_JOB_ID=78", "SLURM_ARRAY_TASK_ID=1")
+        assert "SIDESTEP_RUN_ID=slurm-78_1\n" in self.hook(unit, "task_prolog.sh", *array, user="alice")
+        assert "" == self.hook(unit, "task_prolog.sh", "SLURM_JOB_ID=77", "SIDESTEP_ADDRESS=x", user="alice")
+        assert "" == self.hook(unit, "task_prolog.sh", "SLURM_JOB_ID=77", "SLURM_JOB_NUM_NODES=2", user="alice")
+        assert "" == self.hook(unit, "task_prolog.sh", "SLURM_JOB_ID=77", user="bob")  # who may not log there
+
+    def test_has_what_its_jobs_kept_collected_at_their_end(self, unit):
+        """The service was away while the job ran."""
+        unit.do("systemctl", "stop", UNIT)
+        logs = (
+            "run = sidestep.init(id='slurm-77', project='deployed')\nfor i in range(50): run.log({'a': 1}, step=i)"
+        )
+        words = ["env", f"SIDESTEP_ADDRESS={SOCKET}", "/opt/train/bin/python", "-c"]
+        for job in (logs, logs.replace("77", "99")):  # which somebody else's epilog is for
+            unit.do(*words, f"import sidestep\n{job}\nrun.finish(timeout=1)", user="alice")
+        kept = unit.ask("find", "/tmp", "-name", "*.spill").split()
+        assert 2 == len(kept)
+        unit.do("systemctl", "start", UNIT)
+
+        self.hook(unit, "epilog.sh", "SLURM_JOB_ID=77", "SLURM_JOB_USER=alice", user="root")
+
+        state = unit.tree / "var/lib/sidestep/train"
+        eventually(lambda: is_finished(state, "slurm-77"), WAIT_S, lambda: unit.journal(UNIT)[-3000:])
+        assert_whole(state, "slurm-77", 50)
+        left = unit.ask("find", "/tmp", "-name", "*.spill").split()
+        assert 1 == len(left)
+        assert "slurm-99" not in runs_in(state)
+        unit.do("rm", *left)

@@ -368,11 +368,15 @@ class TestStopAndDrain:
             _, said = process.communicate(timeout=WAIT_S)
         assert "sidestep drain sidestep-runs/" in said
 
-        ended = sidestep("drain", reports(here)["mine"].run.dir)
+        (here / "not-a-run").mkdir()
+        ended = sidestep("drain", here / "not-a-run", reports(here)["mine"].run.dir)
 
         run = reports(here)["mine"]
-        assert (0, "finished", 1) == (ended.returncode, run.state, run.run.exit_code)
+        assert "not-a-run" in ended.stderr
+        assert ended.returncode != 0  # of the first, which holds up nobody
+        assert ("finished", 1) == (run.state, run.run.exit_code)
         assert (10, True) == (run.ledger.delivered, run.ledger.balances)
+        assert 0 == sidestep("drain", run.run.dir).returncode
 
 
 class TestTrouble:

@@ -261,6 +261,26 @@ class TestBounds:
         first.bye()
         assert "second" == second.ask(Hello(session=second.session, run="second"), Welcome).run["id"]
 
+    def test_one_that_can_not_be_opened_leaves_nothing_behind_and_is_opened_when_it_can(
+        self, service: Make, tmp_path: Path
+    ):
+        disk = tmp_path / "disk"
+        disk.mkdir()
+        served = service(spool__dir=str(disk))
+        shutil.rmtree(disk)
+        disk.touch()
+        worker = served.worker(run="mine")
+        worker.say(Hello(session=worker.session, run="mine"))
+
+        assert "can not open a run" in worker.hear(Refuse).message
+
+        assert [] == list(tmp_path.glob("sidestep-runs/*-mine"))
+        disk.unlink()
+        assert "mine" == worker.ask(Hello(session=worker.session, run="mine"), Welcome).run["id"]
+        worker.log(0)
+        worker.bye()
+        assert_balanced(served.finished(served.run_dir("mine")), 1)
+
     @pytest.mark.nightly
     def test_of_runs_that_are_over_nothing_is_left_open(self, service: Make):
         served = service(serve__linger_s=0.0)

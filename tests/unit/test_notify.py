@@ -57,6 +57,12 @@ def told(manager: Manager, info: Mapping[str, Any] | None) -> list[str]:
     return manager.heard()
 
 
+def test_what_keeps_a_run_waiting_is_told_beside_and_the_daemon_is_well(manager):
+    Watchdog(lambda _: WELL, manager.environ, pid=7, beside=lambda: "mine waits: no key")()
+
+    assert ["WATCHDOG=1\nSTATUS=2 workers; mine waits: no key"] == manager.heard()
+
+
 class TestWatchdog:
     def test_is_told_while_intake_answers_and_its_disk_does(self, manager):
         assert ["WATCHDOG=1\nSTATUS=2 workers"] == told(manager, WELL)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
+import shutil
 import sqlite3
 import time
 from collections import OrderedDict
@@ -232,7 +233,11 @@ class SeveralRuns:
         run = RunFile.of(config, run_dir, self._file.address)
         run = replace(run, named=named is not None, turn=0 if named else turn + 1)
         rundir.lay_out(run_dir, config, run)
-        opened = self._serve(run_dir, named, launch, turn)
+        try:
+            opened = self._serve(run_dir, named, launch, turn)
+        except BaseException:
+            shutil.rmtree(run_dir, ignore_errors=True)  # nothing is in it, and its worker asks again
+            raise
         self._write_down()
         logger.info("run %s in %s", id_, run_dir)
         return opened

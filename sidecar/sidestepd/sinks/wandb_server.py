@@ -144,13 +144,14 @@ class Server:
 
 
 def _key(url: str) -> str:
-    credentials.take(os.environ)
+    unreadable = credentials.take(os.environ)
     try:
         auth = wbauth.authenticate_session(host=url, source="sidestep", prompt=False, update_session=False)
     except wandb.errors.Error as error:
         raise Retry(f"the API key can not be used: {error}", after_s=5.0, lasting=True) from None
     if not isinstance(auth, wbauth.AuthApiKey):
-        raise Retry(f"there is no API key for {url}; `wandb login` or WANDB_API_KEY sets one", lasting=True)
+        hint = unreadable or "`wandb login` or WANDB_API_KEY sets one"
+        raise Retry(f"there is no API key for {url}; {hint}", lasting=True)
     return auth.api_key
 
 
