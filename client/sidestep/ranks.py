@@ -20,7 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sidestep import lives
 from sidestep.notices import say
+from sidestep.spill import own_folder
 from sidestep.wire import MAX_NAME_CHARS
 
 REQUEUED = 1000
@@ -52,12 +54,16 @@ class Here:
     """When a process began."""
     above: Callable[[int], Iterable[Sequence[str]]]
     """The words of a process's command and of those it descends from, the nearest first."""
+    lives: Callable[[str], int] = lambda _: 0
+    """Which life of the process of a local rank this is under a torchrun, from 1 on; 0 where nobody can tell."""
 
     @classmethod
     def now(cls) -> Here:
         """Of this process."""
         node = os.uname().nodename
-        return cls(pid=os.getpid(), parent=os.getppid(), node=node, started=start_of, above=commands_above)
+        return cls(
+            pid=os.getpid(), parent=os.getppid(), node=node, started=start_of, above=commands_above, lives=_lives
+        )
 
     def born(self, leader: int) -> str:
         """A name for a process that no other one has or had."""
@@ -93,7 +99,7 @@ def identify(
         node=(said.text(NODE, *launcher.node) or here.node or said.text("HOSTNAME"))[:MAX_NAME_CHARS],
         pid=here.pid,
         launch=(launch or found)[:MAX_NAME_CHARS],
-        attempt=_attempt(said, launcher),
+        attempt=_attempt(said, launcher, here),
     )
 
 
@@ -127,6 +133,18 @@ def start_of(pid: int) -> str:
     except OSError:
         return "0"
     return status.rpartition(")")[2].split()[19]
+
+
+def parent_of(pid: int) -> int:
+    """The process that started another one; 0 where nobody can tell."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return 0
+
+
+def _lives(local_rank: str) -> int:
+    return lives.count(local_rank, folder=own_folder(), started=start_of, parent_of=parent_of)
 
 
 def commands_above(pid: int) -> Iterator[list[str]]:
@@ -409,9 +427,11 @@ def _is_on_one_node(said: _Said, launcher: Launcher, world: int) -> bool:
     return (said.number(*launcher.local_world) or 0) >= world
 
 
-def _attempt(said: _Said, launcher: Launcher) -> int:
+def _attempt(said: _Said, launcher: Launcher, here: Here) -> int:
     """How often these processes were started before: it only grows, over restarts and over requeues of the job."""
     requeues, restarts = said.number("SLURM_RESTART_COUNT") or 0, said.number(*launcher.restarts)
+    if restarts is not None and (said.number("GROUP_WORLD_SIZE") or 1) > 1:
+        restarts = max(restarts, here.lives(said.text(*launcher.local)) - 1)
     return requeues if restarts is None else requeues * REQUEUED + restarts
 
 

@@ -258,13 +258,19 @@ def private_folder() -> Path:
     return base.absolute() / f"sidestep-{os.geteuid()}" / "spill"
 
 
+def own_folder() -> Path | None:
+    """What is this user's alone on this node, made; None if it can not be."""
+    folder = private_folder().parent
+    return folder if _is_private(folder) else None
+
+
 def folders(run_dir: str | None) -> list[Path]:
     """Where a worker may spill, the best place first; made, and ours alone."""
     found = []
     if run_dir is not None and _is_private(own := folder_of_run(Path(run_dir))):
         found.append(own)
     private = private_folder()
-    if _is_private(private.parent) and _is_private(private):
+    if own_folder() and _is_private(private):
         found.append(private)
     return found
 

@@ -22,6 +22,7 @@ from sidestepd.processes import read_json
 from sidestepd.rundir import newest_run_dir
 from tests.support.chaos import steps_of_ranks
 from tests.support.daemons import HeldRow, killed, read_jsonl
+from tests.support.elastic import CRASHED_AT, SAVED_AT, STEPS
 from tests.support.namespaces import CUTS, ROOT, Network, missing
 from tests.support.proxy import Proxy
 from tests.support.waiting import eventually
@@ -250,6 +251,39 @@ class TestWorkersOfAllNodes:
         assert 0 == head.wait(DEADLINE_S), network.log()
 
         assert_whole(cluster)
+
+
+class TestATorchrunThatStartsAgain:
+    def test_on_all_nodes_is_a_second_attempt_of_all_ranks(self, cluster: Cluster, tmp_path: Path):
+        """It counts that on the node where a rank crashed alone."""
+        words = [
+            *elastic_options(),
+            "--",
+            "torchrun",
+            f"--nnodes={NODES}",
+            "--nproc-per-node=1",
+            "--max-restarts=1",
+        ]
+        words += ["--monitor-interval=0.1", "--rdzv-backend=c10d", "--rdzv-endpoint=node0:29517", "--rdzv-id=7"]
+        words += ["-m", "tests.support.elastic", "--together", "--checkpoint", str(tmp_path / "checkpoint")]
+        run = [*SIDESTEP, "run", "--dir", str(cluster.shared)]
+        commands = [cluster.network.start(node, [*run, *words], ENVIRONMENT) for node in range(NODES)]
+
+        assert [0] * NODES == [command.wait(DEADLINE_S) for command in commands], cluster.network.log()
+
+        rows, report = cluster.rows(), status.report(cluster.run_dir)
+        first, second = ([row for row in rows if row.values["life"] == life] for life in (0, 1))
+        assert list(range(CRASHED_AT)) == [row.values["global_step"] for row in first]
+        assert list(range(SAVED_AT, STEPS)) == [row.values["global_step"] for row in second]
+        assert {NODES} == {row.values["ranks"] for row in rows}
+        again = [row.values["global_step"] for row in rows if row.values.get("sidestep/attempt") == 1]
+        assert list(range(SAVED_AT, CRASHED_AT)) == again
+        assert (0, True, 0) == (report.late_rows, report.ledger.balances, report.ledger.pending)
+
+
+def elastic_options() -> list[str]:
+    options = {**OPTIONS, "reduce.ranks": "sum", "reduce.life": "max"}
+    return [word for name, value in options.items() for word in ("--set", f"{name}={value}")]
 
 
 class TestAnIndexedJob:

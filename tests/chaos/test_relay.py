@@ -240,6 +240,39 @@ class TestARelayThatIsStopped:
             assert (True, 0) == (ledger.balances, ledger.pending)
 
 
+class TestARelayWhoseDiskIsLost:
+    @pytest.mark.parametrize("lost", ["spool.db", "delivery.db"])
+    def test_tells_above_what_is_missing(self, tmp_path: Path, lost: str):
+        """Of its spool: what nobody else has. Of what it knows of its way up: nothing, as it asks above."""
+        with Topology(tmp_path, order__patience_s=1.0, nodes=1) as nodes:
+            relay, proxy = nodes.relays[0], nodes.proxies[0]
+            worker = relay.worker(node="node0")
+            worker.hello()
+            worker.log(*range(5))
+            eventually(lambda: nodes.rows_of_head() == 5, DEADLINE_S, nodes.log)
+            proxy.set(REFUSE)
+            worker.log(*range(5, 15))
+            relay.kill()
+            for path in relay.home.glob(f"{lost}*"):
+                path.unlink()
+            relay.start()
+            worker.hello()
+            worker.log(*range(15, 20))
+            worker.bye(exit_code=0)
+            eventually(lambda: proxy.refused > 0, DEADLINE_S, nodes.log)
+            proxy.set(PASS)
+            nodes.finish()
+
+            gone = range(5, 15) if lost == "spool.db" else ()
+            assert [step for step in range(20) if step not in gone] == nodes.head.steps()
+            head, below = nodes.ledgers()
+            assert (20, len(gone)) == (head.offered, head.dropped.get("spool_lost", 0)), (head, below)
+            assert (True, True, 0, 0) == (head.balances, below.balances, head.pending, below.pending), (
+                head,
+                below,
+            )
+
+
 QUICK_HEARTS = {"intake__heartbeat_s": 1.0}
 
 

@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 from sidestepd import status
+from tests.support.cgroups import bounded, group_of
 from tests.support.daemons import freeze
 from tests.support.machines import Machine
-from tests.support.memory import bounded, group_of
 from tests.support.units import (
     KEY,
     QUICK,

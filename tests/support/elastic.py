@@ -21,7 +21,9 @@ def main() -> int:
     """One life of one rank."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--checkpoint", type=Path, required=True)
-    checkpoint: Path = parser.parse_args().checkpoint
+    parser.add_argument("--together", action="store_true", help="the others wait for the one that crashes")
+    options = parser.parse_args()
+    checkpoint: Path = options.checkpoint
     rank = int(os.environ["RANK"])
     run = sidestep.init(project="elastic")
     run.define_metric("mine", reduce="per_rank")
@@ -29,9 +31,14 @@ def main() -> int:
     for step in range(first, STEPS):
         if step == SAVED_AT and rank == 0 and first == 0:
             checkpoint.write_text(str(step))
+        if step == CRASHED_AT and rank != 1 and first == 0 and options.together:
+            run.flush(30.0)
+            checkpoint.with_name(f"waits{rank}").touch()
+            time.sleep(3600)  # as in a collective, until torchrun ends it
         if step == CRASHED_AT and rank == 1 and first == 0:
             run.flush(30.0)
-            while not checkpoint.exists():
+            others = int(os.environ["WORLD_SIZE"]) - 1 if options.together else 0
+            while not checkpoint.exists() or len(list(checkpoint.parent.glob("waits*"))) < others:
                 time.sleep(0.01)
             raise RuntimeError("a crash that the checkpoint was made for")
         run.log({"mine": step, "life": 1 if first else 0, "ranks": 1}, step=step)

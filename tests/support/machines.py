@@ -19,6 +19,7 @@ from typing import Self
 
 import psutil
 
+from tests.support.cgroups import OwnGroup
 from tests.support.waiting import eventually
 from tests.support.workshop import do
 
@@ -40,12 +41,15 @@ class Machine:
         self._process: subprocess.Popen[bytes] | None = None
         self._init = 0
         self._clients: list[subprocess.Popen[str]] = []
+        self._group = OwnGroup(name)
 
     def __enter__(self) -> Self:
         binds = [f"--bind-ro={here}:{there}" for here, there in self._shared.items()]
         binds += [] if self.home == self.tree / "home" else [f"--bind={self.home}:/home"]
+        self._group.make()
         self._process = subprocess.Popen(
             [
+                *self._group.inside(),
                 *("systemd-nspawn", "--quiet", "--boot", f"--directory={self.tree}", f"--machine={self.name}"),
                 *("--private-network", "--register=no", "--keep-unit", "--console=pipe", *binds),
             ],
@@ -78,6 +82,7 @@ class Machine:
         for client in self._clients:  # whose pipes are closed only now
             client.kill()
             client.communicate()
+        self._group.remove()
 
     def reboot(self) -> None:
         """Power off, and on again: every process there ends, and what is enabled begins."""

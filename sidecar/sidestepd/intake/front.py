@@ -324,4 +324,4 @@ def _bind(socket: zmq.Socket[bytes], address: str) -> None:
             if error.errno == EADDRINUSE
             else ""
         )
-        raise SettingsError(f"can not listen at {address}: {error.strerror}{taken}") from None
+        raise SettingsError(f"can not listen at {address}: {zmq.strerror(error.errno or 0)}{taken}") from None

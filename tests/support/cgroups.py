@@ -1,14 +1,17 @@
-"""A bound on the memory of a service's processes, by the kernel: who outgrows it is killed.
+"""Control groups: one of its own for a booted system, and a bound on the memory of a service's processes.
 
     with bounded(service, 48) as group:
         eventually(lambda: group.kills() > 0, ...)
 
-A service has a group of control groups version 2 from systemd. Where memory is a controller of version 1 still,
-systemd sets no bound, and the processes are put into a group of version 1 for the time of the block.
+- two systems in one group would take each other's services for theirs, which are called alike
+- a service has a group of version 2 from systemd. Where memory is a controller of version 1 still, systemd sets no
+  bound, and the processes are put into a group of version 1 for the time of the block
 """
 
 from __future__ import annotations
 
+import os
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +21,33 @@ import psutil
 import pytest
 
 MOUNT = Path("/sys/fs/cgroup")
+UNIFIED = MOUNT / "unified" if (MOUNT / "unified").is_dir() else MOUNT
 MIB = 1024 * 1024
+
+
+class OwnGroup:
+    """A group below ours, in the hierarchies that systemd keeps its services in."""
+
+    def __init__(self, name: str) -> None:
+        places, mounts = _places(os.getpid()), {"": UNIFIED, "name=systemd": MOUNT / "systemd"}
+        self._folders = [mounts[it] / places[it] / f"{name}-{os.getpid()}" for it in mounts if it in places]
+
+    def make(self) -> None:
+        """There must be none of the name."""
+        for folder in self._folders:
+            folder.mkdir()
+
+    def inside(self) -> list[str]:
+        """What comes before a command so that it begins there."""
+        enter = "".join(f"echo 0 > {shlex.quote(str(folder))}/cgroup.procs && " for folder in self._folders)
+        return ["sh", "-c", f'{enter}exec "$@"', "sh"]
+
+    def remove(self) -> None:
+        """With all below it; no process may be left."""
+        for folder in self._folders:
+            for inner in sorted(folder.rglob("*/"), reverse=True):
+                inner.rmdir()
+            folder.rmdir()
 
 
 class Group(NamedTuple):
@@ -36,7 +65,7 @@ class Group(NamedTuple):
 
 def group_of(pid: int) -> Group | None:
     """That of version 2 that a process is in; None where memory is no controller of it."""
-    folder = MOUNT / _places(pid)[""]
+    folder = UNIFIED / _places(pid)[""]
     found = Group(folder / "memory.max", folder / "memory.current", folder / "memory.events")
     return found if found.limit.exists() else None
 
