@@ -121,6 +121,25 @@ class TestDocker:
 
         do("check-jsonschema", "--builtin-schema", "vendor.compose-spec", *files)
 
+    @pytest.mark.deploy
+    def test_gpus_are_added_to_what_is_there(self, tmp_path):
+        """The two files together, as compose merges them."""
+        need("podman-compose", "check-jsonschema")
+        files = [DEPLOY / "docker" / name for name in ("compose.yaml", "compose.gpu.yaml")]
+        environ = os.environ | {"TRAIN_IMAGE": "training"}
+        merged = do("podman-compose", "-f", files[0], "-f", files[1], "config", env=environ)
+        (tmp_path / "merged.yaml").write_text(merged)
+
+        do("check-jsonschema", "--builtin-schema", "vendor.compose-spec", tmp_path / "merged.yaml")
+
+        services = yaml.safe_load(merged)["services"]
+        for name, wanted in (("daemon", "utility"), ("train", "gpu")):
+            (device,) = services[name]["deploy"]["resources"]["reservations"]["devices"]
+            assert wanted in device["capabilities"]
+        assert (True, "ipc:///run/sidestep/daemon.sock") == (
+            services["daemon"]["read_only"], services["train"]["environment"]["SIDESTEP_ADDRESS"]
+        )  # fmt: skip
+
     def test_dockerfile_has_nothing_that_hadolint_minds(self):
         need("hadolint")
 
