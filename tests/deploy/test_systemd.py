@@ -79,6 +79,7 @@ def typed(at: int) -> str:
 
 WHERE = ("env", "--chdir=/srv/ours", "PIP_NO_INDEX=1", "PIP_FIND_LINKS=/wheels", "PIP_QUIET=1")
 """Where it is typed; packages come from here."""
+INSTALL_S = 600.0
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +100,7 @@ def machine(tree: Path, disk: Path, workshop: Workshop) -> Iterator[Machine]:
     """It, booted, and the unit installed by what is to be typed for that; the unit is stopped."""
     shared = {ROOT: "/sidestep", DEPLOY: "/srv/ours/deploy", workshop.wheels: "/wheels"}
     with Machine(tree, "sidestep-systemd", shared) as machine:
-        machine.do(*WHERE, "sh", "-e", "/root/typed")
+        machine.do(*WHERE, "sh", "-e", "/root/typed", limit_s=INSTALL_S)
         assert ("active", "enabled") == (machine.show(UNIT, "ActiveState"), machine.show(UNIT, "UnitFileState"))
         machine.do("systemctl", "stop", UNIT)
         (tree / "etc/sidestep/train.env").write_text(lines(QUICK))
@@ -473,7 +474,7 @@ class TestAUserOfTheirOwn:
         (machine.tree / "home/alice/.config/sidestep/train.env").write_text(lines(QUICK))
         machine.do("chown", "-R", "alice:", "/home/alice")
 
-        machine.do(*session, "sh", "-e", "/home/alice/typed", user="alice")
+        machine.do(*session, "sh", "-e", "/home/alice/typed", user="alice", limit_s=INSTALL_S)
 
         state = machine.tree / "home/alice/.local/state/sidestep/train"
         training = Trained(machine, "own", address=f"ipc://{runtime}/sidestep-train/daemon.sock", state=state)

@@ -130,19 +130,20 @@ class Machine:
             do(*inside, "address", "add", address, "dev", "cable")
             do(*inside, "link", "set", "cable", "up")
 
-    def run(self, *words: str, user: str = "root") -> subprocess.CompletedProcess[str]:
+    def run(self, *words: str, user: str = "root", limit_s: float = WAIT_S) -> subprocess.CompletedProcess[str]:
         """What it said, and how it ended."""
         return subprocess.run(
-            self.words(*words, user=user), stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=WAIT_S
-        )
+            self.words(*words, user=user),
+            stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=limit_s,
+        )  # fmt: skip
 
     def ask(self, *words: str, user: str = "root") -> str:
         """Its output, however it ended."""
         return self.run(*words, user=user).stdout
 
-    def do(self, *words: str, user: str = "root") -> str:
+    def do(self, *words: str, user: str = "root", limit_s: float = WAIT_S) -> str:
         """Its output; it must succeed."""
-        done = self.run(*words, user=user)
+        done = self.run(*words, user=user, limit_s=limit_s)
         assert done.returncode == 0, f"{words}: {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done.stdout
 
