@@ -52,7 +52,8 @@ def _collect(
     left = spill.reopen(path)
     if left is None:
         return Collected(path=path)
-    if left.hello.run != run and not any_run:
+    named = left.hello.run or left.hello.settings.get("id")  # by the environment, or by `init(id=...)`
+    if (not named or named != run) and not any_run:
         left.close()
         return Collected(path=path)
     why = _hand_on(left, endpoint, run, notices, stall_s)

@@ -152,11 +152,10 @@ def commands_above(pid: int) -> Iterator[list[str]]:
     while pid > 1:
         try:
             words = Path(f"/proc/{pid}/cmdline").read_bytes()
-            status = Path(f"/proc/{pid}/stat").read_text()
         except OSError:
             return
         yield words.decode(errors="replace").split("\0")
-        pid = int(status.rpartition(")")[2].split()[1])
+        pid = parent_of(pid)
 
 
 class _Said:

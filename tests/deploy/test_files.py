@@ -121,6 +121,25 @@ class TestDocker:
 
         do("check-jsonschema", "--builtin-schema", "vendor.compose-spec", *files)
 
+    @pytest.mark.deploy
+    def test_gpus_are_added_to_what_is_there(self, tmp_path):
+        """The two files together, as compose merges them."""
+        need("podman-compose", "check-jsonschema")
+        files = [DEPLOY / "docker" / name for name in ("compose.yaml", "compose.gpu.yaml")]
+        environ = os.environ | {"TRAIN_IMAGE": "training"}
+        merged = do("podman-compose", "-f", files[0], "-f", files[1], "config", env=environ)
+        (tmp_path / "merged.yaml").write_text(merged)
+
+        do("check-jsonschema", "--builtin-schema", "vendor.compose-spec", tmp_path / "merged.yaml")
+
+        services = yaml.safe_load(merged)["services"]
+        for name, wanted in (("daemon", "utility"), ("train", "gpu")):
+            (device,) = services[name]["deploy"]["resources"]["reservations"]["devices"]
+            assert wanted in device["capabilities"]
+        assert (True, "ipc:///run/sidestep/daemon.sock") == (
+            services["daemon"]["read_only"], services["train"]["environment"]["SIDESTEP_ADDRESS"]
+        )  # fmt: skip
+
     def test_dockerfile_has_nothing_that_hadolint_minds(self):
         need("hadolint")
 
@@ -188,7 +207,9 @@ class TestManifests:
                 targets = {port["targetPort"] for port in spec["ports"]}
                 assert targets <= ports(selected(manifests, spec["selector"])).keys(), one
             if one["kind"] == "NetworkPolicy":
-                numbers = {port["port"] for rule in spec["ingress"] for port in rule["ports"]}
+                numbers = {port["port"] for rule in spec["ingress"] for port in rule.get("ports", ())}
+                if overlay.name == "indexed":
+                    numbers = {7711}  # and every other
                 assert numbers == set(ports(selected(manifests, spec["podSelector"]["matchLabels"])).values()), one
             if one["kind"] == "ServiceMonitor":
                 services = [
@@ -206,7 +227,8 @@ class TestManifests:
             assert pod["spec"]["securityContext"]["fsGroup"] == 10001  # who may read them then
             for container in [*pod["spec"].get("initContainers", []), *pod["spec"]["containers"]]:
                 mounted = {one["name"] for one in container.get("volumeMounts", [])} & set(secrets)
-                assert not mounted or container in daemons(pod) or container["name"] == "drain"
+                runs = container.get("command", [])[:2] == ["sidestep", "run"]
+                assert not mounted or container in daemons(pod) or container["name"] == "drain" or runs
                 assert "WANDB_API_KEY" not in str(container)
 
 

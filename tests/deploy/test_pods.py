@@ -341,6 +341,50 @@ class TestAHead:
         assert (0, 0) == (below.exit_code("sidestep"), above.exit_code("sidestep")), told()
 
 
+class TestAnIndexedJob:
+    def test_is_one_run_of_all_its_pods(self, cluster):
+        """By `sidestep run` alone: keys of the job's secret, the first pod by its service's name for it."""
+        cluster.podman.do(
+            "run", "--detach", "--name=net", "--network=none", "--entrypoint=sleep", IMAGE, "infinity"
+        )
+        network = f"ns:/proc/{cluster.podman.processes('net')[0].pid}/ns/net"
+        cluster.secret("sidestep-job", secret=b"s" * 64)
+        path = "/spec/template/spec"
+        words = ["sidestep", "run", "--", "python3", "-c", TRAIN, "/until"]
+        patch = [
+            {"op": "replace", "path": f"{path}/containers/0/command", "value": words},
+            {"op": "replace", "path": f"{path}/containers/0/image", "value": f"sidestep:{__version__}"},
+            {"op": "add", "path": f"{path}/containers/0/env/-",
+             "value": {"name": "SIDESTEP_ADDRESS", "value": ""}},  # which a training's image has not
+            {"op": "add", "path": f"{path}/containers/0/volumeMounts/-",
+             "value": {"name": "until", "mountPath": "/until"}},
+            {"op": "add", "path": f"{path}/volumes/-",
+             "value": {"name": "until", "hostPath": {"path": "/until", "type": "Directory"}}},
+        ]  # fmt: skip
+        for node in ("node0", "node1"):
+            (cluster.folder / "nodes" / node / "until").mkdir(parents=True)
+            (cluster.folder / "nodes" / node / "until").chmod(0o777)
+        job = one(overlay(cluster, "indexed", [{"target": {"kind": "Job"}, "patch": json.dumps(patch)}]), "Job")
+        pods = [Pod(cluster, job, f"training-{n}", node=f"node{n}", network=network, index=str(n)) for n in (0, 1)]
+
+        for pod in pods:
+            pod.start()
+
+        state = pods[0].volume("state")
+
+        def told() -> str:
+            return "\n".join(pod.logs("train") for pod in pods)
+
+        reaches(state, "training", 50, told)
+        for pod in pods:
+            (pod.volume("until") / "until").touch()
+        assert [0, 0] == [pod.exit_code("train") for pod in pods], told()
+        steps = [int((pod.volume("until") / "checkpoint").read_text()) for pod in pods]
+        report = assert_whole(state, "training", max(steps))
+        workers = {(it.node, it.rank) for it in report.sessions if it.role == "worker"}
+        assert {("training-0", 0), ("training-1", 1)} == workers
+
+
 def keygen(cluster: Cluster) -> None:
     """Make keys, and the two secrets of them."""
     keys = cluster.folder / "keys"

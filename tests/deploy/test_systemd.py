@@ -393,8 +393,9 @@ class TestWhatWasTyped:
 
     def test_comes_up_with_the_machine_and_an_interrupted_run_with_it(self, machine):
         """Whoever trains is killed by the machine's end; what they said is there."""
+        (machine.tree / "etc/sidestep/train.env").write_text(lines([*QUICK, "GRACE_S=3"]))
         machine.do("systemctl", "start", UNIT)
-        training = Trained(machine, "rebooted")
+        training = Trained(machine, "rebooted")  # in no session: only the end of all ends it
         training.reaches(30)
 
         machine.reboot()
@@ -413,6 +414,7 @@ class TestWhatWasTyped:
         after.reaches(10)
         after.is_whole(after.ends())
         machine.do("systemctl", "stop", UNIT)
+        (machine.tree / "etc/sidestep/train.env").write_text(lines(QUICK))
 
     def test_bad_option_fails_the_unit_at_once_and_is_named(self, machine):
         (machine.tree / "etc/sidestep/train.env").write_text(lines([*QUICK, "SIDESTEP_ORDER_PATIENCE_S=-1"]))

@@ -110,6 +110,18 @@ class TestWithoutADaemon:
         assert "passed over" in collected.stderr
         assert 0 == only_run(here).rows
 
+    def test_a_run_that_its_worker_named_has_what_is_its_own_and_nobody_else(self, here: Path):
+        call(sys.executable, "-c", LOG_FIVE.replace("init(", 'init(id="mine", '))
+
+        passed_by = call(*SIDESTEP, "run", "--id", "other", "--", *SIDESTEP, "collect", "--run", "other")
+        left = len(spill.waiting(spill.private_folder()))
+        call(*SIDESTEP, "run", "--id", "mine", "--", *SIDESTEP, "collect", "--run", "mine")
+
+        (other,), (mine,) = (list((here / "sidestep-runs").glob(f"*-{id_}")) for id_ in ("other", "mine"))
+        assert (0, 1) == (passed_by.returncode, left)
+        assert (0, 5, True) == (report(other).rows, report(mine).rows, report(mine).ledger.balances)
+        assert [] == spill.waiting(spill.private_folder())
+
 
 class TestValuesLeftOut:
     def test_they_are_told_at_the_end_and_by_status(self, here: Path):

@@ -26,7 +26,7 @@ Manifest = Mapping[str, Any]
 _OF_A_POD = {
     "serviceAccountName", "automountServiceAccountToken", "restartPolicy", "terminationGracePeriodSeconds",
     "securityContext", "initContainers", "containers", "volumes", "priorityClassName", "nodeSelector",
-    "tolerations", "runtimeClassName",
+    "tolerations", "runtimeClassName", "subdomain",
 }  # fmt: skip
 _OF_A_CONTAINER = {
     "name", "image", "command", "args", "env", "envFrom", "ports", "volumeMounts", "securityContext", "resources",
@@ -85,7 +85,7 @@ class Pod:
     """One pod of a workload."""
 
     def __init__(
-        self, cluster: Cluster, workload: Manifest, name: str, *, node: str, network: str = "none"
+        self, cluster: Cluster, workload: Manifest, name: str, *, node: str, network: str = "none", index: str = ""
     ) -> None:
         self.cluster, self.name, self._node, self._network = cluster, name, node, network
         template = workload["spec"]["template"]
@@ -94,6 +94,11 @@ class Pod:
         self._labels = dict(template.get("metadata", {}).get("labels", {}))
         if workload["kind"] == "Job":
             self._labels["batch.kubernetes.io/job-name"] = workload["metadata"]["name"]
+        self._index = index
+        if "subdomain" in self.spec:
+            whole = f"{name}.{self.spec['subdomain']}"
+            hosts = self.cluster.hosts.read_text()
+            self.cluster.hosts.write_text(f"{hosts}127.0.0.1 {whole}.default.svc.cluster.local {whole} {name}\n")
         self._group = self.spec.get("securityContext", {}).get("fsGroup")
         inits = self.spec.get("initContainers", [])
         self.sidecars = [one["name"] for one in inits if one.get("restartPolicy") == "Always"]
@@ -166,7 +171,7 @@ class Pod:
         ]
         return [
             f"--name={self.called(container['name'])}", f"--network={self._network}", "--no-hosts",
-            *([f"--hostname={self.name}"] if self._network == "none" else []),
+            *([] if self._network.startswith("container:") else [f"--hostname={self.name}"]),
             f"--volume={self.cluster.hosts}:/etc/hosts:ro", *self._locks(container.get("securityContext", {})),
             *(f"--env={name}={value}" for name, value in self._environ(container).items()), *mounts, *entry,
             image, *container.get("args", []),
@@ -187,15 +192,21 @@ class Pod:
         for source in container.get("envFrom", []):
             environ |= self.cluster.of("ConfigMap", source["configMapRef"]["name"])["data"]
         for one in container.get("env", []):
-            environ[one["name"]] = (
-                one["value"] if "value" in one else self._field(one["valueFrom"]["fieldRef"]["fieldPath"])
-            )
-        return environ
+            match one:
+                case {"value": value}:
+                    environ[one["name"]] = value
+                case {"valueFrom": {"secretKeyRef": {"name": name, "key": key}}}:
+                    environ[one["name"]] = base64.b64decode(self.cluster.of("Secret", name)["data"][key]).decode()
+                case {"valueFrom": {"fieldRef": {"fieldPath": path}}}:
+                    environ[one["name"]] = self._field(path)
+        return environ | ({"JOB_COMPLETION_INDEX": self._index} if self._index else {})
 
     def _field(self, path: str) -> str:
         if path == "spec.nodeName":
             return self._node
         kind, _, name = path.removesuffix("']").partition("['")
+        if (kind, name) == ("metadata.annotations", "batch.kubernetes.io/job-completion-index"):
+            return self._index
         assert kind == "metadata.labels", path
         return str(self._labels[name])
 
