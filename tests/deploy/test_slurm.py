@@ -263,6 +263,21 @@ class TestManyNodes:
         workers = [one for path in job.run_dirs() for one in status.report(path).sessions if one.role == "worker"]
         assert {("node1", 0), ("node2", 1)} == {(one.node, one.rank) for one in workers}
 
+    def test_a_job_with_a_task_for_each_rank_is_a_run_too(self, cluster):
+        job = Job(cluster, "ranks", "many.sh", "--ntasks-per-node=2")
+        job.begins(tasks=4)
+        job.reaches(50)
+        (job.folder / "until").touch()
+        job.ends()
+
+        job.is_whole()
+        (run_dir,) = job.run_dirs()
+        sessions = status.report(run_dir).sessions
+        ranks = {(one.node, one.rank) for one in sessions if one.role == "worker"}
+        assert {("node1", 0), ("node1", 1), ("node2", 2), ("node2", 3)} == ranks
+        assert ["node2"] == [one.node for one in sessions if one.role == "relay"]
+        assert not list(run_dir.parent.glob(".*/*"))  # keys, and relays
+
     def test_a_job_whose_first_node_is_killed_is_finished_with_what_the_other_one_kept(self, cluster):
         """The other's training is told to end, and says its last to a relay that has nobody to hand it on to."""
         job = Job(cluster, "beheaded", "many.sh")

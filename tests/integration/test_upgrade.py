@@ -9,7 +9,24 @@ from pathlib import Path
 
 import pytest
 
-from sidestep.wire import NO_SESSION, VERSION, Ack, Bye, Frame, Hello, Message, Refuse, Status, Welcome, decode
+from sidestep.wire import (
+    NO_SESSION,
+    VERSION,
+    Ack,
+    Bye,
+    Frame,
+    Hello,
+    Message,
+    Refuse,
+    Status,
+    Welcome,
+    Wrapper,
+    decode,
+    encode,
+    limits,
+    unwrap,
+    version_of,
+)
 from sidestep.wire.limits import OLDEST_VERSION
 from sidestepd import status
 from sidestepd.processes import read_json
@@ -51,6 +68,41 @@ class TestTakenUp:
         ]
         assert "finished" == read_json(run.run_dir / "run.json")["state"]
         assert json.dumps({"config": CONFIG}) in (run.run_dir / "rows.jsonl").read_text()
+
+
+NEXT = f"""
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("sidestep.wire.limits", {str(Path(limits.__file__))!r})
+module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+module.OLDEST_VERSION, module.VERSION = module.VERSION, module.VERSION + 1
+"""
+"""A process that runs this first is of the version after ours."""
+
+
+class TestTheVersionAfterThis:
+    def test_answers_workers_and_relays_of_this_one_in_theirs(self, tmp_path: Path):
+        """They read no other, and would give up what they have."""
+        (tmp_path / "sitecustomize.py").write_text(NEXT)
+        with TakenUp(FOLDER / str(VERSION), tmp_path / "run") as run:
+            run.environment = {"PYTHONPATH": str(tmp_path)}
+            run.start(ready=False)
+            worker, relay = run.worker(session=NO_SESSION), run.worker()
+            for parts in messages(FOLDER / str(VERSION)):
+                worker.send(parts)
+                while not _answered(decode(parts), worker):
+                    pass
+            wrapper = Wrapper(relay.session)
+            wrapper.add(encode(Hello(session=relay.session, role="relay", launch="relay", node="n")))
+            relay.send(wrapper.close())
+            answer = relay.receive()
+            finished = run.finish()
+
+        assert 0 == finished
+        assert [VERSION, VERSION] == [version_of(answer), *map(version_of, unwrap(answer))]
+        assert [Welcome] == [type(decode(inner)) for inner in unwrap(answer)]
+        assert list(range(STEPS)) == [row.values["global_step"] for row in run.rows() if "loss" in row.values]
+        assert status.report(run.run_dir).ledger.balances
 
 
 def _answered(said: Message, worker: RawWorker) -> bool:

@@ -1,7 +1,7 @@
 """The protocol between worker and daemon, as values and bytes. FORMAT.md draws it."""
 
 from sidestep.wire.envelope import Wrapped, Wrapper, contents, is_envelope, unwrap
-from sidestep.wire.header import NO_SESSION, VersionError, checksum, session_of
+from sidestep.wire.header import NO_SESSION, VersionError, checksum, session_of, spoken_in, version_of
 from sidestep.wire.limits import (
     END_OF_STEPS,
     MAX_CHUNK_BYTES,
@@ -14,6 +14,7 @@ from sidestep.wire.limits import (
     MAX_NAME_CHARS,
     MAX_RECORD_BYTES,
     MAX_TEXT_CHARS,
+    OLDEST_VERSION,
     VERSION,
 )
 from sidestep.wire.messages import (
@@ -55,6 +56,7 @@ __all__ = [
     "MAX_RECORD_BYTES",
     "MAX_TEXT_CHARS",
     "NO_SESSION",
+    "OLDEST_VERSION",
     "RELAY",
     "SAMPLER",
     "VERSION",
@@ -84,5 +86,7 @@ __all__ = [
     "encode_record",
     "is_envelope",
     "session_of",
+    "spoken_in",
     "unwrap",
+    "version_of",
 ]

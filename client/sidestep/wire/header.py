@@ -116,6 +116,18 @@ def session_of(parts: Sequence[bytes]) -> bytes:
     return raw[_SESSION] if raw[:2] == MAGIC and len(raw) >= _SESSION.stop else NO_SESSION
 
 
+def version_of(parts: Sequence[bytes]) -> int:
+    """The version that a message says it is of; ours for what is no message."""
+    raw = parts[0] if parts else b""
+    return raw[2] if len(raw) > 2 and raw[:2] == MAGIC else VERSION
+
+
+def spoken_in(version: int, parts: Sequence[bytes]) -> list[bytes]:
+    """The same message in an older version. As yet nothing but the number differs."""
+    raw, *rest = parts
+    return [raw[:2] + bytes((version,)) + raw[3:], *rest]
+
+
 def checksum(body: bytes) -> int:
     """The crc32 of a body."""
     return zlib.crc32(body)

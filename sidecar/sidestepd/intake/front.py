@@ -5,6 +5,7 @@
 - what comes from no worker is a tool's question, answered here for the whole process
 - a session belongs to who said HELLO first: what is said for it with another key is refused (clients.py)
 - who wraps messages is answered likewise: all that is said to it in one turn is one message
+- who speaks an older version is answered in it
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from sidestep.sender import OPTIONS
 from sidestep.wire import (
     MAX_ENVELOPE_BYTES,
     NO_SESSION,
+    OLDEST_VERSION,
+    VERSION,
     Acks,
     Hello,
     Message,
@@ -41,6 +44,8 @@ from sidestep.wire import (
     encode,
     is_envelope,
     session_of,
+    spoken_in,
+    version_of,
 )
 from sidestepd import addresses
 from sidestepd.clients import LOCAL, may_speak
@@ -53,7 +58,7 @@ KEEPALIVE = (zmq.TCP_KEEPALIVE, zmq.TCP_KEEPALIVE_IDLE, zmq.TCP_KEEPALIVE_INTVL,
 MOST_AT_ONCE = 512
 """Messages taken from the socket before others get their turn."""
 MOST_WRAPPING = 16_384
-"""Routes of relays that are remembered; a connection more is a route more."""
+"""Routes of relays, and of who speaks otherwise, that are remembered; a connection more is a route more."""
 
 
 class Runs(Protocol):
@@ -112,6 +117,8 @@ class Front:
         self._inbox.set()
         self._wrapping: OrderedDict[bytes, Wrapper] = OrderedDict()
         """By route, what is to be said to who wraps its messages."""
+        self._older: OrderedDict[bytes, int] = OrderedDict()
+        """By route, the version of those who do not speak ours."""
         self._to_post: list[bytes] = []
 
     async def serve(self) -> int:
@@ -133,6 +140,8 @@ class Front:
             self._say(route, parts)
 
     def _say(self, route: bytes, parts: list[bytes]) -> None:
+        if route in self._older:
+            parts = spoken_in(self._older[route], parts)
         wrapper = self._wrapping.get(route)
         if wrapper is None:
             self._post(route, parts)
@@ -154,6 +163,8 @@ class Front:
                 self._post(route, wrapper.close())
 
     def _post(self, route: bytes, parts: Sequence[bytes]) -> None:
+        if route in self._older:  # an envelope is ours until here
+            parts = spoken_in(self._older[route], parts)
         try:
             self.socket.send_multipart([route, *parts], zmq.DONTWAIT)
         except zmq.ZMQError:
@@ -191,10 +202,18 @@ class Front:
         self.send(route, Refuse(session=session_of(parts), code="key", message=gone))
 
     def _take(self, route: bytes, parts: Sequence[bytes], peer: str) -> None:
+        if (version := version_of(parts)) != VERSION:
+            self._note_version(route, version)
         if is_envelope(parts):
             self._unwrap(route, parts, peer)
         else:
             self._handle(route, parts, peer)
+
+    def _note_version(self, route: bytes, version: int) -> None:
+        if OLDEST_VERSION <= version < VERSION:
+            self._older[route] = version
+        if len(self._older) > MOST_WRAPPING:
+            self._older.popitem(last=False)
 
     def _unwrap(self, route: bytes, parts: Sequence[bytes], peer: str) -> None:
         """The messages in it are as if each had come by itself, but that FRAMEs are heard together."""
