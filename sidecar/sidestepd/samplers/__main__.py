@@ -80,14 +80,32 @@ def make_session(run: dict[str, Any]) -> Session:
     )
 
 
-def tell(session: Session, reading: Reading) -> None:
-    """One record of samples, and one for each notice."""
-    if reading.values or reading.gpus is not None:
-        gpus = {} if reading.gpus is None else {"gpus": dict(reading.gpus)}
-        session.send(Kind.SAMPLES, {"values": reading.values, **gpus})
-    for notice in reading.notices:
-        logger.warning("%s: %s", notice.title, notice.text)
-        session.send(Kind.ALERT, {"title": notice.title, "text": notice.text, "level": notice.level})
+class Tell:
+    """Sends what the samplers read, from their threads, until `end`; what is read later was offered to nobody."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._lock = threading.Lock()
+        self._ended = False
+
+    def __call__(self, reading: Reading) -> None:
+        """One record of samples, and one for each notice."""
+        with self._lock:
+            if not self._ended:
+                self._send(reading)
+
+    def end(self) -> None:
+        """Nothing is sent any more when this returns."""
+        with self._lock:
+            self._ended = True
+
+    def _send(self, reading: Reading) -> None:
+        if reading.values or reading.gpus is not None:
+            gpus = {} if reading.gpus is None else {"gpus": dict(reading.gpus)}
+            self._session.send(Kind.SAMPLES, {"values": reading.values, **gpus})
+        for notice in reading.notices:
+            logger.warning("%s: %s", notice.title, notice.text)
+            self._session.send(Kind.ALERT, {"title": notice.title, "text": notice.text, "level": notice.level})
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -106,11 +124,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     directory: Path = options.run_dir
     config = Config.from_json((directory / "config.json").read_text())
     session = make_session(read_json(directory / "run.json"))
+    tell = Tell(session)
     interval = options.interval or config.samplers.interval_s
     for sampler in make_samplers(config, directory):
-        pace = Pace(sampler, lambda reading: tell(session, reading), stop, interval_s=interval)
+        pace = Pace(sampler, tell, stop, interval_s=interval)
         threading.Thread(target=pace.run, name=type(sampler).__name__, daemon=True).start()
     stop.wait()
+    tell.end()
     session.finish(LAST_WORD_S, 0)
 
 
