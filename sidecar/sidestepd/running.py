@@ -106,7 +106,10 @@ def _serve_command(words: Sequence[str], environ: Mapping[str, str], part: Alone
 
 
 def _joins_outer_run(environ: dict[str, str]) -> bool:
-    """Whether there is a daemon around us; what a dead one left in the environment is taken out of it."""
+    """Whether there is a daemon around us; what a dead one left in the environment is taken out of it.
+
+    An id that is not of the directory beside it was chosen by somebody since, such as a batch script.
+    """
     address = environ.get("SIDESTEP_ADDRESS")
     if not address:
         return False
@@ -114,8 +117,10 @@ def _joins_outer_run(environ: dict[str, str]) -> bool:
         if control.ask_status(timeout_s=2.0) is not None:
             return True
     say(f"nobody answers at SIDESTEP_ADDRESS={address}: starting a daemon of our own")
-    for name in ("SIDESTEP_ADDRESS", "SIDESTEP_RUN_ID", "SIDESTEP_RUN_DIR"):
-        environ.pop(name, None)
+    environ.pop("SIDESTEP_ADDRESS")
+    run_dir = environ.pop("SIDESTEP_RUN_DIR", "")
+    if run_dir.endswith(f"-{environ.get('SIDESTEP_RUN_ID')}"):
+        environ.pop("SIDESTEP_RUN_ID")
     return False
 
 

@@ -312,14 +312,21 @@ class TestRun:
 
     @pytest.mark.nightly
     def test_an_address_where_nobody_answers_is_said_and_replaced(self, here):
-        gone = f"ipc://{here}/gone.sock"
+        left = {"SIDESTEP_ADDRESS": f"ipc://{here}/gone.sock", "SIDESTEP_RUN_DIR": f"{here}/20261122-101112-old"}
 
-        shown = sidestep(
-            "run", "--", "sh", "-c", "echo $SIDESTEP_RUN_ID", SIDESTEP_ADDRESS=gone, SIDESTEP_RUN_ID="old"
-        )
+        shown = sidestep("run", "--", "sh", "-c", "echo $SIDESTEP_RUN_ID", SIDESTEP_RUN_ID="old", **left)
 
-        assert f"nobody answers at SIDESTEP_ADDRESS={gone}" in shown.stderr
+        assert f"nobody answers at SIDESTEP_ADDRESS={left['SIDESTEP_ADDRESS']}" in shown.stderr
         assert only_run(here).run.id == shown.stdout.strip() != "old"
+
+    @pytest.mark.nightly
+    def test_an_id_that_a_script_chose_is_kept_where_the_daemon_around_it_is_gone(self, here):
+        """As in a job that was submitted from within a run: SLURM hands the environment on."""
+        left = {"SIDESTEP_ADDRESS": f"ipc://{here}/gone.sock", "SIDESTEP_RUN_DIR": f"{here}/20261122-101112-old"}
+
+        sidestep("run", "--", "true", SIDESTEP_RUN_ID="slurm-7", **left)
+
+        assert "slurm-7" == only_run(here).run.id
 
     def test_its_files_and_its_socket_are_for_nobody_else(self, here):
         look = 'stat -c %a "$SIDESTEP_RUN_DIR" "$(dirname "${SIDESTEP_ADDRESS#ipc://}")"'
