@@ -42,10 +42,13 @@ deploy-check: $(VENV)/.test
 	$(PIP) -e '.[deploy-check]'
 	$(BIN)/python -m pytest tests/deploy/test_files.py -q -rs
 
-# Says at its end what it skipped, and why: which package has what is not here.
+# Many sessions, direct and through relays; then deployments, and nodes whose network is cut. Says at its end what
+# it skipped, and why: which package has what is not here.
 deploy-test: $(VENV)/.test
 	$(PIP) -e '.[deploy-test]'
-	$(BIN)/python -m pytest tests/deploy -v -rs
+	$(BIN)/python -m tests.benchmarks.sessions --sessions 256 --seconds 10 --compare 8 && load=0 || load=$$?; \
+	$(BIN)/python -m pytest tests/deploy tests/chaos/test_nodes_apart.py -v -rs && tests=0 || tests=$$?; \
+	exit $$((load | tests))
 
 bench: $(VENV)/.test
 	$(BIN)/python -m tests.benchmarks.hot_path && hot=0 || hot=$$?; \
