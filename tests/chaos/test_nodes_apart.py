@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -38,6 +39,8 @@ pytestmark = [
 NODES, PER_NODE = 3, 2
 CUT_S = float(os.environ.get("SIDESTEP_TEST_CUT_S", "30"))
 DEADLINE_S = 180.0
+HUNDREDS = 300
+"""Records that wait in a relay which is cut off while its ranks go on."""
 OPTIONS = {
     "samplers.enabled": "off",
     "sink.kind": "jsonl",
@@ -102,7 +105,7 @@ class Cluster:
         sessions = status.report(self.run_dir).sessions
         return sum(it.acknowledged for it in sessions if (it.node, it.role) == (f"node{node}", "worker"))
 
-    def seen(self) -> dict[int, dict[str, float]]:
+    def seen(self) -> dict[int, dict[str, Any]]:
         """What each rank saw."""
         return {int(path.name): json.loads(path.read_text()) for path in self.reports.iterdir()}
 
@@ -167,6 +170,36 @@ class TestALinkThatIsCut:
 
         assert waited > 0
         assert_whole(cluster)
+
+
+class TestADaemonThatIsNotReached:
+    def test_while_ranks_reach_each_other_costs_no_row_and_no_call(self, cluster: Cluster):
+        """A firewall between a relay and the head alone: gloo does not notice, and ranks log all the time."""
+        commands, network = cluster.train(), cluster.network
+        cluster.wait_for_rows(100)
+        network.cut_port(2, 0, int(cluster.told_by_head()["remote"].rpartition(":")[2]))
+        cut = time.monotonic()
+        eventually(lambda: cluster.pending(2) >= HUNDREDS, DEADLINE_S, network.log)
+        time.sleep(max(0.0, cut + CUT_S - time.monotonic()))  # a cut has a length
+        waited = cluster.pending(2)
+        network.heal(2, "drop")
+        healed = time.monotonic()
+        eventually(lambda: cluster.pending(2) < waited, DEADLINE_S, network.log)
+        print(f"one port: {waited} records waited; the first was through {time.monotonic() - healed:.1f} s after")
+        cluster.wait_for_rows()
+        end(cluster, commands)
+
+        assert_whole(cluster)
+        calls = [it["calls"] for it in cluster.seen().values()]
+        assert min(sum(cut <= began < healed for began, _ in one) for one in calls) >= HUNDREDS / PER_NODE / 2
+        before = sorted(took for one in calls for began, took in one if began < cut)
+        during = sorted(took for one in calls for began, took in one if cut <= began < healed)
+        p99s = [phase[int(len(phase) * 0.99)] for phase in (before, during)]
+        print(
+            f"log(), p99 of {len(before)} calls before and {len(during)} during the cut: "
+            f"{1e3 * p99s[0]:.2f} and {1e3 * p99s[1]:.2f} ms; the longest {1e3 * during[-1]:.1f} ms"
+        )
+        assert max(p99s) < 0.05, "no call waits for a daemon"
 
 
 class TestKillNine:

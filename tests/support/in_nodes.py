@@ -3,7 +3,8 @@
 torchrun --nnodes 3 ... -m tests.support.in_nodes --until FILE --report DIR
 
 All ranks end at the same step: rank 0 tells the others when FILE is there. Each writes what it saw to DIR/RANK:
-how many steps it took, and the longest that a call of log() took, in seconds.
+how many steps it took, the longest that a call of log() took, and of each call when it began, by the machine's
+monotonic clock, and what it took; in seconds.
 """
 
 from __future__ import annotations
@@ -36,19 +37,20 @@ def main() -> int:
     dist.init_process_group("gloo")
     run = sidestep.init(project="nodes")
     run.define_metric("mine", reduce="per_rank")
-    step, longest, go_on = 0, 0.0, torch.ones(1)
+    step, calls, go_on = 0, [], torch.ones(1)
     while go_on.item():
         for _ in range(TOGETHER):
-            before = time.perf_counter()
+            before = time.monotonic()
             run.log({"mine": step, "mean": step + rank}, step=step)
-            longest = max(longest, time.perf_counter() - before)
+            calls.append((before, time.monotonic() - before))
             step += 1
             time.sleep(1 / options.rate)
         go_on = torch.tensor([0.0 if options.until.exists() else 1.0])
         dist.broadcast(go_on, src=0)
     run.finish(timeout=60.0)
     stats = run.stats()
-    seen = {"steps": step, "longest_s": longest, "acknowledged": stats.acknowledged, "offered": stats.offered}
+    seen = {"steps": step, "longest_s": max(took for _, took in calls), "calls": calls}
+    seen |= {"acknowledged": stats.acknowledged, "offered": stats.offered}
     (options.report / str(rank)).write_text(json.dumps(seen))
     dist.barrier()
     dist.destroy_process_group()

@@ -158,6 +158,14 @@ class Network:
                     if other != number:
                         _in(self._name(number), "ip", "route", "add", "blackhole", self.address(other))
 
+    def cut_port(self, number: int, other: int, port: int) -> None:
+        """Nothing passes between a node and one port of another; all else does. It is healed as `drop`."""
+        tcp = ("-p", "tcp", "-j", "DROP")
+        to = ("OUTPUT", "-d", self.address(other), *tcp, "--dport", str(port))
+        answers = ("INPUT", "-s", self.address(other), *tcp, "--sport", str(port))
+        for rule in (to, answers):
+            _in(self._name(number), "iptables", "-w", "-A", *rule)
+
     def heal(self, number: int, how: str) -> None:
         """All passes again."""
         match how:
