@@ -18,7 +18,6 @@ from pathlib import Path
 
 Started = Callable[[int], str]
 """When a process began; "0" for one that is not there."""
-GONE = "0"
 
 
 def count(local_rank: str, *, folder: Path | None, started: Started, parent_of: Callable[[int], int]) -> int:
