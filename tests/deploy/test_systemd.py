@@ -17,7 +17,7 @@ import pytest
 from sidestepd import status
 from tests.support.cgroups import bounded, group_of
 from tests.support.daemons import freeze
-from tests.support.gpus import COMPILER, LIBRARY, NO_COMPILER, StubGpus, library
+from tests.support.gpus import LIBRARY, StubGpus, library
 from tests.support.machines import Machine
 from tests.support.units import (
     KEY,
@@ -126,8 +126,7 @@ def unit(machine: Machine, tree: Path) -> Iterator[Machine]:
 @pytest.fixture
 def gpus(unit: Machine) -> Iterator[StubGpus]:
     """GPUs that a file scripts, by a library in the place of NVIDIA's, where the machine has its libraries."""
-    if COMPILER is None:
-        pytest.skip(f"{NO_COMPILER}: apt-get install gcc libc6-dev")
+    need("cc")
     placed = unit.tree / "usr/lib" / LIBRARY
     placed.write_bytes(library().read_bytes())
     gpus = StubGpus(unit.tree / "srv")
