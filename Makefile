@@ -7,10 +7,11 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 .PHONY: help demo test test-nightly deploy-check deploy-test lint bench bench-media bench-throughput format clean
 help:
 	@echo "make demo          train on handwritten digits with two processes, into one offline wandb run"
-	@echo "make test          all tests but the long forms of the fault tests, and those that need a GPU or really deploy"
+	@echo "make test          all tests but the long forms of the fault tests, and what needs a GPU or really deploys"
 	@echo "make test-nightly  the long forms of the fault tests too"
 	@echo "make deploy-check  units, scripts, images and manifests judged by what reads them; seconds"
-	@echo "make deploy-test   systemd booted, containers and pods run, a SLURM, MPIs, Ray: as root on Debian 12"
+	@echo "make deploy-test   systemd booted, containers and pods run, a SLURM, MPIs, Ray, a network that is cut,"
+	@echo "                   256 sessions: as root on Debian 12"
 	@echo "make bench         the cost of log(), beside wandb.log, SummaryWriter and no logging; that it waits for"
 	@echo "                   nobody, whatever is broken; what a worker costs beside the calls; and then bench-media"
 	@echo "make bench-media   the cost of logging an image, a large tensor and a checkpoint, and of watch()"
@@ -42,10 +43,13 @@ deploy-check: $(VENV)/.test
 	$(PIP) -e '.[deploy-check]'
 	$(BIN)/python -m pytest tests/deploy/test_files.py -q -rs
 
-# Says at its end what it skipped, and why: which package has what is not here.
+# Many sessions, direct and through relays; then deployments, and nodes whose network is cut. Says at its end what
+# it skipped, and why: which package has what is not here.
 deploy-test: $(VENV)/.test
 	$(PIP) -e '.[deploy-test]'
-	$(BIN)/python -m pytest tests/deploy -v -rs
+	$(BIN)/python -m tests.benchmarks.sessions --sessions 256 --seconds 10 --compare 8 && load=0 || load=$$?; \
+	$(BIN)/python -m pytest tests/deploy tests/chaos/test_nodes_apart.py -v -rs && tests=0 || tests=$$?; \
+	exit $$((load | tests))
 
 bench: $(VENV)/.test
 	$(BIN)/python -m tests.benchmarks.hot_path && hot=0 || hot=$$?; \

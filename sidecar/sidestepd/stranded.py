@@ -5,6 +5,7 @@
 - one that somebody serves is left alone, and so is one whose spool is on another machine's own disk
 - the run is not finished before all of that is in its spool: a run that is over takes no more
 - its options are as they were afterwards, so that whoever does it another way still can
+- one at a time: two would turn the same relay towards themselves
 - a relay's directory is removed when all that was in it is with the daemon above
 """
 
@@ -33,8 +34,18 @@ LOST = 1
 def start(daemon: Daemon, run_id: str, pause: Callable[[float], object]) -> None:
     """Start the daemon of a run that was interrupted, and have it told what relays of that kept.
 
-    Raises Incomplete if one of them can not say it all, and whatever `Daemon.start` raises.
+    Raises Incomplete if one of them can not say it all, AlreadyRunning if somebody does this now (the epilog of
+    another node, say), and whatever `Daemon.start` raises.
     """
+    lock = Lock(daemon.home.directory / "stranded.lock")
+    lock.acquire()
+    try:
+        _start(daemon, run_id, pause)
+    finally:
+        lock.release()
+
+
+def _start(daemon: Daemon, run_id: str, pause: Callable[[float], object]) -> None:
     relays = relays_of(daemon.home.directory, {run_id, daemon.home.options.run.id})
     for begin in range(0, max(1, len(relays)), AT_ONCE):
         with _served(relays[begin : begin + AT_ONCE], daemon.home.address, pause) as handing_on:

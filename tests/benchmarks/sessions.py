@@ -1,15 +1,16 @@
 """Many sessions from few processes: what so many ranks mean to one daemon over tcp with keys, or to its relays.
 
     python -m tests.benchmarks.sessions [--sessions 1024] [--rate 10] [--scalars 10] [--seconds 30] [--processes 4]
-                                        [--plain] [--only-intake] [--relays N]
+                                        [--plain] [--only-intake] [--relays N | --compare N]
     python -m tests.benchmarks.sessions --address tcp://... --address tcp://... --key-file client.key
 
 - each session is a DEALER socket of its own, and speaks the wire with the client's own outbox and dialogue:
   credit, acknowledgements, heartbeats, resending and BYE are those of a worker
 - without an address a daemon is started here, with keys; with `--relays N` that many relays in front of it, each
-  of which serves its share of the sessions
-- told: whether all was acknowledged and is in the run, the time from `log()` to the acknowledgement, and what each
-  process of the daemon used of CPU and memory while the load lasted
+  of which serves its share of the sessions; with `--compare N` first without relays and then with so many
+- judged, exit code 1 if one fails: nothing is dropped, all that was offered is acknowledged and in the run
+- told: the time from `log()` to the acknowledgement, what each process of the daemon used of CPU and memory while
+  the load lasted, and how much less CPU the head needed behind relays, beside the goal for that
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import multiprocessing
 import os
 import random
 import resource
+import sys
 import tempfile
 import time
 from collections import deque
@@ -43,7 +45,7 @@ from sidestepd import status
 from sidestepd.addresses import BOUND
 from sidestepd.keygen import make_keys
 from sidestepd.processes import read_json
-from tests.benchmarks.measuring import busy_elsewhere, machine
+from tests.benchmarks.measuring import BUSY, Judgement, busy_elsewhere, machine
 from tests.support.daemons import ServedRun, freeze
 from tests.support.waiting import eventually
 
@@ -51,6 +53,8 @@ TURN_S = 0.01
 """How often sessions are looked at: what is told of the time to an acknowledgement is no finer."""
 START_S, END_S, DRAINED_S = 60.0, 120.0, 900.0
 LISTEN = "tcp://127.0.0.1:0"
+RELAYS_SAVE = 4.0
+"""The goal: how many times less CPU the head's intake needs for the same load behind relays. At 1,024 sessions."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,9 +68,14 @@ class Load:
     processes: int
 
     @property
+    def steps(self) -> int:
+        """How many records one session says, each at a step of its own."""
+        return round(self.rate * self.seconds)
+
+    @property
     def records(self) -> int:
         """Of all sessions."""
-        return self.sessions * round(self.rate * self.seconds)
+        return self.sessions * self.steps
 
 
 class Speaker:
@@ -129,7 +138,7 @@ def speak(endpoint: Endpoint, ranks: Sequence[int], load: Load, ready: Any, go: 
         _until(speakers, lambda one: one.dialogue.phase is Phase.OPEN, START_S)
         ready.release()
         go.wait()
-        began, total = time.monotonic(), round(load.rate * load.seconds)
+        began, total = time.monotonic(), load.steps
         offsets = [random.random() / load.rate for _ in speakers]
         behind = 0.0
         while any(one.step < total for one in speakers):
@@ -205,6 +214,7 @@ def run_load(
     waits = sorted(wait for one in said for wait in one["waits"])
     return {
         "records": load.records,
+        "steps": load.steps,
         "acknowledged": len(waits),
         "pending": sum(one["pending"] for one in said),
         "dropped": sum(one["dropped"] for one in said),
@@ -276,18 +286,18 @@ class Head:
 
 
 @contextmanager
-def daemons(base: Path, options: argparse.Namespace) -> Iterator[tuple[Head, list[Head]]]:
+def daemons(base: Path, relays: int, *, plain: bool) -> Iterator[tuple[Head, list[Head]]]:
     """The head, and what its workers speak to: its relays, if there shall be any."""
     with ExitStack() as stack:
-        head = Head(base / "head", plain=options.plain, sink="jsonl")
+        head = Head(base / "head", plain=plain, sink="jsonl")
         stack.enter_context(head.run)
         head.start()
         doors = []
-        for number in range(options.relays):
+        for number in range(relays):
             upstream = {"upstream__address": head.address}
-            if not options.plain:
+            if not plain:
                 upstream["upstream__key_file"] = str(head.key_file)
-            relay = Head(base / f"relay{number}", plain=options.plain, sink="upstream", **upstream)
+            relay = Head(base / f"relay{number}", plain=plain, sink="upstream", **upstream)
             stack.enter_context(relay.run)
             relay.start()
             doors.append(relay)
@@ -314,8 +324,72 @@ def in_the_run(run: ServedRun) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    """Measure, and print it."""
+def measured(load: Load, options: argparse.Namespace, relays: int) -> dict[str, Any]:
+    """The figures of one load, by a daemon that is started for it."""
+    figures: dict[str, Any] = {"relays": relays}
+    with (
+        tempfile.TemporaryDirectory(prefix="sidestep-sessions-") as base,
+        daemons(Path(base), relays, plain=options.plain) as (head, doors),
+    ):
+        before: dict[str, float] = {}
+
+        def watch() -> list[psutil.Process]:
+            eventually(lambda: head.run.status()["sessions"] == load.sessions, START_S, head.run.log)
+            if options.only_intake:
+                freeze(head.run.delivery())
+            figures["head"] = [_Named(process).name for process in head.processes()]
+            before.update(head.spent())
+            return [process for one in (head, *doors) for process in one.processes()]
+
+        figures |= run_load([one.endpoint for one in doors or [head]], load, watch)
+        figures["relays_exit_codes"] = [finished(door.run) for door in doors]
+        figures["head_spent"] = {name: it - before[name] for name, it in head.spent().items()}
+        if not options.only_intake:
+            figures |= in_the_run(head.run)
+    return figures
+
+
+def judged(figures: dict[str, Any]) -> list[Judgement]:
+    """What must hold of any load, whatever the machine does besides."""
+    through = f" through {figures['relays']} relays" if figures.get("relays") else ""
+    records, kept = figures["records"], figures["acknowledged"]
+    judgements = [
+        Judgement(
+            claim=f"nothing is dropped{through}", measured=f"{figures['dropped']}", holds=figures["dropped"] == 0
+        ),
+        Judgement(
+            claim=f"all that was offered is acknowledged{through}",
+            measured=f"{kept} of {records}, {figures['pending']} wait",
+            holds=(kept, figures["pending"]) == (records, 0),
+        ),
+    ]
+    if "delivered" in figures:
+        codes = [figures["exit_code"], *figures["relays_exit_codes"]]
+        whole = figures["delivered"] == records and figures["balances"] and figures["rows"] >= figures["steps"]
+        judgements.append(
+            Judgement(
+                claim=f"all of it is in the run, and the ledger balances{through}",
+                measured=f"{figures['delivered']} in {figures['rows']} rows, exit codes {codes}",
+                holds=whole and not any(codes),
+            )
+        )
+    return judgements
+
+
+def told(direct: dict[str, Any], relayed: dict[str, Any]) -> str:
+    """How much relays saved: no claim, since with few sessions, or on a busy machine, it is another figure."""
+    before, after = (it["head_spent"]["intake_cpu_s"] for it in (direct, relayed))
+    busy = max(it["busy_elsewhere"] for it in (direct, relayed))
+    noise = f"; others used {100 * busy:.0f} % of the CPUs" if busy > BUSY else ""
+    return (
+        f"told   intake of the head, direct and through {relayed['relays']} relays: {before:.2f} s and "
+        f"{after:.2f} s of CPU, {before / max(after, 0.01):.1f} times less "
+        f"(goal: {RELAYS_SAVE:g}, at 1,024 sessions{noise})"
+    )
+
+
+def main() -> int:
+    """Measure, print, judge; the exit code is 1 if a claim fails."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--sessions", type=int, default=1024)
     parser.add_argument("--rate", type=float, default=10.0, help="records a second of each session")
@@ -323,6 +397,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=30.0)
     parser.add_argument("--processes", type=int, default=4)
     parser.add_argument("--relays", type=int, default=0)
+    parser.add_argument("--compare", type=int, metavar="N", help="without relays, then with so many")
     parser.add_argument("--plain", action="store_true", help="without keys, to see what those cost")
     parser.add_argument("--only-intake", action="store_true", help="with delivery stopped where it is")
     parser.add_argument("--address", action="append", default=[], help="of daemons that are there already")
@@ -336,40 +411,20 @@ def main() -> None:
         seconds=options.seconds,
         processes=options.processes,
     )
-    figures: dict[str, Any] = {"machine": machine(), "load": vars(options) | {"json": None}}
     if options.address:
         keys = KeyFile.read(options.key_file) if options.key_file else None
-        figures |= run_load([endpoints(address, keys)[0] for address in options.address], load, list)
+        parts = [run_load([endpoints(address, keys)[0] for address in options.address], load, list)]
     else:
-        with (
-            tempfile.TemporaryDirectory(prefix="sidestep-sessions-") as base,
-            daemons(Path(base), options) as made,
-        ):
-            head, doors = made
-
-            def watch() -> list[psutil.Process]:
-                known = options.sessions
-                eventually(lambda: head.run.status()["sessions"] == known, START_S, head.run.log)
-                if options.only_intake:
-                    freeze(head.run.delivery())
-                figures["head"] = [_Named(process).name for process in head.processes()]
-                figures["head_before"] = head.spent()
-                return [process for one in (head, *doors) for process in one.processes()]
-
-            figures |= run_load([one.endpoint for one in doors or [head]], load, watch)
-            print(json.dumps(figures, indent=2, default=str), flush=True)
-            for door in doors:
-                figures.setdefault("relays", []).append(finished(door.run))
-            figures["head_spent"] = {name: it - figures["head_before"][name] for name, it in head.spent().items()}
-            if options.only_intake:
-                print(json.dumps(figures, indent=2, default=str), flush=True)
-            if not options.only_intake:
-                figures |= in_the_run(head.run)
-    text = json.dumps(figures, indent=2, default=str)
+        ways = [options.relays] if options.compare is None else [0, options.compare]
+        parts = [measured(load, options, relays) for relays in ways]
+    text = json.dumps({"machine": machine(), "load": vars(options), "parts": parts}, indent=2, default=str)
     print(text)
     if options.json:
         options.json.write_text(text + "\n")
+    judgements = [judgement for part in parts for judgement in judged(part)]
+    print(*judgements, *([told(*parts)] if options.compare else []), sep="\n")
+    return 0 if all(judgement.holds for judgement in judgements) else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -27,6 +27,8 @@ UNITS = {"--system": DEPLOY / "systemd/sidestep@.service", "--user": DEPLOY / "s
 SCRIPTS = sorted([*DEPLOY.glob("**/*.sh")])
 VERSIONS = ("1.28", "1.30", "1.32", "1.34", "1.37")
 MADE_BY_KEYGEN = ("sidestep-keys", "sidestep-client")
+MONITORS = Path(__file__).parents[1] / "data/deploy/servicemonitor.schema.json"
+"""A schema of ours: that of a ServiceMonitor comes with its operator, and not with Kubernetes."""
 MOST_EXPOSURE = 20
 """Tenths: 2.0."""
 
@@ -58,6 +60,17 @@ def ports(found: list[dict[str, Any]]) -> dict[str, int]:
     """The ports of pods by their names."""
     containers = [container for pod in found for container in pod["spec"]["containers"]]
     return {port["name"]: port["containerPort"] for one in containers for port in one.get("ports", ())}
+
+
+def judge(manifests: list[dict[str, Any]], version: str, path: Path) -> None:
+    """Every manifest by a schema; AssertionError also for one of which there is none. `path`: a file to write."""
+    monitors = [one for one in manifests if one["kind"] == "ServiceMonitor"]
+    path.write_text(yaml.safe_dump_all([one for one in manifests if one not in monitors]))
+    said = do("kubernetes-validate", "--strict", "-k", version, path)
+    assert "WARN" not in said, said
+    for one in monitors:
+        path.write_text(yaml.safe_dump(one))
+        do("check-jsonschema", "--schemafile", MONITORS, path)
 
 
 def daemons(pod: dict[str, Any]) -> list[dict[str, Any]]:
@@ -159,10 +172,9 @@ class TestManifests:
     @pytest.mark.deploy  # a second for each
     @pytest.mark.parametrize("version", VERSIONS)
     def test_are_what_their_schemas_say(self, overlay, version, tmp_path):
-        need("kubernetes-validate")
-        (tmp_path / "all.yaml").write_text(yaml.safe_dump_all(built(overlay)))
+        need("kubernetes-validate", "check-jsonschema")
 
-        do("kubernetes-validate", "--strict", "-k", version, tmp_path / "all.yaml")
+        judge(built(overlay), version, tmp_path / "all.yaml")
 
     def test_use_volumes_secrets_and_claims_that_are_there(self, overlay):
         manifests = built(overlay)
@@ -244,6 +256,28 @@ class TestASchema:
             do("kubernetes-validate", "--strict", "-k", "1.27", tmp_path / "sidecar.yaml")
         with pytest.raises(AssertionError, match="podReplacementpolicy"):
             do("kubernetes-validate", "--strict", "-k", VERSIONS[-1], tmp_path / "misspelt.yaml")
+
+    @pytest.mark.deploy
+    def test_is_there_for_all_that_is_judged(self, tmp_path):
+        """A kind that Kubernetes does not have is a fault, and not a warning."""
+        need("kubernetes-validate", "check-jsonschema")
+        manifests = [*built(DEPLOY / "kubernetes/overlays/head"), {"apiVersion": "v2", "kind": "Servicer"}]
+
+        with pytest.raises(AssertionError, match="Couldn't find schema for kind Servicer"):
+            judge(manifests, VERSIONS[-1], tmp_path / "all.yaml")
+
+    @pytest.mark.deploy
+    @pytest.mark.parametrize(
+        ("right", "wrong"), [("endpoints", "endpointz"), ("interval", "intervall"), ("30s", "30 seconds")]
+    )
+    def test_judges_a_monitor(self, right, wrong, tmp_path):
+        need("kubernetes-validate", "check-jsonschema")
+        said = yaml.safe_dump_all(built(DEPLOY / "kubernetes/overlays/node-with-metrics"))
+        assert right in said
+        manifests = list(yaml.safe_load_all(said.replace(right, wrong)))
+
+        with pytest.raises(AssertionError, match=f"{wrong}|does not match"):
+            judge(manifests, VERSIONS[-1], tmp_path / "all.yaml")
 
 
 class TestTogether:

@@ -18,6 +18,7 @@ import pytest
 from sidestepd import status
 from sidestepd.addresses import CONTEXT
 from sidestepd.errors import ExitCode
+from sidestepd.processes import Lock
 from sidestepd.rundir import newest_run_dir
 from tests.support.daemons import DEADLINE_S, HeldRow, killed, read_jsonl
 from tests.support.waiting import eventually
@@ -232,6 +233,21 @@ class TestAJobThatIsKilled:
 
         assert job.sidestep("drain", str(head)).returncode == 0
 
+        assert_all_that_was_said(job, [row.values for row in job.rows()], head, said)
+
+    def test_is_finished_by_one_at_a_time(self, job: Job):
+        """The epilogs of two nodes begin at once: one of them leaves all as it is."""
+        head, said = self.kill_one_whose_relay_keeps_much(job)
+        (options,) = head.parent.glob(".relays/*/config.json")
+        before, other = options.read_bytes(), Lock(head / "stranded.lock")
+        other.acquire()
+
+        refused = job.sidestep("drain", str(head))
+
+        assert (ExitCode.ALREADY_RUNNING, "interrupted") == (refused.returncode, status.report(head).state)
+        assert before == options.read_bytes()
+        other.release()
+        assert job.sidestep("drain", str(head)).returncode == 0
         assert_all_that_was_said(job, [row.values for row in job.rows()], head, said)
 
     @pytest.mark.parametrize(("mode", "given"), [("offline", ()), ("online", ("--id", "other"))])

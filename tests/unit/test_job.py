@@ -95,6 +95,33 @@ class TestOthers:
         assert [(True, None), (False, None)] == [(pod.first, pod.nodes) for pod in pods]
         assert pods[0].job == pods[1].job
 
+    @pytest.mark.parametrize("how", ["torchrun", "variables"])
+    def test_replicas_of_a_jobset_that_are_told_of_each_other(self, how: str):
+        """Two of two pods each; the pods of each count from 0, and call themselves js-workers-REPLICA-POD."""
+        found = []
+        for node in range(4):
+            replica, pod = divmod(node, 2)
+            environ, words = {"JOB_COMPLETION_INDEX": str(pod), "MASTER_ADDR": "js-workers-0-0.js"}, TRAIN
+            if how == "torchrun":
+                options = [f"--node-rank={node}", "--master-addr=js-workers-0-0.js", "train.py"]
+                words = ("torchrun", "--nnodes=4", *options)
+            else:
+                environ |= {"RANK": str(node), "WORLD_SIZE": "4", "MASTER_PORT": "29500"}
+            found.append(place(environ, words, node=f"js-workers-{replica}-{pod}"))
+
+        assert [True, False, False, False] == [it.first for it in found]
+        assert {4} == {it.nodes for it in found}
+        assert 1 == len({it.job for it in found})
+
+    def test_replicas_of_a_jobset_that_are_not_are_a_job_each(self):
+        pods = [
+            place({"JOB_COMPLETION_INDEX": "0"}, node=f"js-workers-{replica}-0", words=TRAIN)
+            for replica in range(2)
+        ]
+
+        assert [True, True] == [pod.first for pod in pods]
+        assert pods[0].job != pods[1].job
+
     def test_nothing(self):
         assert place({}) is None
         assert place({}, ["torchrun", "--nproc-per-node", "4", "train.py"]) is None

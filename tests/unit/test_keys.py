@@ -322,6 +322,16 @@ class TestHead:
                 "train-0.svc.ns.svc.cluster.local",
             ),
             ({"JOB_COMPLETION_INDEX": "3"}, "elsewhere", None),
+            # JobSet: the set, its replicated job, the number of the replica and that of the pod; with one replica
+            ({"JOB_COMPLETION_INDEX": "3"}, "js-workers-0-3.js.ns.svc", "js-workers-0-0.js.ns.svc"),
+            ({"JOB_COMPLETION_INDEX": "0"}, "js-workers-0-0", "js-workers-0-0"),
+            # With more each replica has its own, unless all are told
+            ({"JOB_COMPLETION_INDEX": "3"}, "js-workers-1-3", "js-workers-1-0"),
+            (
+                {"JOB_COMPLETION_INDEX": "3", "MASTER_ADDR": "js-workers-0-0.js"},
+                "js-workers-1-3",
+                "js-workers-0-0.js",
+            ),
             ({}, "n", None),
         ],
     )
