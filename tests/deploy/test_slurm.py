@@ -299,8 +299,6 @@ class TestManyNodes:
         report = status.report(run_dir)
         said = [row["at/1"] for row in rows_of(run_dir) if "at/1" in row]
         assert list(range(len(said))) == said, job.told()
-        assert len(said) > kept - 10  # records of the relay's that are no steps
-        if (told := job.folder / "checkpoint-1").exists():
-            assert int(told.read_text()) == len(said)
+        assert len(said) > kept - 10  # records that are no steps
         assert (True, 0) == (report.ledger.balances, report.ledger.pending)
         assert not relay.exists()
