@@ -7,10 +7,11 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 .PHONY: help demo test test-nightly deploy-check deploy-test lint bench bench-media bench-throughput format clean
 help:
 	@echo "make demo          train on handwritten digits with two processes, into one offline wandb run"
-	@echo "make test          all tests but the long forms of the fault tests"
+	@echo "make test          all tests but the long forms of the fault tests, and what needs a GPU or really deploys"
 	@echo "make test-nightly  the long forms of the fault tests too"
 	@echo "make deploy-check  units, scripts, images and manifests judged by what reads them; seconds"
-	@echo "make deploy-test   systemd booted, containers built and run, a SLURM, Ray: as root on Debian 12"
+	@echo "make deploy-test   systemd booted, containers and pods run, a SLURM, MPIs, Ray, a network that is cut,"
+	@echo "                   256 sessions: as root on Debian 12"
 	@echo "make bench         the cost of log(), beside wandb.log, SummaryWriter and no logging; that it waits for"
 	@echo "                   nobody, whatever is broken; what a worker costs beside the calls; and then bench-media"
 	@echo "make bench-media   the cost of logging an image, a large tensor and a checkpoint, and of watch()"

@@ -18,7 +18,6 @@ from pathlib import Path
 
 Started = Callable[[int], str]
 """When a process began; "0" for one that is not there."""
-GONE = "0"
 
 
 def count(local_rank: str, *, folder: Path | None, started: Started, parent_of: Callable[[int], int]) -> int:
@@ -61,9 +60,9 @@ def _add(folder: Path, name: str, life: str, started: Started) -> int:
 
 
 def _clear(folder: Path, started: Started) -> None:
-    """What launchers left that are there no more."""
+    """What launchers left that are there no more. A name that is not ours is left alone."""
     for path in folder.glob("lives-*"):
-        pid, start, _ = path.name.removeprefix("lives-").split("-")
-        if started(int(pid)) != start:
+        words = path.name.removeprefix("lives-").split("-")
+        if len(words) == 3 and words[0].isdecimal() and started(int(words[0])) != words[1]:
             with contextlib.suppress(OSError):
                 path.unlink()

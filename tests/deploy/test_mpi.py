@@ -17,7 +17,7 @@ from tests.support.workshop import Workshop
 
 pytestmark = [
     pytest.mark.deploy,
-    pytest.mark.skipif(bool(missing()), reason=missing()),
+    pytest.mark.skipif(bool(missing(cuts=False)), reason=missing(cuts=False)),
     pytest.mark.timeout(300),
 ]
 

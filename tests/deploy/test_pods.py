@@ -343,7 +343,10 @@ class TestAHead:
 
 class TestAnIndexedJob:
     def test_is_one_run_of_all_its_pods(self, cluster):
-        """By `sidestep run` alone: keys of the job's secret, the first pod by its service's name for it."""
+        """By `sidestep run` alone: keys of the job's secret, the first pod by its service's name for it.
+
+        Both pods are in one network namespace, in which all names are 127.0.0.1: no network between them is shown.
+        """
         cluster.podman.do(
             "run", "--detach", "--name=net", "--network=none", "--entrypoint=sleep", IMAGE, "infinity"
         )

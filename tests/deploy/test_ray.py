@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,10 +17,7 @@ pytestmark = [pytest.mark.deploy, pytest.mark.timeout(900)]
 @pytest.fixture(scope="module")
 def python(workshop: Workshop) -> Path:
     """An environment with Ray and this tree's wheel."""
-    python = workshop.folder / "ray/bin/python"
-    if not python.exists():
-        do(sys.executable, "-m", "venv", workshop.folder / "ray")
-    do(python, "-m", "pip", "--disable-pip-version-check", "-q", "install", "ray[train]")  # what is there, stays
+    python = workshop.launcher("ray[train]") / "python"
     pip = [python, "-m", "pip", "--disable-pip-version-check", "-q", "install", "--find-links", workshop.wheels]
     do(*pip, "sidestep[daemon]")
     do(*pip, "--force-reinstall", "--no-deps", "--no-index", "sidestep")

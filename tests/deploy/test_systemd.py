@@ -17,6 +17,7 @@ import pytest
 from sidestepd import status
 from tests.support.cgroups import bounded, group_of
 from tests.support.daemons import freeze
+from tests.support.gpus import LIBRARY, StubGpus, library
 from tests.support.machines import Machine
 from tests.support.units import (
     KEY,
@@ -41,6 +42,7 @@ from tests.support.workshop import (
     is_finished,
     lines,
     need,
+    rows_of,
     run_dir_in,
     runs_in,
     steps_in,
@@ -121,6 +123,19 @@ def unit(machine: Machine, tree: Path) -> Iterator[Machine]:
         made.unlink()
 
 
+@pytest.fixture
+def gpus(unit: Machine) -> Iterator[StubGpus]:
+    """GPUs that a file scripts, by a library in the place of NVIDIA's, where the machine has its libraries."""
+    need("cc")
+    placed = unit.tree / "usr/lib" / LIBRARY
+    placed.write_bytes(library().read_bytes())
+    gpus = StubGpus(unit.tree / "srv")
+    (unit.tree / "etc/sidestep/train.env").write_text(lines([*QUICK, f"NVML_STUB=/srv/{gpus.path.name}"]))
+    unit.do("systemctl", "restart", UNIT)
+    yield gpus
+    placed.unlink()
+
+
 class TestTheUnit:
     def test_is_verified_without_a_word_and_exposes_little(self, machine):
         path = "/etc/systemd/system/sidestep@.service"
@@ -149,13 +164,27 @@ class TestTheUnit:
 
     def test_has_the_machine_sampled_under_its_sandbox(self, unit):
         training = Trained(unit, "sampled")
-        training.reaches(150)
+        training.see_sampled("system/cpu/percent", "system/memory/percent", "system/disk/percent")
         steps = training.ends()
 
         training.is_whole(steps)
-        rows = list(training.state().glob("sidestep-runs/*-sampled/logs/samplers.log"))
-        assert all("Traceback" not in log.read_text() for log in rows)
-        assert steps_in(run_dir_in(training.state(), "sampled"))[-1] == steps - 1
+        (log,) = training.state().glob("sidestep-runs/*-sampled/logs/samplers.log")
+        assert "Traceback" not in log.read_text()
+
+    def test_lets_its_samplers_load_and_ask_nvml(self, unit, gpus):
+        """NVIDIA's library is found, loaded and asked under all that hardens the unit.
+
+        The stand-in opens no device: that DeviceAllow= lets NVIDIA's through can not be seen without a GPU.
+        """
+        gpus.set(count=2).gpu(0, util=71, power_mw=250_000).gpu(1, util=3)
+        wanted = {"system/gpu0/utilization": {71}, "system/gpu0/power_w": {250}, "system/gpu1/utilization": {3}}
+        training = Trained(unit, "gpus")
+        training.see_sampled(*wanted)
+        steps = training.ends()
+
+        training.is_whole(steps)
+        rows = rows_of(run_dir_in(training.state(), "gpus"))
+        assert wanted == {name: {row[name] for row in rows if name in row} for name in wanted}
 
 
 class TestWhoMayLog:

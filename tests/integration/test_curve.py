@@ -27,8 +27,8 @@ from sidestep.wire import Ack, Hello, Refuse, RunInfo, Status, Welcome
 from sidestepd.addresses import BOUND, CONTEXT, remember, remembered
 from sidestepd.control import Control
 from sidestepd.intake.front import bind_tcp
-from sidestepd.intake.gate import DOMAIN
-from sidestepd.keygen import make_keys, new_pair, rotate
+from sidestepd.intake.gate import Gate
+from sidestepd.keygen import make_keys, rotate
 from sidestepd.processes import read_json
 from tests.support.daemons import RawWorker, ServedRun
 from tests.support.waiting import eventually
@@ -170,18 +170,17 @@ class TestWhoIsLetIn:
             assert over_ipv6.ask_status(WITHIN_S) is not None
             assert here.ask_status(WITHIN_S) is not None
 
-    def test_without_an_answer_from_the_list_nobody_is_let_in(self):
-        """The domain is enforced: a handler that is not there means no, and not yes."""
-        server, client = new_pair(), new_pair()
+    def test_without_an_answer_from_the_list_nobody_is_let_in(self, tmp_path: Path):
+        """Our gate enforces its domain: one that is not open means no, and not yes, to a listed key as well."""
+        make_keys(tmp_path)
+        listed = KeyFile.read(tmp_path / "client.key")
         with zmq.Context() as context, context.socket(zmq.ROUTER) as router, context.socket(zmq.DEALER) as dealer:
-            router.curve_server = True
-            router.curve_secretkey = bytes.fromhex(server.secret)
-            router.setsockopt(zmq.ZAP_DOMAIN, DOMAIN)
-            router.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)
+            gate = Gate(context, key_file=tmp_path / "server.key", clients=tmp_path / "clients")
+            gate.secure(router)
             address = f"tcp://127.0.0.1:{router.bind_to_random_port('tcp://127.0.0.1')}"
             monitor = dealer.get_monitor_socket()
             dealer.linger = 0
-            connect(dealer, Endpoint(address=address, server_key=server.public, own=client))
+            connect(dealer, endpoints(address, listed)[0])
             events = [0]
             while not events[-1] & (FAILED | zmq.EVENT_HANDSHAKE_SUCCEEDED):
                 assert monitor.poll(WITHIN_S * 1000)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,7 @@ from sidestep.wire import (
     decode,
     encode,
     limits,
+    spoken_in,
     unwrap,
     version_of,
 )
@@ -77,7 +79,7 @@ module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
 module.OLDEST_VERSION, module.VERSION = module.VERSION, module.VERSION + 1
 """
-"""A process that runs this first is of the version after ours."""
+"""A process that runs this first is of the version after ours, by its number: nothing else differs as yet."""
 
 
 class TestTheVersionAfterThis:
@@ -85,9 +87,11 @@ class TestTheVersionAfterThis:
         """They read no other, and would give up what they have."""
         (tmp_path / "sitecustomize.py").write_text(NEXT)
         with TakenUp(FOLDER / str(VERSION), tmp_path / "run") as run:
-            run.environment = {"PYTHONPATH": str(tmp_path)}
+            run.environment = {
+                "PYTHONPATH": os.pathsep.join(filter(None, (str(tmp_path), os.getenv("PYTHONPATH"))))
+            }
             run.start(ready=False)
-            worker, relay = run.worker(session=NO_SESSION), run.worker()
+            worker, relay, newer = run.worker(session=NO_SESSION), run.worker(), run.worker()
             for parts in messages(FOLDER / str(VERSION)):
                 worker.send(parts)
                 while not _answered(decode(parts), worker):
@@ -96,9 +100,14 @@ class TestTheVersionAfterThis:
             wrapper.add(encode(Hello(session=relay.session, role="relay", launch="relay", node="n")))
             relay.send(wrapper.close())
             answer = relay.receive()
+            hello = Hello(session=newer.session, role="relay", launch="newer", node="m")
+            newer.send(spoken_in(VERSION + 1, encode(hello)))
+            in_its_own = newer.receive()
             finished = run.finish()
 
         assert 0 == finished
+        assert VERSION + 1 == version_of(in_its_own)  # the daemon is of the next version indeed
+        assert isinstance(decode(spoken_in(VERSION, in_its_own)), Welcome)
         assert [VERSION, VERSION] == [version_of(answer), *map(version_of, unwrap(answer))]
         assert [Welcome] == [type(decode(inner)) for inner in unwrap(answer)]
         assert list(range(STEPS)) == [row.values["global_step"] for row in run.rows() if "loss" in row.values]

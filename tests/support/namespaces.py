@@ -1,6 +1,6 @@
 """Several nodes on one machine: network namespaces on a bridge, each with its own host name, and links to cut.
 
-Needs root, `ip`, `unshare` and `iptables`. Everything is named by our pid, and goes with it.
+Needs root, `ip` and `unshare`, and `iptables` for cuts. Everything is named by our pid, and goes with it.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ from typing import Self
 
 import psutil
 
+from tests.support.workshop import not_here
+
 ROOT = Path(__file__).resolve().parents[2]
-NEEDED = ("ip", "unshare", "iptables")
+NEEDED = ("ip", "unshare")
 _SHELL_BEGINS = (
     "#!/bin/sh",
     'while [ "${1#-}" != "$1" ]; do shift; done',  # its options
@@ -29,12 +31,12 @@ CUTS = ("link", "drop", "route")
 """A cable that is pulled, a firewall that drops, a route that leads nowhere."""
 
 
-def missing() -> str:
-    """Why this can not be done here; "" if it can."""
+def missing(*, cuts: bool = True) -> str:
+    """Why this can not be done here, and which packages it takes; "" if it can. Without `cuts` no link is cut."""
     if os.geteuid() != 0:
         return "network namespaces need root"
-    lacking = [name for name in NEEDED if shutil.which(name) is None]
-    return f"{', '.join(lacking)} not installed" if lacking else ""
+    lacking = [name for name in (*NEEDED, *(["iptables"] if cuts else [])) if shutil.which(name) is None]
+    return not_here(lacking) if lacking else ""
 
 
 class Network:

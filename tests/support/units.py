@@ -12,7 +12,7 @@ from sidestepd import status
 from tests.support.machines import Machine
 from tests.support.waiting import eventually
 from tests.support.wandb_server.store import HISTORY, Store
-from tests.support.workshop import assert_whole, is_finished, lines, rows_in
+from tests.support.workshop import assert_whole, is_finished, lines, rows_in, rows_of, run_dir_in
 
 WAIT_S = 120.0
 UNIT = "sidestep@train"
@@ -46,6 +46,16 @@ class Trained:
             return rows_in(self.state(), self.id) >= rows
 
         eventually(held, WAIT_S, lambda: self.machine.journal(UNIT)[-3000:])
+
+    def see_sampled(self, *names: str) -> None:
+        """Wait until the run has a value of each of these in its rows, read under the daemon's own sandbox."""
+        self.reaches(1)
+        run_dir = run_dir_in(self._state, self.id)
+        eventually(
+            lambda: set(names) <= {name for row in rows_of(run_dir) for name in row},
+            WAIT_S,
+            lambda: f"{names} are not all in {run_dir}:\n{(run_dir / 'logs/samplers.log').read_text()[-3000:]}",
+        )
 
     def ends(self) -> int:
         """Tell it to; how many steps it logged."""

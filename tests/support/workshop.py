@@ -35,10 +35,12 @@ HAS = {
     "systemd-nspawn": "systemd-container",
     "systemd-analyze": "systemd",
     "nsenter": "util-linux",
+    "unshare": "util-linux",
     "ip": "iproute2",
+    "iptables": "iptables",
+    "cc": "gcc libc6-dev",
     "mmdebstrap": "mmdebstrap",
     "podman": "podman",
-    "buildah": "buildah",
     "runc": "runc",
     "shellcheck": "shellcheck",
     "fsfreeze": "util-linux",
@@ -65,11 +67,16 @@ def need(*tools: str, root: bool = False) -> None:
     """Skip, with the reason, unless these programs are here."""
     missing = [tool for tool in tools if find(tool) is None]
     if missing:
-        packages = " ".join(dict.fromkeys(HAS[tool] for tool in missing if tool in HAS))
-        how = f"apt-get install {packages}" if packages else "pip install -e '.[deploy-test]'"
-        pytest.skip(f"no {', '.join(missing)} here: {how}")
+        pytest.skip(not_here(missing))
     if root and os.geteuid() != 0:
         pytest.skip("needs root")
+
+
+def not_here(missing: Sequence[str]) -> str:
+    """That these programs are not, and which packages have them."""
+    packages = " ".join(dict.fromkeys(HAS[tool] for tool in missing if tool in HAS))
+    how = f"apt-get install {packages}" if packages else "pip install -e '.[deploy-test]'"
+    return f"no {', '.join(missing)} here: {how}"
 
 
 def kustomized(overlay: Path) -> list[dict[str, Any]]:
@@ -142,8 +149,8 @@ class Workshop:
         return self._system("slurm", (*IN_THE_BASE, "slurm-wlm", "munge"))
 
     def launcher(self, package: str) -> Path:
-        """Where the programs of a package from the Python registry are: an environment that has it alone."""
-        folder = self.folder / package
+        """Where the programs of a package from the Python registry are: an environment made for it alone."""
+        folder = self.folder / package.partition("[")[0]
         if not (folder / "made").exists():
             do(sys.executable, "-m", "venv", folder)
             try:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import pytest
+
 from sidestep import lives
 
 ME = os.getpid()
@@ -37,6 +39,14 @@ def test_a_child_belongs_to_the_life_of_its_parent(tmp_path: Path):
 
 
 def test_where_it_can_not_be_told_nobody_is_harmed(tmp_path: Path):
-    (tmp_path / "lives-strange").touch()
+    (tmp_path / "no-folder").touch()
 
-    assert [0, 0] == [life(None, mine="5"), life(tmp_path, mine="5")]
+    assert [0, 0] == [life(None, mine="5"), life(tmp_path / "no-folder", mine="5")]
+
+
+@pytest.mark.parametrize("name", ["lives-x", "lives-a-b-c", "lives-1-2-3-4"])
+def test_a_file_that_is_none_of_ours_costs_no_life_and_is_left_alone(tmp_path: Path, name: str):
+    (tmp_path / name).touch()
+
+    assert [1, 2] == [life(tmp_path, mine=mine) for mine in ("5", "6")]
+    assert (tmp_path / name).exists()
