@@ -404,6 +404,8 @@ def main() -> int:
     parser.add_argument("--key-file", type=Path)
     parser.add_argument("--json", type=Path, help="where the figures go too")
     options = parser.parse_args()
+    if options.compare is not None and (options.address or options.relays or options.compare < 1):
+        parser.error("--compare starts daemons of its own: without relays, then with one or more")
     load = Load(
         sessions=options.sessions,
         rate=options.rate,
