@@ -359,6 +359,8 @@ class TestAnIndexedJob:
             {"op": "replace", "path": f"{path}/containers/0/image", "value": f"sidestep:{__version__}"},
             {"op": "add", "path": f"{path}/containers/0/env/-",
              "value": {"name": "SIDESTEP_ADDRESS", "value": ""}},  # which a training's image has not
+            {"op": "add", "path": f"{path}/containers/0/env/-",
+             "value": {"name": "SIDESTEP_ORDER_PATIENCE_S", "value": "60"}},  # pods need not begin together
             {"op": "add", "path": f"{path}/containers/0/volumeMounts/-",
              "value": {"name": "until", "mountPath": "/until"}},
             {"op": "add", "path": f"{path}/volumes/-",
