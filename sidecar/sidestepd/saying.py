@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sqlite3
 import sys
@@ -33,8 +34,9 @@ _MOST_ALERTS = 5
 
 
 def say(text: str) -> None:
-    """Something that everybody should see."""
-    click.echo(f"sidestep: {seen(text)}", err=True)
+    """Something that everybody should see; where nobody reads it any more, what we do goes on."""
+    with contextlib.suppress(OSError):
+        click.echo(f"sidestep: {seen(text)}", err=True)
 
 
 def seen(text: str) -> str:
